@@ -1,0 +1,56 @@
+# make run ARGS="--dataset mnist"     make test ARGS="-k attacks"
+# The first call sets everything up in .venv; later calls start at once. An active environment
+# (venv or conda) that has the packages is used as it is, and nothing is installed into it.
+
+PYTHON ?= python3
+EXTRAS ?= dev
+READY  := .venv/.ready-$(EXTRAS)
+PY     := .venv/bin/python
+SETUP  := $(READY)
+
+GOALS  := $(filter setup run test lint,$(MAKECMDGOALS))
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+NEEDS  := $(if $(filter test,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff)
+ifneq ($(and $(GOALS),$(ACTIVE)),)
+  ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
+  ifneq ($(ACTIVE_PY),)
+    PY    := $(ACTIVE_PY)
+    SETUP :=
+  endif
+endif
+
+.PHONY: help run test lint setup clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: $(SETUP) ## meta-train, transfer, compare, report; options of run.py in ARGS="..."
+	"$(PY)" run.py $(ARGS)
+
+test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,test adds the optional ones
+	"$(PY)" -m pytest $(ARGS)
+
+lint: $(SETUP) ## ruff
+	"$(PY)" -m ruff check .
+
+setup: $(SETUP) ## only set up; PYTHON=python3.12 chooses the interpreter of a new .venv
+
+clean: ## remove what was built and cached; keeps .venv, runs/ and data/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis l2l_ref/*.so .venv/.ready-*
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf .venv
+
+# The stamp comes last, so an interrupted set-up is taken up again by the next make.
+$(READY): pyproject.toml setup.py
+	@$(PY) -c "" 2>/dev/null || { \
+	  $(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \
+	    echo "$(PYTHON) is not a Python >= 3.10 with the module venv (Debian: apt install python3-venv);" \
+	         "to name another: make PYTHON=python3.12" >&2; exit 1; }; \
+	  echo "Setting up .venv: once, a few minutes"; \
+	  $(PYTHON) -m venv --clear --without-pip .venv; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	$(PY) -m pip install -e ".[$(EXTRAS)]"
+	@$(PY) -c "import torch, torchvision"
+	@touch $@
