@@ -1,0 +1,228 @@
+"""The mathematics as plain PyTorch: the specification that every kernel is tested against.
+
+Shapes: N coordinates, H hidden units, L layers, F inputs (2, or 3 with `theta_input`), T steps.
+
+    theta      [N]           all parameters of a φ-group on one flat axis
+    gradient   [N]           what φ reads; the `gradients` of an unroll are [T, N]
+    state      [L, 2, H, M]  layer, (h, c), unit, coordinate. M = N, or 2N in the odd form:
+                             the states of m(x) first, then those of m(-x)
+    phi        [P]           φ packed in the order of `MetaOptimizer.parameters()`
+
+The coordinate is the contiguous axis, so SIMD lanes and GPU warps read neighbours. `theta_step_`,
+`theta_step` and `unroll_meta_gradient` are the three operators of the engine, with the signatures
+of their fused forms. All tensors of a call share one floating dtype and one device; any will do.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
+BLOCK = 2048  # coordinates whose graph `unroll_meta_gradient` holds at once
+
+
+class Form(TypedDict):
+    """The settings of the update rule that are not weights; every operator takes them by name."""
+
+    p: float  # > 0, range of the logarithm in Eq. 5
+    output_scale: float  # s, multiplies the head's output
+    theta_input: bool  # θ is a third input of the LSTM
+    odd: bool  # the update is m(x) - m(-x)
+
+
+def preprocess(gradient: Tensor, p: float) -> Tensor:
+    """Eq. 5: split a gradient into the logarithm of its size and its direction.
+
+    Args:
+        gradient: any shape.
+        p: > 0, the range of the logarithm; a gradient below e^-p is small and enters linearly.
+
+    Returns:
+        [2, *gradient.shape]: (log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p·g). NaN and
+        infinities propagate.
+    """
+    magnitude = gradient.abs()
+    large = magnitude >= math.exp(-p)
+    # log 1 in the branch not taken: its derivative is 0 there, where that of log 0 would be nan.
+    log = torch.where(large, magnitude, 1.0).log() / p
+    direction = torch.where(large, gradient.sign(), math.exp(p) * gradient)
+    return torch.stack((torch.where(large, log, -1.0), direction))
+
+
+def lstm_cell(
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One LSTM layer, one step: x [F, M], h and c [H, M] -> the next h and c [H, M].
+
+    Weights [4H, F] and [4H, H], biases [4H], in PyTorch's gate order (i, f, g, o). The cell state
+    is the c_t of the paper's Eq. 3 (Hochreiter & Schmidhuber 1997).
+    """
+    gates = w_ih @ x + w_hh @ h + (b_ih + b_hh)[:, None]  # [4H, M]
+    i, f, g, o = gates.chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def phi_shapes(num_layers: int, hidden_size: int, inputs: int) -> list[tuple[int, ...]]:
+    """Shapes of φ's tensors in packed order: w_ih, w_hh, b_ih, b_hh a layer, then the head."""
+    gates = 4 * hidden_size
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(num_layers):
+        width = hidden_size if layer else inputs
+        shapes += [(gates, width), (gates, hidden_size), (gates,), (gates,)]
+    return [*shapes, (1, hidden_size), (1,)]
+
+
+def unpack(phi: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Views of the packed φ [P], one for each of `shapes`."""
+    parts = phi.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def update(
+    theta: Tensor,
+    gradient: Tensor,
+    state: Tensor,
+    phi: Tensor,
+    *,
+    p: float,
+    output_scale: float,
+    theta_input: bool,
+    odd: bool,
+) -> tuple[Tensor, Tensor]:
+    """Eq. 4: what φ proposes for each coordinate, u = s·(w·h + b), and the next state.
+
+    Eq. 3 reads θ ← θ + c, but the cell has 20 units and θ is one number: a linear head (w, b) on
+    the top layer's h makes it one, and the output scale s keeps early updates small
+    (Andrychowicz et al. 2016). Odd: u = m(x) - m(-x), so that u(-g) = -u(g); the head's bias
+    cancels and φ cannot drift where there is no gradient.
+
+    Returns:
+        u [N] and the next state, shaped like `state`.
+    """
+    inputs = preprocess(gradient, p)  # [F, N]
+    if theta_input:
+        seen = (THETA_SCALE * theta).clamp(-THETA_CLAMP, THETA_CLAMP)
+        inputs = torch.cat((inputs, seen[None]))
+    if odd:  # Eq. 5 of -g: the first number stays, the second flips; so does θ
+        mirrored = torch.cat((inputs[:1], -inputs[1:]))
+        inputs = torch.cat((inputs, mirrored), dim=1)  # [F, 2N]
+
+    num_layers, _, hidden_size, _ = state.shape
+    *weights, head_weight, head_bias = unpack(
+        phi, phi_shapes(num_layers, hidden_size, inputs.shape[0])
+    )
+    below, next_state = inputs, []
+    for layer in range(num_layers):
+        h, c = lstm_cell(below, *state[layer], *weights[4 * layer : 4 * layer + 4])
+        next_state.append(torch.stack((h, c)))
+        below = h
+    out = (head_weight @ below).squeeze(0) + head_bias
+    if odd:
+        plus, minus = out.chunk(2)
+        out = plus - minus
+    return output_scale * out, torch.stack(next_state)
+
+
+def theta_step(
+    theta: Tensor, gradient: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+) -> tuple[Tensor, Tensor]:
+    """Eq. 3, differentiable in theta, gradient, state and phi: returns θ + u and the next state."""
+    u, state = update(theta, gradient, state, phi, **form)
+    return theta + u, state
+
+
+@torch.no_grad()
+def theta_step_(
+    theta: Tensor, gradient: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+) -> None:
+    """Eq. 3 in place: writes θ + u into `theta` and the next state into `state`; keeps no graph."""
+    next_theta, next_state = theta_step(theta, gradient, state, phi, **form)
+    theta.copy_(next_theta)
+    state.copy_(next_state)
+
+
+def unroll(
+    theta: Tensor, gradients: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+) -> tuple[Tensor, Tensor]:
+    """The T updates that φ makes of T gradients: [T, N] and the last state.
+
+    First order: the gradients, and θ where φ sees it, enter detached. Differentiable in phi and in
+    the first state.
+    """
+    theta, updates = theta.detach(), []
+    for gradient in gradients.detach():
+        u, state = update(theta, gradient, state, phi, **form)
+        theta = theta + u.detach()
+        updates.append(u)
+    return torch.stack(updates), state
+
+
+def unroll_meta_gradient(
+    theta: Tensor,
+    gradients: Tensor,
+    state: Tensor,
+    cotangents: Tensor,
+    phi: Tensor,
+    **form: Unpack[Form],
+) -> Tensor:
+    """dφ of an unroll in closed form: Σ_s (du_s/dφ)ᵀ · cotangents[s], back through time.
+
+    To first order nothing of the optimizee's graph is needed: `cotangents` says all that the
+    meta-loss has to say about the updates (see `update_cotangents`). One block of coordinates goes
+    forward and back at a time, so memory does not grow with N·T times the activations.
+
+    Args:
+        theta: [N], before the first update.
+        gradients: [T, N], what φ read.
+        state: [L, 2, H, M], before the first update.
+        cotangents: [T, N], derivative of the meta-loss with respect to each update.
+        phi: [P].
+
+    Returns:
+        [P], packed like `phi`.
+    """
+    n = theta.numel()
+    by_sign = state.view(*state.shape[:3], -1, n)  # [L, 2, H, 1 or 2, N]
+    phi = phi.detach().requires_grad_()
+    total = torch.zeros_like(phi)
+    for start in range(0, n, BLOCK):
+        part = slice(start, start + BLOCK)
+        with torch.enable_grad():
+            updates, _ = unroll(
+                theta[part], gradients[:, part], by_sign[..., part].flatten(3), phi, **form
+            )
+        total += torch.autograd.grad(updates, phi, cotangents[:, part])[0]
+    return total
+
+
+def update_cotangents(loss_gradients: Tensor) -> Tensor:
+    """Derivative of Σ_t L_t(θ_t) with respect to each update: suffix sums, [T, N] -> [T, N].
+
+    `loss_gradients[s]` is ∇L at the θ that update s led to. As θ_{t+1} = θ_t + u_t, update s moves
+    every later θ by the same amount, and its cotangent is the sum of rows s and after.
+    """
+    return loss_gradients.flip(0).cumsum(0).flip(0)
+
+
+def robust_loss(
+    loss: Callable[..., Tensor], model, x: Tensor, y: Tensor, *, attack: Callable, alpha: float
+) -> Tensor:
+    """Eq. 6: α·l(θ, x, y) + (1 - α)·l(θ, x', y), with x' crafted against the current θ.
+
+    Args:
+        loss: (model, x, y) -> 0-dim loss.
+        attack: (model, x, y) -> x'; not called for alpha = 1.
+        alpha: in [0, 1]; 1 is the clean loss alone, 0 the adversarial loss alone. A loss that
+            weighs nothing is not computed.
+    """
+    if alpha == 1:
+        return loss(model, x, y)
+    adversarial = loss(model, attack(model, x, y), y)
+    if alpha == 0:
+        return adversarial
+    return alpha * loss(model, x, y) + (1 - alpha) * adversarial

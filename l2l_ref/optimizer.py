@@ -1,0 +1,224 @@
+"""The meta-optimizer φ, and the optimizer that applies it to a model's parameters."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from l2l_ref import engine
+from l2l_ref.equations import Form
+from l2l_ref.errors import InputError
+
+
+class MetaOptimizer(nn.Module):
+    """φ: an `nn.LSTM` on each gradient coordinate and an `nn.Linear` head that writes its update.
+
+    Plain PyTorch modules, so that φ is a plain state dict and `nn.LSTM` itself is an oracle for
+    every backend. All coordinates share the weights; each has a state of its own. The head starts
+    at zero, so an untrained φ changes nothing (paper, section 3; Andrychowicz et al. 2016).
+
+    Args:
+        hidden_size: units of each LSTM layer.
+        num_layers: LSTM layers.
+        p: > 0, range of the logarithm in Eq. 5.
+        output_scale: > 0, multiplies the head's output.
+        theta_input: θ is a third input, clamp(10·θ, ±5).
+        odd: the update is m(x) - m(-x), so that u(-g) = -u(g).
+        generator: draws the weights; uniform in ±1/√hidden_size as `nn.LSTM` does.
+
+    Raises:
+        InputError: a size below 1; p or output_scale not positive and finite.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        p: float = 10.0,
+        output_scale: float = 0.01,
+        theta_input: bool = False,
+        odd: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise InputError(f"{name} is {size}: it must be at least 1")
+        for name, value in (("p", p), ("output_scale", output_scale)):
+            if not 0 < value < float("inf"):
+                raise InputError(f"{name} is {value}: it must be positive and finite")
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.form: Form = {
+            "p": p,
+            "output_scale": output_scale,
+            "theta_input": theta_input,
+            "odd": odd,
+        }
+        self.lstm = nn.LSTM(3 if theta_input else 2, hidden_size, num_layers)
+        self.head = nn.Linear(hidden_size, 1)
+        for weight in self.lstm.parameters():
+            nn.init.uniform_(weight, -(hidden_size**-0.5), hidden_size**-0.5, generator=generator)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments: with the state dict, all that φ is."""
+        return {"hidden_size": self.hidden_size, "num_layers": self.num_layers, **self.form}
+
+    def phi(self) -> Tensor:
+        """All weights as one vector [P], differentiable: what the operators take."""
+        return parameters_to_vector(self.parameters())
+
+    def init_state(self, coordinates: int) -> Tensor:
+        """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
+        m = 2 * coordinates if self.form["odd"] else coordinates
+        return self.head.weight.new_zeros(self.num_layers, 2, self.hidden_size, m)
+
+    def forward(
+        self, theta: Tensor, gradient: Tensor, state: Tensor, *, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """One differentiable step, Eq. 3-4: θ [N], ∇ [N], state -> θ + u [N] and the next state."""
+        step = engine.operators(backend).theta_step
+        return step(theta, gradient, state, self.phi(), **self.form)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.form.items())
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` whose update rule is a meta-optimizer.
+
+    φ is not changed: train it with `meta_train`, or differentiate `MetaOptimizer.forward`. The
+    LSTM states live here, zero at the start. A parameter without a gradient is left alone, its
+    state too. No graph is kept.
+
+    Args:
+        params: parameters, or groups of them; a group may bring its own "meta_optimizer".
+        meta_optimizer: φ of the groups that bring none.
+        backend: "auto", "reference" or "fused".
+
+    Raises:
+        InputError: a group without φ; dtypes or devices that differ from φ's; sparse gradients.
+
+    Example:
+        >>> optimizer = LearnedOptimizer(model.parameters(), meta_optimizer)
+        >>> loss(model(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        meta_optimizer: MetaOptimizer | None = None,
+        *,
+        backend: str = "auto",
+    ):
+        engine.resolve(backend)  # a wrong name is wrong now, not at the first step
+        self._joint: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        super().__init__(params, {"meta_optimizer": meta_optimizer, "backend": backend})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # after a copy or load_state_dict
+        super().__setstate__(state)
+        self._joint = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        meta_optimizer = group["meta_optimizer"]
+        if not isinstance(meta_optimizer, MetaOptimizer):
+            raise InputError(
+                f"parameter group {len(self.param_groups) - 1} has no φ: give LearnedOptimizer a "
+                "meta_optimizer, or the group one of its own"
+            )
+        weight = meta_optimizer.head.weight
+        for param in group["params"]:
+            if (param.dtype, param.device) != (weight.dtype, weight.device):
+                raise InputError(
+                    f"a parameter is {param.dtype} on {param.device} but its meta-optimizer is "
+                    f"{weight.dtype} on {weight.device}: move one with .to()"
+                )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Apply φ once to every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self._step_group(index, group, params)
+        return loss
+
+    def _step_group(self, index: int, group: dict[str, Any], params: list[Tensor]) -> None:
+        """One call of the operator for all coordinates of a φ-group."""
+        if any(param.grad.is_sparse for param in params):
+            raise InputError("a gradient is sparse: LearnedOptimizer takes dense gradients only")
+        meta_optimizer = group["meta_optimizer"]
+        theta = torch.cat([param.reshape(-1) for param in params])
+        gradient = torch.cat([param.grad.reshape(-1) for param in params])
+        state = self._joint_state(index, meta_optimizer, params)
+        step_ = engine.operators(group["backend"]).theta_step_
+        step_(theta, gradient, state, meta_optimizer.phi(), **meta_optimizer.form)
+        parts = theta.split([param.numel() for param in params])
+        torch._foreach_copy_(params, [t.view_as(p) for t, p in zip(parts, params, strict=True)])
+
+    def _joint_state(self, index: int, meta: MetaOptimizer, params: list[Tensor]) -> Tensor:
+        """The states of `params` side by side, [L, 2, H, M], as the operators want them.
+
+        `self.state[param]["lstm"]`, [L, 2, H, signs, numel], is a view of its part, so nothing is
+        gathered again until other parameters have gradients or a state dict is loaded.
+        """
+        key = tuple(id(param) for param in params)
+        if index not in self._joint or self._joint[index][0] != key:
+            states = []
+            for param in params:
+                fresh = meta.init_state(param.numel()).unflatten(-1, (-1, param.numel()))
+                state = self.state[param].get("lstm", fresh)
+                if state.shape != fresh.shape:
+                    raise InputError(
+                        f"a loaded optimizer state has shape {list(state.shape)} where this "
+                        f"meta-optimizer needs {list(fresh.shape)}: load the state that was saved "
+                        "with it"
+                    )
+                states.append(state)
+            joint = torch.cat(states, dim=-1)
+            sizes = [param.numel() for param in params]
+            for param, view in zip(params, joint.split(sizes, dim=-1), strict=True):
+                self.state[param]["lstm"] = view
+            self._joint[index] = key, joint.flatten(3)
+        return self._joint[index][1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The LSTM states and groups, without φ and backend: φ is saved on its own."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            del group["meta_optimizer"], group["backend"]
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the LSTM states of a `state_dict`; φ and backend stay those of this optimizer."""
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):  # else the base class says what is wrong
+            groups = [
+                {**saved, "meta_optimizer": own["meta_optimizer"], "backend": own["backend"]}
+                for saved, own in zip(groups, self.param_groups, strict=True)
+            ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+def flatten_(params: Iterable[Tensor]) -> Tensor:
+    """Move parameters onto one vector [N], which they view from then on; returns the vector.
+
+    An in-place operator on the vector then changes the model itself.
+    """
+    params = list(params)
+    theta = torch.cat([param.detach().reshape(-1) for param in params])
+    for param, view in zip(params, theta.split([p.numel() for p in params]), strict=True):
+        param.data = view.view_as(param)
+    return theta
