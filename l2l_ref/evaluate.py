@@ -1,0 +1,114 @@
+"""How robust a model is: accuracy and loss under attack, and the mark of a collapsed run.
+
+Models are judged as they would be used, in eval mode: batch-norm normalises by its running
+statistics, so that no prediction depends on the other samples of its batch. A network trained for
+only a few steps has immature statistics (they move by a tenth per step) and is judged with them.
+Nothing is left behind: modes, buffers and `.grad` of the model come out as they went in, whatever
+the attack does.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_ref.attacks import Attack, leaves_no_trace, untouched
+from l2l_ref.errors import InputError
+
+
+class Images(Protocol):
+    """Labelled images, such as `l2l_ref.data.ImageSet`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples at `index`, int64 [b]: x, float [b, ...] in [0, 1], and y, int64 [b]."""
+        ...
+
+
+def robust_accuracy(
+    model: Callable, images: Images, attack: Attack, *, restarts: int = 1, batch_size: int = 500
+) -> float:
+    """The fraction of samples that the model, in eval mode, gets right under every attack on them.
+
+    Args (InputError for a number out of range, or no images):
+        model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; a sample with a
+            NaN logit counts as wrong.
+        images: the samples, judged in order; at least one.
+        attack: any callable (model, x, y) -> x_adv; `attacks.none` gives the clean accuracy.
+        restarts: attacks per sample, >= 1; a sample that one of them breaks is not attacked again.
+        batch_size: samples per call, >= 1.
+    Returns:
+        A number in [0, 1].
+    """
+    for name, value in (("restarts", restarts), ("batch_size", batch_size)):
+        if not value >= 1:
+            raise InputError(f"{name} is {value}, but must be >= 1; leave it out for the default.")
+    if len(images) == 0:
+        raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
+    attack = leaves_no_trace(attack)
+    robust = 0
+    with untouched(model):
+        _eval(model)
+        for indices in torch.arange(len(images)).split(batch_size):
+            x, y = images.batch(indices)
+            for _ in range(restarts):
+                survives = _is_right(model, attack(model, x, y), y)
+                x, y = x[survives], y[survives]
+                if len(y) == 0:
+                    break
+            robust += len(y)  # the survivors
+    return robust / len(images)
+
+
+@torch.no_grad()
+def losses(
+    model: Callable, x: Tensor, y: Tensor, attack: Attack, *, eval_mode: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of the model on a batch and on the same batch under attack.
+
+    Args:
+        model: x -> logits [b, classes].
+        x, y: float [b, ...] in [0, 1] and labels int64 [b].
+        attack: any callable (model, x, y) -> x_adv.
+        eval_mode: judge the model in eval mode; False keeps the modes that it is in.
+    Returns:
+        (clean, attacked): two 0-dim tensors without a graph, on the model's device (no sync).
+    """
+    with untouched(model):
+        if eval_mode:
+            _eval(model)
+        x_adv = leaves_no_trace(attack)(model, x, y)
+        return F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
+
+
+def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:
+    """Whether a run ended in the constant predictor, which no attack can hurt further.
+
+    Args:
+        attacked_loss: mean cross-entropy under attack, in nats; NaN is not a collapse.
+        accuracy: in [0, 1].
+        classes: >= 2, else InputError.
+    Returns:
+        True where the loss is within 1 % of ln(classes), that of the uniform prediction, and the
+        accuracy near chance: at most 1.5 / classes, which leaves room for unbalanced classes.
+    """
+    if not classes >= 2:
+        raise InputError(f"classes is {classes}, but must be >= 2; one class has no chance level.")
+    chance = math.log(classes)
+    return abs(attacked_loss - chance) <= 0.01 * chance and accuracy <= 1.5 / classes
+
+
+def _eval(model: Callable) -> None:
+    if isinstance(model, nn.Module):
+        model.eval()
+
+
+@torch.no_grad()
+def _is_right(model: Callable, x: Tensor, y: Tensor) -> Tensor:
+    logits = model(x)
+    # argmax takes NaN for the maximum, and that could be the true class.
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)

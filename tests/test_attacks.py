@@ -1,0 +1,460 @@
+"""Attacks: closed forms on linear models, the promise to leave no trace, other libraries' bits."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_ref import attacks
+from l2l_ref.attacks import fgsm, leaves_no_trace, make, none, pgd, untouched
+from l2l_ref.errors import InputError
+
+EVERY = {"fgsm": fgsm, "pgd": pgd, "pgd_restarts": partial(pgd, steps=2, restarts=2)}
+every_attack = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY)
+
+
+def linear(weight: list, bias: list) -> nn.Linear:
+    model = nn.Linear(len(weight[0]), len(weight))
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(weight))
+        model.bias.copy_(torch.tensor(bias))
+    return model
+
+
+def norms_net() -> nn.Module:
+    """Every kind of module that changes itself in a forward pass."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 4, 3)),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(64, 5),
+    )
+
+
+def images(n: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, 1, 8, 8, generator=generator), torch.arange(n) % 5
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network, fitted until it has something to lose, and its data."""
+    torch.manual_seed(0)
+    y = torch.arange(300) % 3
+    x = (torch.rand(3, 1, 6, 6)[y] * 0.6 + 0.4 * torch.rand(300, 1, 6, 6)).clamp(0, 1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.zero_grad()
+    return model, x, y
+
+
+def sample_losses(model, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model(x), y, reduction="none")
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+# --- What an attack computes ----------------------------------------------------------------------
+
+
+@every_attack
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-3, 0.3, 1.7])
+def test_stays_in_the_ball_and_the_box(attack, dtype, eps):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+    x = torch.cat([torch.rand(20, 9), torch.zeros(3, 9), torch.ones(3, 9)]).to(dtype)
+
+    def model(x_adv):  # checks the points on the way as well
+        assert 0 <= x_adv.min() and x_adv.max() <= 1
+        assert (x_adv - x).abs().max() <= eps + torch.finfo(dtype).eps
+        return net(x_adv)
+
+    x_adv = attack(model, x, torch.arange(26) % 4, eps=eps)
+    assert (x_adv.shape, x_adv.dtype) == (x.shape, dtype)
+    model(x_adv)
+    assert (x_adv - x).abs().amax(1).min() >= 0.5 * min(eps, 0.5)  # and no sample stays put
+
+
+@pytest.mark.parametrize(
+    "attack", [fgsm, partial(pgd, random_start=False), pgd, partial(pgd, steps=1, step_size=9.0)]
+)
+def test_finds_the_worst_corner_of_a_linear_model(attack):
+    # Logits (3a - 1.5, 3b - 1.5, 0). The loss gradient is (3 p0, 3 p1) less row y of the weights:
+    # (3 p0 - 3, 3 p1), (3 p0, 3 p1 - 3), (3 p0, 3 p1): its signs are the same on the whole plane.
+    model = linear([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]], [-1.5, -1.5, 0.0])
+    x = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.1, 0.9]])
+    x_adv = attack(model, x, torch.tensor([0, 1, 2, 0]), eps=0.25)
+    expected = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.75, 0.75], [0.0, 1.0]])
+    torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-6)
+
+
+def test_fgsm_takes_the_true_label_and_a_zero_gradient_moves_nothing():
+    model = linear([[0.0, 0.0], [2.0, 0.0]], [0.0, 0.0])  # says class 1; the second pixel is idle
+    x = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    x_adv = fgsm(model, x, torch.tensor([0, 1]), eps=0.125)
+    assert torch.equal(x_adv, torch.tensor([[0.625, 0.5], [0.375, 0.5]]))
+
+
+def test_pgd_turns_where_fgsm_overshoots():
+    # The loss of class 0 against a logit z = 1 - 16 (a - 0.6)² is highest at a = 0.6.
+    def model(x):
+        return torch.cat([torch.zeros_like(x), 1 - 16 * (x - 0.6) ** 2], 1)
+
+    x, y = torch.tensor([[0.5]]), torch.tensor([0])
+    assert fgsm(model, x, y, eps=0.4).item() == pytest.approx(0.9)
+    x_adv = pgd(model, x, y, eps=0.4, steps=9, step_size=0.07, random_start=False)
+    # 0.57, 0.64, 0.57, ...: the ninth step, an odd one, ends on 0.57.
+    assert x_adv.item() == pytest.approx(0.57, abs=1e-6)
+
+
+@every_attack
+@pytest.mark.parametrize("eps", [0.0, -0.0])
+def test_eps_zero_is_the_identity_bit_for_bit(attack, eps):
+    x = torch.tensor([[0.0, -0.0, 1.0, 0.1, 1e-42]])
+    assert torch.equal(bits(attack(nn.Linear(5, 2), x, torch.tensor([0]), eps=eps)), bits(x))
+    assert none(nn.Linear(5, 2), x, torch.tensor([0])) is x
+
+
+def test_attacks_raise_the_loss_and_pgd_raises_it_more(trained):
+    model, x, y = trained
+    for eps in (0.02, 0.1, 0.3):
+        clean = sample_losses(model, x, y).mean()
+        by_fgsm = sample_losses(model, fgsm(model, x, y, eps=eps), y).mean()
+        start = torch.Generator().manual_seed(0)
+        by_pgd = sample_losses(model, pgd(model, x, y, eps=eps, generator=start), y).mean()
+        assert clean < by_fgsm <= by_pgd
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd], ids=["fgsm", "pgd"])
+def test_a_samples_result_does_not_depend_on_the_batch_size(attack):
+    # p1 = e^-10 is a float16; divided by 8192 it would be 0, and so would the gradient's sign.
+    model = linear([[0.0], [1.0]], [10.0, 0.0]).half()
+    x, y = torch.full((8192, 1), 0.5, dtype=torch.half), torch.zeros(8192, dtype=torch.int64)
+    assert (attack(model, x, y, eps=0.25) == 0.75).all()
+
+
+def test_pgd_takes_as_many_steps_as_it_says_of_the_size_it_says():
+    seen = []
+
+    def model(x):
+        seen.append(x.detach().clone())
+        return torch.cat([torch.zeros_like(x), x], 1)
+
+    x, y = torch.full((1, 1), 0.25), torch.tensor([0])
+    x_adv = pgd(model, x, y, eps=0.5, steps=5, random_start=False)  # steps of 2.5 * 0.5 / 5
+    assert torch.stack([*seen, x_adv]).flatten().tolist() == [0.25, 0.5, 0.75, 0.75, 0.75, 0.75]
+    seen.clear()
+    x_adv = pgd(model, x, y, eps=0.5, steps=3, step_size=0.125, random_start=False)
+    assert torch.stack([*seen, x_adv]).flatten().tolist() == [0.25, 0.375, 0.5, 0.625]
+
+
+def test_random_start_is_uniform_in_the_ball_and_the_box():
+    x, y = torch.full((20000, 2), 0.5), torch.zeros(20000, dtype=torch.int64)
+    x[:, 1] = 0.0
+    start = torch.Generator().manual_seed(0)
+    flat = linear([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0])  # no gradient, so PGD ends where it starts
+    inner, edge = (pgd(flat, x, y, eps=0.2, steps=1, generator=start) - x).T
+    assert inner.histc(4, -0.2, 0.2).div(20000).sub(0.25).abs().max() < 0.02
+    assert (edge == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert edge.min() == 0 and edge.max() > 0.19
+    assert torch.equal(pgd(flat, x, y, eps=0.2, steps=1, random_start=False), x)
+
+
+def test_random_start_draws_from_the_generator_alone(trained):
+    model, x, y = trained
+
+    def run(seed):
+        return pgd(model, x, y, eps=0.1, steps=1, generator=torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    assert torch.equal(pgd(model, x, y, eps=0.1, steps=1), run(0))  # None: torch's own, also seeded
+
+
+def test_generator_may_live_on_another_device_than_x():
+    x, y = torch.rand(4, 3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    start = torch.Generator().manual_seed(0)
+    before = start.get_state()
+    x_adv = pgd(nn.Linear(3, 2, device="meta"), x, y, eps=0.1, generator=start)
+    assert x_adv.device.type == "meta" and x_adv.shape == x.shape
+    assert not torch.equal(start.get_state(), before)  # drawn where the generator is
+
+
+def test_restarts_keep_the_highest_loss_of_every_sample(trained):
+    model, x, y = trained
+    # Few short steps: the runs end apart, and none of them is best everywhere.
+    attack = partial(pgd, model, x, y, eps=0.3, steps=2, step_size=0.02)
+    start = torch.Generator().manual_seed(0)
+    runs = torch.stack([attack(generator=start) for _ in range(4)])
+    losses = torch.stack([sample_losses(model, run, y) for run in runs])
+    assert len(losses.argmax(0).unique()) == 4
+    previous = torch.full_like(losses[0], -math.inf)
+    for restarts in (1, 2, 3, 4):
+        x_adv = attack(restarts=restarts, generator=torch.Generator().manual_seed(0))
+        loss = sample_losses(model, x_adv, y)
+        torch.testing.assert_close(loss, losses[:restarts].amax(0))
+        assert (loss >= previous - 1e-6).all()
+        previous = loss
+        assert (x_adv == runs[:restarts]).flatten(2).all(2).any(0).all()  # samples are not mixed
+
+
+def test_restarts_prefer_a_broken_sample():
+    def model(x):  # breaks in the upper half of the ball
+        z = torch.where(x > 0.5, math.nan, x)
+        return torch.cat([torch.zeros_like(x), z], 1)
+
+    x, y = torch.full((200, 1), 0.5), torch.zeros(200, dtype=torch.int64)
+    start = torch.Generator().manual_seed(0)
+    x_adv = pgd(model, x, y, eps=0.1, steps=1, step_size=1e-6, restarts=12, generator=start)
+    assert (x_adv > 0.5).float().mean() > 0.95
+
+
+# --- What an attack leaves alone ------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> dict:
+    """All that an attack may not change: modes, and every tensor's identity, version and value."""
+
+    def facts(t: Tensor | None):
+        return None if t is None else (id(t), t._version, t.requires_grad, t.tolist())
+
+    return {
+        "modes": [module.training for module in model.modules()],
+        "parameters": {name: facts(p) for name, p in model.named_parameters()},
+        "grads": {name: facts(p.grad) for name, p in model.named_parameters()},
+        "buffers": {name: facts(b) for name, b in model.named_buffers()},
+    }
+
+
+def rude(model, x, y, *, eps):
+    """What an attack of another library may do on its way."""
+    model.eval()
+    for p in list(model.parameters())[::2]:
+        p.requires_grad_(False)
+    x.requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    x_adv = x + eps * x.grad.sign()
+    model.zero_grad(set_to_none=False)
+    model.train()
+    model(x_adv)
+    torch.set_grad_enabled(False)
+    return x_adv
+
+
+def failing(model, x, y, *, eps):
+    rude(model, x, y, eps=eps)
+    raise KeyError("half way")
+
+
+def mixed_modes(model: nn.Module) -> None:
+    model.eval()
+    model[1].train()
+
+
+STATES = {"train": nn.Module.train, "eval": nn.Module.eval, "mixed": mixed_modes}
+
+
+@pytest.mark.parametrize("attack", [*EVERY.values(), leaves_no_trace(rude)], ids=[*EVERY, "rude"])
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("grads", [False, True])
+def test_leaves_no_trace(attack, state, grads):
+    model, (x, y) = norms_net(), images()
+    state(model)
+    model[3].bias.requires_grad_(False)
+    if grads:
+        F.cross_entropy(model(x), y).backward()
+    x.requires_grad_()
+    before, calm = snapshot(model), x.detach().clone()
+    x_adv = attack(model, x, y, eps=0.1)
+    assert snapshot(model) == before
+    assert torch.equal(x, calm) and x.requires_grad and x.grad is None
+    assert not x_adv.requires_grad and x_adv.grad_fn is None and not torch.equal(x_adv, x)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_leaves_no_trace_when_it_raises(grads):
+    model, (x, y) = norms_net(), images()
+    if grads:
+        F.cross_entropy(model(x), y).backward()
+    before = snapshot(model)
+    with pytest.raises(KeyError, match="half way"):
+        leaves_no_trace(failing)(model, x, y, eps=0.1)
+    with pytest.raises(IndexError):
+        fgsm(model, x, y + 99, eps=0.1)
+    assert snapshot(model) == before and torch.is_grad_enabled()
+
+
+@every_attack
+def test_leaves_no_trace_under_no_grad(attack):
+    model, (x, y) = norms_net(), images()
+    start = torch.Generator().manual_seed(0)
+    options = {"eps": 0.1} | ({} if attack is fgsm else {"generator": start})
+    expected = attack(model, x, y, **options)
+    start.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(attack(model, x, y, **options), expected)
+        assert not torch.is_grad_enabled()
+    with torch.no_grad():
+        leaves_no_trace(rude)(model, x, y, eps=0.1)
+        assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_crafts_against_the_models_current_mode(state):
+    model, (x, y) = norms_net(), images()
+    for _ in range(3):
+        model(x)  # running statistics unlike those of the batch
+    state(model)
+    leaf, copied = x.clone().requires_grad_(), copy.deepcopy(model)
+    F.cross_entropy(copied(leaf), y, reduction="sum").backward()
+    expected = (x + 0.1 * leaf.grad.sign()).clamp(0, 1)
+    x_adv = fgsm(model, x, y, eps=0.1)
+    torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_a_graph_that_waits_for_backward_survives(state):
+    model, (x, y) = norms_net(), images()
+    state(model)
+    loss = F.cross_entropy(model(x), y)
+    expected = torch.autograd.grad(loss, model[0].bias, retain_graph=True)
+    fgsm(model, x, y, eps=0.1)
+    assert torch.equal(torch.autograd.grad(loss, model[0].bias)[0], expected[0])
+
+
+def test_untouched_serves_functions_that_hide_a_module():
+    model, (x, y) = norms_net(), images()
+    before = snapshot(model)
+    with untouched(model):
+        seen = fgsm(lambda x: model(x), x, y, eps=0.1)
+    assert snapshot(model) == before
+    assert torch.equal(seen, fgsm(model, x, y, eps=0.1))
+
+
+# --- How it is asked for --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"eps": -0.1}, "eps is -0.1"),
+        ({"eps": math.nan}, "eps is nan"),
+        ({"eps": math.inf}, "eps is inf"),
+        ({"eps": 0.1, "steps": 0}, "steps is 0"),
+        ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0"),
+        ({"eps": 0.1, "step_size": math.nan}, "step_size is nan"),
+        ({"eps": 0.0, "restarts": 0}, "restarts is 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(options, named):
+    with pytest.raises(InputError, match=named):
+        make("pgd", **options)
+    x, y = torch.rand(1, 2), torch.tensor([0])
+    with pytest.raises(InputError, match=named):
+        pgd(nn.Linear(2, 2), x, y, **options)
+    if len(options) == 1:
+        with pytest.raises(InputError, match=named):
+            fgsm(nn.Linear(2, 2), x, y, **options)
+
+
+def test_make(trained):
+    model, x, y = trained
+    options = {"eps": 0.2, "steps": 2, "step_size": 0.07, "restarts": 2}
+
+    def start():
+        return torch.Generator().manual_seed(0)
+
+    assert make("none", eps=0.2)(model, x, y) is x
+    assert torch.equal(make("fgsm", **options)(model, x, y), fgsm(model, x, y, eps=0.2))
+    made = make("pgd", **options, generator=start())(model, x, y)
+    assert torch.equal(made, pgd(model, x, y, **options, generator=start()))
+    assert all(callable(make(name, eps=0.1)) for name in attacks.ATTACKS)
+    with pytest.raises(InputError, match="'cw'.*none, fgsm, pgd"):
+        make("cw", eps=0.1)
+
+
+# --- The same bits as other libraries -------------------------------------------------------------
+
+budgets = pytest.mark.parametrize(
+    ("eps", "steps", "step_size"), [(0.1, 7, 0.04), (8 / 255, 10, 2 / 255), (0.3, 3, 1.0)]
+)
+
+
+@budgets
+def test_same_bits_as_foolbox(trained, eps, steps, step_size):
+    foolbox = pytest.importorskip("foolbox")
+    model, x, y = trained
+    theirs = foolbox.PyTorchModel(model.eval(), (0, 1))
+    fast = foolbox.attacks.LinfFastGradientAttack().run(theirs, x, y, epsilon=eps)
+    assert torch.equal(fgsm(model, x, y, eps=eps), fast)
+    options = {"steps": steps, "random_start": False}
+    slow = foolbox.attacks.LinfPGD(abs_stepsize=step_size, **options)
+    slow = slow.run(theirs, x, y, epsilon=eps)
+    assert torch.equal(pgd(model, x, y, eps=eps, step_size=step_size, **options), slow)
+
+
+@budgets
+def test_same_bits_as_torchattacks(trained, eps, steps, step_size):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, y = trained
+    assert torch.equal(fgsm(model, x, y, eps=eps), torchattacks.FGSM(model, eps)(x, y))
+    for random_start in (False, True):
+        theirs = torchattacks.PGD(model, eps, step_size, steps, random_start)
+        torch.manual_seed(0)
+        theirs = theirs(x, y)
+        torch.manual_seed(0)
+        options = {"steps": steps, "step_size": step_size, "random_start": random_start}
+        assert torch.equal(pgd(model, x, y, eps=eps, **options), theirs)
+
+
+@budgets
+def test_same_bits_as_cleverhans(trained, eps, steps, step_size):
+    pytest.importorskip("cleverhans")
+    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
+    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
+
+    model, x, y = trained
+    box = {"clip_min": 0.0, "clip_max": 1.0, "y": y}
+    assert torch.equal(
+        fgsm(model, x, y, eps=eps), fast_gradient_method(model, x, eps, math.inf, **box)
+    )
+    if step_size > eps:
+        return  # which cleverhans refuses
+    theirs = projected_gradient_descent(
+        model, x, eps, step_size, steps, math.inf, rand_init=False, **box
+    )
+    options = {"steps": steps, "step_size": step_size, "random_start": False}
+    assert torch.equal(pgd(model, x, y, eps=eps, **options), theirs)
+
+
+def test_the_example_with_foolbox():
+    lib = pytest.importorskip("foolbox")
+    linf, model, (x, y) = lib.attacks.LinfPGD(), norms_net().eval(), images()
+    before = snapshot(model)
+    attack = leaves_no_trace(
+        lambda model, x, y: linf.run(lib.PyTorchModel(model, (0, 1)), x, y, epsilon=0.1)
+    )
+    with torch.no_grad():
+        x_adv = attack(model, x, y)
+    assert snapshot(model) == before
+    assert (sample_losses(model, x_adv, y) > sample_losses(model, x, y)).all()

@@ -1,0 +1,220 @@
+"""Evaluation: counts by hand, the margins of a linear model, and nothing left behind."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_ref.attacks import fgsm, none, pgd
+from l2l_ref.errors import InputError
+from l2l_ref.evaluate import is_collapsed, losses, robust_accuracy
+
+
+class Samples:
+    """The least that `robust_accuracy` asks of a data set."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+def threshold(x: Tensor) -> Tensor:
+    """Class 1 where the only pixel is above a half."""
+    return torch.cat([0.5 - x, x - 0.5], 1)
+
+
+SEVEN = Samples(
+    torch.tensor([[0.1], [0.2], [0.4], [0.6], [0.8], [0.9], [0.7]]),
+    torch.tensor([0, 0, 0, 1, 1, 1, 0]),  # the last one is wrong already
+)
+
+
+def batch_norm_net() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network whose predictions differ between its modes, and a batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.rand(30, 4), torch.arange(30) % 3
+    with torch.no_grad():
+        model[1](10 * torch.randn(50, 8) + 5)
+        assert (model(x).argmax(1) != model.eval()(x).argmax(1)).any()
+    return model.train(), x, y
+
+
+def state(model: nn.Module) -> list:
+    tensors = [*model.parameters(), *model.buffers()]
+    grads = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+    return [t.tolist() for t in tensors] + grads + [module.training for module in model.modules()]
+
+
+def rude(model, x, y):
+    """A foreign attack that changes the mode and runs backward, and would fail under no_grad."""
+    model.train()
+    x = x.clone().requires_grad_()
+    F.cross_entropy(model(x), y).backward()
+    return (x + 0.1 * x.grad.sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 500])
+def test_counts_by_hand(batch_size):
+    accuracy = partial(robust_accuracy, threshold, SEVEN, batch_size=batch_size)
+    assert accuracy(none) == 6 / 7
+    assert accuracy(partial(fgsm, eps=0.15)) == 4 / 7  # 0.4 and 0.6 cross the threshold
+    assert accuracy(partial(pgd, eps=0.35)) == 2 / 7  # so do 0.2 and 0.8
+    assert accuracy(partial(pgd, eps=0.45)) == 0
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd], ids=["fgsm", "pgd"])
+def test_is_the_margin_of_a_linear_model(attack):
+    # A sample of a two-class linear model is robust if and only if its margin is over eps·|w|₁.
+    torch.manual_seed(0)
+    model, x = nn.Linear(10, 2), 0.3 + 0.4 * torch.rand(400, 10)  # no corner leaves the box
+    with torch.no_grad():
+        w = model.weight[1] - model.weight[0]
+        model.bias.copy_(torch.stack([0.5 * w.sum(), torch.tensor(0.0)]))
+        margin = x @ w - 0.5 * w.sum()
+    y = (margin > 0).long() ^ (torch.rand(400) < 0.1)
+    margin = torch.where(y == 1, margin, -margin)
+    for eps in (0.01, 0.05):
+        expected = (margin > eps * w.abs().sum()).double().mean().item()
+        assert 0.1 < expected < 0.9
+        assert robust_accuracy(model, Samples(x, y), partial(attack, eps=eps)) == expected
+
+
+def test_one_restart_is_enough_to_break_a_sample_and_broken_ones_are_spared():
+    attacked = []
+
+    def attack(model, x, y):  # its k-th call breaks the k-th sample of those it is given
+        attacked.append(x.flatten().tolist())
+        x = x.clone()
+        x[len(attacked) - 1] = 1 - y[len(attacked) - 1].float()
+        return x
+
+    images = Samples(torch.tensor([[0.1], [0.2], [0.8], [0.9]]), torch.tensor([0, 0, 1, 1]))
+    assert robust_accuracy(threshold, images, attack) == 3 / 4
+    attacked.clear()
+    assert robust_accuracy(threshold, images, attack, restarts=2) == 2 / 4
+    assert attacked == [pytest.approx([0.1, 0.2, 0.8, 0.9]), pytest.approx([0.2, 0.8, 0.9])]
+
+
+def test_never_attacks_an_empty_batch():
+    def attack(model, x, y):
+        assert len(y) > 0
+        return 1 - x
+
+    assert robust_accuracy(threshold, Samples(SEVEN.x[:6], SEVEN.y[:6]), attack, restarts=3) == 0
+
+
+def test_robust_accuracy_falls_with_restarts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Linear(30, 2))
+    x = torch.rand(200, 5)
+    images = Samples(x, model(x).argmax(1))
+    generator = torch.Generator()
+    accuracies = []
+    for restarts in (1, 2, 8):
+        attack = partial(pgd, eps=0.2, steps=1, step_size=0.05, generator=generator.manual_seed(0))
+        accuracies.append(robust_accuracy(model, images, attack, restarts=restarts))
+    assert robust_accuracy(model, images, none) == 1 > accuracies[0] > accuracies[1] > accuracies[2]
+
+
+@pytest.mark.parametrize("logits", [[math.nan, 0.0], [0.0, math.nan], [math.nan, math.nan]])
+def test_nan_logits_are_wrong(logits):
+    for y in (0, 1):
+        images = Samples(torch.rand(3, 1), torch.full((3,), y))
+        assert robust_accuracy(lambda x: torch.tensor(logits).expand(len(x), 2), images, none) == 0
+
+
+@pytest.mark.parametrize("attack", [none, partial(fgsm, eps=0.0), rude], ids=["none", "0", "rude"])
+@pytest.mark.parametrize("training", [True, False])
+def test_judges_in_eval_mode_and_leaves_nothing_behind(attack, training):
+    model, x, y = batch_norm_net()
+    x_adv = attack(copy.deepcopy(model), x, y).detach()
+    model.eval()
+    with torch.no_grad():
+        expected = (model(x_adv).argmax(1) == y).float().mean().item()
+        expected_losses = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
+    model.train(training)
+    model[0].eval()
+    before = state(model)
+    with torch.no_grad():  # as an evaluation is often called
+        assert robust_accuracy(model, Samples(x, y), attack) == pytest.approx(expected)
+        torch.testing.assert_close(losses(model, x, y, attack), expected_losses)
+    assert state(model) == before
+
+
+def test_modes_are_restored_when_the_attack_raises():
+    def attack(model, x, y):
+        raise KeyError("half way")
+
+    model, x, y = batch_norm_net()
+    before = state(model)
+    with pytest.raises(KeyError):
+        robust_accuracy(model, Samples(x, y), attack)
+    with pytest.raises(KeyError):
+        losses(model, x, y, attack)
+    assert state(model) == before and torch.is_grad_enabled()
+
+
+def test_losses_by_hand():
+    def model(x):  # the loss of class 0 is log(1 + e^x)
+        return torch.cat([torch.zeros_like(x), x], 1)
+
+    x, y = torch.tensor([[0.2], [0.5]]), torch.tensor([0, 0])
+    clean, attacked = losses(model, x, y, partial(fgsm, eps=0.1))
+    assert clean.item() == pytest.approx(
+        (math.log1p(math.exp(0.2)) + math.log1p(math.exp(0.5))) / 2
+    )
+    by_hand = (math.log1p(math.exp(0.3)) + math.log1p(math.exp(0.6))) / 2
+    assert attacked.item() == pytest.approx(by_hand)
+
+
+def test_losses_can_keep_the_models_modes():
+    model, x, y = batch_norm_net()
+    before = state(model)
+    clean, attacked = losses(model, x, y, none, eval_mode=False)
+    assert state(model) == before
+    for loss in (clean, attacked):
+        assert loss.shape == () and not loss.requires_grad
+    with torch.no_grad():
+        expected = F.cross_entropy(model.train()(x), y)
+        assert not torch.isclose(expected, F.cross_entropy(model.eval()(x), y))
+    assert clean == attacked == expected
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "classes", "collapsed"),
+    [
+        (math.log(10), 0.1, 10, True),
+        (1.0099 * math.log(10), 0.1, 10, True),
+        (0.9901 * math.log(10), 0.15, 10, True),
+        (1.0101 * math.log(10), 0.1, 10, False),
+        (0.9899 * math.log(10), 0.1, 10, False),
+        (math.log(10), 0.16, 10, False),  # as uncertain, but it has learned
+        (math.log(10), 0.0, 10, True),
+        (math.log(2), 0.5, 2, True),
+        (math.log(2), 0.5, 10, False),
+        (math.nan, 0.1, 10, False),
+    ],
+)
+def test_is_collapsed(loss, accuracy, classes, collapsed):
+    assert is_collapsed(loss, accuracy, classes) is collapsed
+
+
+def test_numbers_out_of_range_are_named():
+    with pytest.raises(InputError, match="restarts is 0"):
+        robust_accuracy(threshold, SEVEN, none, restarts=0)
+    with pytest.raises(InputError, match="batch_size is -1"):
+        robust_accuracy(threshold, SEVEN, none, batch_size=-1)
+    with pytest.raises(InputError, match="0 samples"):
+        robust_accuracy(threshold, Samples(torch.rand(0, 1), torch.rand(0)), none)
+    with pytest.raises(InputError, match="classes is 1"):
+        is_collapsed(0.0, 1.0, 1)
