@@ -1,0 +1,163 @@
+"""Optimizees: what the meta-optimizer trains.
+
+A problem says how to draw a fresh optimizee, what its loss is, and which parameters share a φ. No
+optimizer appears here, and a problem knows nothing of the one that trains it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_ref.errors import InputError
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A family of optimizees.
+
+    Attributes:
+        name: as on the command line.
+        build: () -> an untrained module; `draw` gives it its θ₀.
+        loss: (model, x, y) -> 0-dim loss, averaged over the batch.
+        classes: how many, or None where there is nothing to classify.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Loss
+    classes: int | None
+
+    def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> nn.Module:
+        """A fresh optimizee in training mode, its θ₀ from `generator` (a CPU one)."""
+        model = self.build()
+        for module in model.modules():
+            reset(module, generator)
+        return model.to(device)
+
+
+def reset(module: nn.Module, generator: torch.Generator) -> None:
+    """PyTorch's default initialisation, from a generator: uniform in ±1/√fan_in; θ of a quadratic
+    normal with deviation 0.01. Modules that start from constants (batch-norm) keep them."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        bound = module.weight[0].numel() ** -0.5
+        for parameter in module.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    elif isinstance(module, Quadratic):
+        nn.init.normal_(module.theta, std=0.01, generator=generator)
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross entropy of logits model(x) [b, classes] and labels y [b]."""
+    return F.cross_entropy(model(x), y)
+
+
+def mlp() -> nn.Module:
+    """784-20-10 with ReLU (paper, section 4.1): 15,910 parameters."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 20), nn.ReLU(), nn.Linear(20, 10))
+
+
+def convnet() -> nn.Module:
+    """Three 3×3 convolutions with batch-norm, then 32 linear units (paper, section 4.2).
+
+    16 channels and a 2×2 max-pool each, as in Andrychowicz et al. 2016; 13,802 parameters.
+    """
+    layers: list[nn.Module] = []
+    for channels in (3, 16, 16):
+        layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(16 * 4 * 4, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
+
+
+def logistic(pixels: int) -> nn.Module:
+    """Multinomial logistic regression, the paper's "other functions" (section 4)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 10))
+
+
+class Quadratic(nn.Module):
+    """θ of `batch` independent problems f(θ) = ||Wθ - y||² in 10 dimensions: x = W, forward = Wθ.
+
+    Source: Andrychowicz et al. 2016, section 3.1.
+    """
+
+    dimension = 10
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(batch, self.dimension))
+
+    def forward(self, x: Tensor) -> Tensor:  # [batch, 10, 10] -> [batch, 10]
+        return (x @ self.theta[..., None]).squeeze(-1)
+
+
+def squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """||model(x) - y||², averaged over the problems of a batch."""
+    return (model(x) - y).square().sum(-1).mean()
+
+
+def quadratics(
+    batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (W, y), drawn once from `generator` (a CPU one) with standard normal entries.
+
+    The functions stay the same while one optimizee is trained, as in Andrychowicz et al. 2016.
+    """
+    n = Quadratic.dimension
+    w = torch.randn(batch_size, n, n, generator=generator).to(device)
+    y = torch.randn(batch_size, n, generator=generator).to(device)
+    while True:
+        yield w, y
+
+
+OPTIMIZEES = {"mnist": ("mlp", "logistic"), "cifar10": ("convnet", "logistic")}
+
+
+def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> Problem:
+    """The problem of a data set: its default optimizee, or the one that is named.
+
+    Args:
+        dataset: "mnist", "cifar10" or "quadratic".
+        optimizee: "mlp" (MNIST), "convnet" (CIFAR-10) or "logistic" (either).
+        batch_size: how many functions a quadratic problem holds.
+
+    Raises:
+        InputError: an unknown data set, or an optimizee that does not go with it.
+    """
+    if dataset == "quadratic" and optimizee in (None, "quadratic"):
+        return Problem("quadratic", lambda: Quadratic(batch_size), squared_error, None)
+    if dataset not in OPTIMIZEES and dataset != "quadratic":
+        raise InputError(f"dataset '{dataset}' is unknown: choose mnist, cifar10 or quadratic")
+    names = OPTIMIZEES.get(dataset, ("quadratic",))
+    name = optimizee or names[0]
+    if name not in names:
+        raise InputError(
+            f"optimizee '{name}' does not go with {dataset}: choose one of {', '.join(names)}"
+        )
+    pixels = 28 * 28 if dataset == "mnist" else 3 * 32 * 32
+    build = {"mlp": mlp, "convnet": convnet, "logistic": lambda: logistic(pixels)}[name]
+    return Problem(name, build, cross_entropy, classes=10)
+
+
+def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters that share a φ: "convolutional" (with batch-norm), "linear", "quadratic".
+
+    The paper gives convolutional and linear layers a φ each (section 4.2); groups named by the
+    kind of layer let a φ move to any optimizee that has layers of its kind.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            name = "linear"
+        elif isinstance(module, Quadratic):
+            name = "quadratic"
+        else:
+            name = "convolutional"
+        if parameters := list(module.parameters(recurse=False)):
+            groups.setdefault(name, []).extend(parameters)
+    return groups

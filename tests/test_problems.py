@@ -1,0 +1,80 @@
+"""The optimizees: their sizes, their θ₀, and the quadratics against their definition."""
+
+import pytest
+import torch
+
+from l2l_ref import problems
+from l2l_ref.errors import InputError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    "dataset, optimizee, parameters, shape",
+    [
+        ("mnist", None, 784 * 20 + 20 + 20 * 10 + 10, (1, 28, 28)),
+        ("mnist", "logistic", 784 * 10 + 10, (1, 28, 28)),
+        # three convolutions, three batch-norms, two linear layers
+        ("cifar10", None, 448 + 2320 + 2320 + 3 * 32 + 8224 + 330, (3, 32, 32)),
+        ("cifar10", "logistic", 3072 * 10 + 10, (3, 32, 32)),
+    ],
+)
+def test_sizes(dataset, optimizee, parameters, shape):
+    model = problems.make(dataset, optimizee).draw(generator())
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.rand(5, *shape)).shape == (5, 10) and model.training
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
+def test_theta0_comes_from_the_generator(dataset):
+    problem = problems.make(dataset)
+    a, b, c = (problem.draw(generator(seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_theta0_has_pytorchs_default_spread():
+    model = problems.make("mnist").draw(generator())
+    weight, bias = model[1].weight, model[1].bias
+    assert weight.abs().max() <= 1 / 28 and bias.abs().max() <= 1 / 28  # 1/√784
+    assert weight.std().item() == pytest.approx(1 / 28 / 3**0.5, rel=0.02)
+    convnet = problems.make("cifar10").draw(generator())
+    assert convnet[0].weight.abs().max().item() == pytest.approx(27**-0.5, rel=0.05)
+    assert (convnet[1].weight == 1).all() and (convnet[1].bias == 0).all()
+
+
+def test_quadratic_is_its_definition():
+    problem = problems.make("quadratic", batch_size=3)
+    model = problem.draw(generator())
+    batches = problems.quadratics(3, generator(5))
+    w, y = next(batches)
+    again = next(batches)
+    assert torch.equal(again[0], w) and torch.equal(again[1], y)  # one function while one θ trains
+    by_hand = [(w[i] @ model.theta[i] - y[i]).pow(2).sum() for i in range(3)]
+    torch.testing.assert_close(problem.loss(model, w, y), sum(by_hand) / 3)
+    other, _ = next(problems.quadratics(3, generator(6)))
+    assert not torch.equal(other, w)
+
+
+def test_groups_go_by_the_kind_of_layer():
+    model = problems.make("cifar10").build()
+    groups = problems.phi_groups(model)
+    assert [tuple(p.shape) for p in groups["linear"]] == [(32, 256), (32,), (10, 32), (10,)]
+    assert len(groups["convolutional"]) == 3 * 4  # weight and bias of convolutions and batch-norms
+    assert list(problems.phi_groups(problems.make("mnist").build())) == ["linear"]
+    assert list(problems.phi_groups(problems.make("quadratic").build())) == ["quadratic"]
+
+
+@pytest.mark.parametrize(
+    "dataset, optimizee, words",
+    [
+        ("svhn", None, "'svhn' is unknown"),
+        ("mnist", "convnet", "'convnet' does not go with mnist"),
+        ("quadratic", "mlp", "'mlp' does not go with quadratic"),
+    ],
+)
+def test_mistakes_are_named(dataset, optimizee, words):
+    with pytest.raises(InputError, match=words):
+        problems.make(dataset, optimizee)
