@@ -1,0 +1,182 @@
+"""The command line: its options, the Config that they make, and the folder that a run gets."""
+
+import argparse
+from fractions import Fraction
+from pathlib import Path
+
+from l2l_ref.config import (
+    ATTACKS,
+    DATASETS,
+    GRID_NAMES,
+    RECIPES,
+    Config,
+    complete,
+    grid_points,
+    require,
+    with_grid,
+)
+from l2l_ref.engine import BACKENDS
+from l2l_ref.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors, so that there is one way to fail."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see run.py --help)")
+
+
+def number(text: str) -> float:
+    """A float, or a fraction such as 8/255."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
+
+
+def grid_axis(text: str) -> tuple[str, tuple[float, ...]]:
+    """`name=value,value` -> (name, values)."""
+    name, _, values = text.partition("=")
+    if name not in GRID_NAMES or not values:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not name=value,value with a name among {', '.join(GRID_NAMES)}"
+        )
+    return name, tuple(number(value) for value in values.split(","))
+
+
+def parser() -> Parser:
+    """The command line. The defaults are in the tables above; the help repeats them in words."""
+    top = Parser(
+        prog="run.py",
+        usage="run.py [options]",
+        description="Meta-train an LSTM optimizer under attack, transfer it to new models that\n"
+        "see clean data only, and judge those under attack.",
+        epilog="Figure 1 of the paper:\n"
+        "  run.py --dataset mnist --attack fgsm --eps 0.05 0.1 0.2 0.3",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def count(group, flag: str, text: str) -> None:
+        group.add_argument(flag, type=int, metavar="N", help=text)
+
+    def real(group, flag: str, text: str) -> None:
+        group.add_argument(flag, type=number, metavar="X", help=text)
+
+    what = top.add_argument_group("experiment")
+    what.add_argument("--dataset", choices=DATASETS, help="default mnist")
+    what.add_argument("--attack", choices=ATTACKS, help="default fgsm (quadratic: none)")
+    what.add_argument(
+        "--eps",
+        type=number,
+        nargs="+",
+        metavar="X",
+        help="l-inf radius in pixel values [0, 1], also 8/255;\n"
+        "several: one panel each (0.1; CIFAR-10: 0.03)",
+    )
+    what.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="paper: as printed (default); robust: φ reads clean\n"
+        "gradients, is judged under attack, is odd, sees θ",
+    )
+    what.add_argument(
+        "--optimizee",
+        choices=("mlp", "convnet", "logistic"),
+        help="default mlp (CIFAR-10: convnet)",
+    )
+    count(what, "--attack-steps", "PGD steps (7)")
+    real(what, "--attack-step-size", "pixel values (2.5·eps/steps)")
+
+    meta = top.add_argument_group("meta-training")
+    count(meta, "--episodes", "optimizees trained (70; CIFAR-10: 8; quadratic: 100)")
+    count(meta, "--unroll", "updates an unroll (20)")
+    real(meta, "--meta-lr", "of Adam on φ, falls as a cosine (1e-3; robust: 3e-3)")
+    real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0; robust: 0)")
+    real(meta, "--p", "log range of Eq. 5 (10)")
+    real(meta, "--eps-warmup", "share of the episodes over which eps grows from 0 (0.5)")
+    count(meta, "--meta-seeds", "φ meta-trained (1)")
+    meta.add_argument(
+        "--grid",
+        type=grid_axis,
+        nargs="+",
+        metavar="NAME=X,X",
+        help="search on the meta-training half, for example\n"
+        f"p=5,10 meta-lr=1e-4,1e-3 ({', '.join(GRID_NAMES)})",
+    )
+    meta.add_argument("--load", metavar="FILE", help="use the φ of this meta_optimizer.pt instead")
+
+    transfer = top.add_argument_group("transfer and evaluation")
+    count(transfer, "--steps", "updates of an optimizee (100; CIFAR-10: 1000)")
+    count(transfer, "--batch-size", "samples (128)")
+    count(transfer, "--seeds", "transfer runs of each method (5)")
+    count(transfer, "--folds", "2: the halves change places too (1; CIFAR-10: 2)")
+    real(transfer, "--transfer-alpha", "clean share in L2L-Transfer (mixed) (0.5)")
+    count(transfer, "--eval-samples", "test images for the accuracies (2000)")
+    count(transfer, "--restarts", "of PGD-20 (2)")
+
+    run = top.add_argument_group("the run")
+    run.add_argument("--quick", action="store_true", help="a miniature of all of it")
+    count(run, "--seed", "base of all randomness (0)")
+    run.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
+    run.add_argument("--backend", choices=BACKENDS, help="who runs the LSTM (auto)")
+    run.add_argument("--data-dir", metavar="DIR", help="where data is or is downloaded to (data)")
+    run.add_argument("--strict-data", action="store_true", help="no stand-in for missing data")
+    run.add_argument("--out", metavar="DIR", help="results (runs/<dataset>-<attack>-<recipe>)")
+    run.add_argument("--resume", action="store_true", help="continue what is in --out")
+    return top
+
+
+def parse(arguments: list[str]) -> Config:
+    """The Config of a command line.
+
+    Raises:
+        InputError: anything the user can mend.
+    """
+    given = vars(parser().parse_args(arguments))
+    if "eps" in given:
+        given["eps"] = tuple(given["eps"])
+    if "grid" in given:
+        axes = [(name.replace("-", "_"), values) for name, values in given["grid"]]
+        given["grid"] = dict(axes)
+        require("grid", len(given["grid"]) == len(axes), axes, "given once for each name")
+    config = complete(given)
+    for chosen in grid_points(config):
+        with_grid(config, chosen)  # raises where a candidate is out of range
+    return config
+
+
+def default_name(config: Config) -> str:
+    """The name of a run's folder, e.g. mnist-fgsm-paper-quick."""
+    parts = [config.dataset, config.attack, config.recipe] + ["quick"] * config.quick
+    return "-".join(parts)
+
+
+def new_folder(config: Config, root: Path = Path("runs")) -> Path:
+    """The folder of this run: `--out`, or runs/<name>, with -2, -3, … where that is taken.
+
+    A run never writes over another. With `--resume` the newest folder of the name is continued.
+
+    Raises:
+        InputError: `--out` is taken and `--resume` is not given, or is not a folder.
+    """
+    if config.out is not None:
+        folder = Path(config.out)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--out {folder} is a file: name a folder")
+        if folder.is_dir() and any(folder.iterdir()) and not config.resume:
+            raise InputError(
+                f"--out {folder} is not empty: add --resume to continue that run, or name another"
+            )
+        return folder
+    name = default_name(config)
+    count = 1
+    folder = root / name
+    while folder.exists():
+        count += 1
+        following = root / f"{name}-{count}"
+        if config.resume and not following.exists():
+            break
+        folder = following
+    return folder

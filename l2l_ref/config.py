@@ -1,0 +1,210 @@
+"""The configuration: one frozen dataclass, and the tables of its defaults."""
+
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from l2l_ref.errors import InputError
+from l2l_ref.problems import OPTIMIZEES
+
+DATASETS = ("mnist", "cifar10", "quadratic")
+ATTACKS = ("fgsm", "pgd", "none")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The comments give units; `complete` fills in the defaults.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    # what
+    dataset: str
+    attack: str
+    eps: tuple[float, ...]  # l∞ radius in pixel values [0, 1]; one panel each
+    recipe: str
+    optimizee: str
+    attack_steps: int  # of PGD
+    attack_step_size: float | None  # pixel values; None: 2.5·eps/steps
+    # φ
+    p: float
+    output_scale: float
+    theta_input: bool
+    odd: bool
+    hidden_size: int
+    num_layers: int
+    # meta-training
+    alpha: float  # Eq. 6 of the loss that judges φ
+    read_alpha: float  # Eq. 6 of the loss whose gradient φ reads
+    eps_warmup: float  # share of the episodes over which ε grows from 0 to its value
+    episodes: int
+    unroll: int  # updates
+    meta_lr: float
+    meta_schedule: str
+    clip: float
+    meta_seeds: int  # how many φ
+    grid: dict[str, tuple[float, ...]]  # candidates by name; empty: no search
+    # transfer
+    steps: int  # updates of an optimizee, in meta-training too
+    batch_size: int
+    seeds: int  # how many runs of each method
+    folds: int  # 1, or 2: the halves change places
+    transfer_alpha: float  # Eq. 6 of L2L-Transfer (mixed)
+    attacked_alpha: float  # Eq. 6 of Adam on attacked batches
+    tune_seeds: int  # runs of each candidate of a baseline's grid
+    tune_every: int  # take every k-th candidate of the baselines' grids
+    # evaluation
+    eval_samples: int  # test images for accuracies
+    curve_samples: int  # test images for the curves
+    restarts: int  # of PGD-20
+    # the run
+    seed: int
+    device: str
+    backend: str
+    data_dir: str
+    strict_data: bool
+    out: str | None
+    resume: bool
+    load: str | None
+    quick: bool
+
+    def __post_init__(self):
+        for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "unroll", "steps",
+                     "batch_size", "seeds", "meta_seeds", "tune_seeds", "tune_every",
+                     "eval_samples", "curve_samples", "restarts"):  # fmt: skip
+            require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
+        for name in ("alpha", "read_alpha", "eps_warmup", "transfer_alpha", "attacked_alpha"):
+            require(name, 0 <= getattr(self, name) <= 1, getattr(self, name), "between 0 and 1")
+        for name in ("p", "output_scale", "meta_lr", "clip"):
+            value = getattr(self, name)
+            require(name, 0 < value < math.inf, value, "positive and finite")
+        size = self.attack_step_size
+        require("attack_step_size", size is None or 0 < size < math.inf, size, "positive")
+        for eps in self.eps:
+            require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
+        require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
+        require("folds", self.folds in (1, 2), self.folds, "1 or 2")
+        require("seed", self.seed >= 0, self.seed, "at least 0")
+        if self.dataset == "quadratic" and self.attack != "none":
+            raise InputError(
+                f"--attack {self.attack} does not go with --dataset quadratic, which has no "
+                "pixels to attack: use --attack none"
+            )
+        if self.load and self.grid:
+            raise InputError("--grid meta-trains and --load does not: give one of them")
+
+
+def require(name: str, ok: bool, value: Any, allowed: str) -> None:
+    """InputError unless `ok`, in the words of the command line."""
+    if not ok:
+        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
+
+
+DEFAULTS: dict[str, Any] = {
+    "recipe": "paper", "attack_steps": 7, "attack_step_size": None, "p": 10.0, "hidden_size": 20,
+    "num_layers": 2, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine", "eps_warmup": 0.5,
+    "meta_seeds": 1, "grid": {}, "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5,
+    "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000, "restarts": 2, "seed": 0,
+    "device": "auto", "backend": "auto", "data_dir": "data", "strict_data": False, "out": None,
+    "resume": False, "load": None, "quick": False,
+}  # fmt: skip
+# The paper's steps and folds; episodes give 350, 400 and 500 unrolls.
+BY_DATASET: dict[str, dict[str, Any]] = {
+    "mnist": {"attack": "fgsm", "eps": (0.1,), "steps": 100, "episodes": 70, "folds": 1,
+              "curve_samples": 1000},
+    "cifar10": {"attack": "fgsm", "eps": (0.03,), "steps": 1000, "episodes": 8, "folds": 2,
+                "curve_samples": 256, "tune_seeds": 1},
+    "quadratic": {"attack": "none", "eps": (0.0,), "steps": 100, "episodes": 100, "folds": 1,
+                  "curve_samples": 1},
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3},
+    "robust": {"output_scale": 0.1, "theta_input": True, "odd": True, "meta_lr": 3e-3,
+               "read_alpha": 1.0},
+}  # fmt: skip
+# θ of a quadratic travels much farther than a network's.
+QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2}
+# The paper mixes clean and FGSM losses, and takes the PGD loss alone (sections 4.1, 4.2).
+ALPHA = {"fgsm": 0.5, "pgd": 0.0, "none": 1.0}
+QUICK: dict[str, dict[str, Any]] = {
+    "mnist": {"episodes": 4, "steps": 40},
+    "cifar10": {"episodes": 1, "steps": 20},
+    "quadratic": {"episodes": 10, "steps": 40},
+}
+QUICK_ALL: dict[str, Any] = {
+    "seeds": 2, "tune_seeds": 1, "tune_every": 2, "eval_samples": 500, "curve_samples": 100,
+    "restarts": 1, "unroll": 10,
+}  # fmt: skip
+GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
+
+
+def complete(given: dict[str, Any]) -> Config:
+    """A Config from the settings that are given; the rest from recipe, data set and --quick."""
+    dataset = given.get("dataset", "mnist")
+    by_dataset = BY_DATASET[dataset]
+    attack = given.get("attack", by_dataset["attack"])
+    recipe = given.get("recipe", "paper")
+    alpha = given.get("alpha", ALPHA[attack])
+    judged = 0.0 if recipe == "robust" and attack != "none" else alpha
+    settings = {
+        **DEFAULTS,
+        "optimizee": OPTIMIZEES.get(dataset, ("quadratic",))[0],
+        "alpha": judged,
+        "read_alpha": alpha,
+        "attacked_alpha": ALPHA[attack],
+        **by_dataset,
+        **RECIPES[recipe],
+        **(QUADRATIC if dataset == "quadratic" else {}),
+        **({**QUICK_ALL, **QUICK[dataset]} if given.get("quick") else {}),
+        **given,
+        "dataset": dataset,
+    }
+    return Config(**settings)
+
+
+def grid_points(config: Config) -> list[dict[str, float]]:
+    """Every combination of `--grid`, {name: value}."""
+    combinations = itertools.product(*config.grid.values())
+    return [dict(zip(config.grid, values, strict=True)) for values in combinations]
+
+
+def with_grid(config: Config, chosen: dict[str, float]) -> Config:
+    """The configuration with a point of its grid in place.
+
+    φ reads and is judged by one α, so both move, unless the recipe separates them.
+    """
+    changes: dict[str, Any] = dict(chosen)
+    if "unroll" in changes:
+        changes["unroll"] = int(changes["unroll"])
+    if "alpha" in changes and config.read_alpha == config.alpha:
+        changes["read_alpha"] = changes["alpha"]
+    return replace(config, **changes)
+
+
+PLACES = {"out", "resume", "data_dir", "strict_data", "device", "backend"}  # where, not what
+
+
+def must_match(config: Config, folder: Path) -> None:
+    """A run that is continued must have the settings it was started with, but for `PLACES`.
+
+    Raises:
+        InputError: another value, or a config.json that cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is broken: start afresh with another --out") from None
+    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
+    for name in now.keys() - PLACES:
+        if now[name] != before.get(name):
+            raise InputError(
+                f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "
+                f"{now[name]}: resume with that, or start afresh with another --out"
+            )

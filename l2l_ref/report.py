@@ -1,0 +1,314 @@
+"""What a run leaves: config.json, metrics.csv, summary.json, curves.png, and the printed table."""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2l_ref.config import Config
+from l2l_ref.experiment import PGD_STEPS, Results
+from l2l_ref.task import Reporter, Task
+
+# Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
+STYLES = {
+    "L2L": ("#0072B2", "-"),
+    "L2L-Transfer": ("#D55E00", "-"),
+    "L2L-Transfer (clean)": ("#D55E00", "-"),
+    "L2L-Transfer (mixed)": ("#E69F00", "--"),
+    "Transfer-NOT": ("#CC79A7", "-."),
+    "Adam": ("#000000", "-"),
+    "Adam (attacked)": ("#009E73", ":"),
+}
+METRICS = {
+    "attacked_loss": "attacked loss",
+    "accuracy": "clean acc.",
+    "fgsm_accuracy": "FGSM acc.",
+    "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
+    "ms_per_step": "ms/step",
+}
+
+
+def reporter() -> Reporter:
+    """Progress bars with loss and time left on a terminal, plain lines elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        def bar(total: int, label: str) -> Callable[[int, float], None]:
+            shown = tqdm(total=total, desc=label, leave=True)
+
+            def update(done: int, loss: float) -> None:
+                shown.update(done - shown.n)
+                shown.set_postfix(loss=f"{loss:.3f}")
+                if done == total:
+                    shown.close()
+
+            return update
+
+        return Reporter(tqdm.write, bar)
+
+    def lines(total: int, label: str) -> Callable[[int, float], None]:
+        begin, shown = time.monotonic(), -1
+
+        def update(done: int, loss: float) -> None:
+            nonlocal shown
+            tenth = 10 * done // total
+            if tenth > shown:
+                shown = tenth
+                left = (time.monotonic() - begin) / done * (total - done)
+                print(f"{label}: {done}/{total}, loss {loss:.3f}, {left:.0f} s left", flush=True)
+
+        return update
+
+    return Reporter(lambda line: print(line, flush=True), lines)
+
+
+def data_label(task: Task) -> str:
+    """Where the data came from, in the words that every artefact carries."""
+    return "random quadratics" if task.images is None else task.images.source
+
+
+def environment(task: Task, backend: str) -> dict[str, Any]:
+    """Versions, hardware and code that a result depends on."""
+    import numpy
+    import torchvision
+
+    device = task.device
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "backend": backend,
+        "git_commit": git_commit(),
+        "data": data_label(task),
+        "data_sha256": None if task.images is None else task.images.checksum,
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+" behind it if files differ; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        run = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def summarise(results: Results) -> list[dict[str, Any]]:
+    """One row for each ε and method: mean and sample deviation over folds, φ and seeds.
+
+    A metric that is not finite in some run has mean and deviation None: no run is left out.
+    """
+    rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for run in results.runs:
+        rows.setdefault((run["eps"], run["method"]), []).append(run)
+    summary = []
+    for (eps, method), runs in rows.items():
+        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(runs)}
+        for name in METRICS:
+            values = [run["attacked"][-1] if name == "attacked_loss" else run.get(name)
+                      for run in runs]  # fmt: skip
+            if values[0] is None:
+                continue
+            finite = all(map(math.isfinite, values))
+            row[name] = {
+                "mean": statistics.fmean(values) if finite else None,
+                "std": statistics.stdev(values) if finite and len(values) > 1 else None,
+            }
+        row["collapsed"] = sum(run["end"] == "collapsed" for run in runs)
+        row["diverged"] = sum(run["end"] == "diverged" for run in runs)
+        summary.append(row)
+    return summary
+
+
+def cell(value: dict[str, float | None] | None, digits: int) -> str:
+    """`mean ± std`; "–" where there is none."""
+    if value is None:
+        return "–"
+    if value["mean"] is None:
+        return "not finite"
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
+
+
+def marks(row: dict[str, Any]) -> str:
+    """How many runs ended badly, in words."""
+    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ("collapsed", "diverged")
+                     if row[end])  # fmt: skip
+
+
+def table(summary: list[dict[str, Any]], title: str) -> str:
+    """The comparison as a Markdown table; mean ± sample deviation over runs."""
+    names = [name for name in METRICS if any(name in row for row in summary)]
+    lines = [title, ""]
+    head = ["ε", "method", *(METRICS[name] for name in names), "runs", ""]
+    body = [
+        [f"{row['eps']:g}", row["method"],
+         *(cell(row.get(name), 2 if name == "ms_per_step" else 3) for name in names),
+         str(row["runs"]), marks(row)]
+        for row in summary
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([*lines, line(head), rule, *map(line, body)])
+
+
+def title(task: Task) -> str:
+    """What a table or figure shows; always says what the data were."""
+    config = task.config
+    attack = {"fgsm": "FGSM", "pgd": f"PGD-{config.attack_steps}", "none": "no attack"}
+    words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
+             config.optimizee, attack[config.attack], f"recipe {config.recipe}",
+             f"data: {data_label(task)}"]  # fmt: skip
+    return " · ".join(words + ["quick miniature"] * config.quick)
+
+
+def draw_curves(path: Path, results: Results, config: Config, heading: str) -> None:
+    """The paper's layout: attacked loss over steps, one panel for each ε, mean ± deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(config.eps))
+    rows = math.ceil(len(config.eps) / columns)
+    figure = Figure(figsize=(6.4 * columns, 3.9 * rows + 1.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
+    for panel, eps in zip(panels, config.eps, strict=False):
+        highest = 0.0
+        for method, (colour, style) in STYLES.items():
+            runs = [r for r in results.runs if r["eps"] == eps and r["method"] == method]
+            if not runs:
+                continue
+            losses = torch.tensor([run["attacked"] for run in runs])
+            mean = losses.mean(0)
+            spread = losses.std(0) if len(runs) > 1 else torch.zeros_like(mean)
+            ended = {run["end"] for run in runs} - {"ok"}
+            steps = runs[0]["steps"]
+            panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+            (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
+            highest = max(highest, mean[0].item(), mean[-1].item())
+            if ended and math.isfinite(mean[-1]):
+                panel.annotate(
+                    " and ".join(sorted(ended)), (steps[-1], mean[-1]), color=colour, fontsize=8,
+                    xytext=(0, 3), textcoords="offset points", ha="right",
+                )  # fmt: skip
+        panel.set(xlabel="step", ylabel="loss under attack" if config.attack != "none" else "loss")
+        if config.attack != "none":
+            panel.set_title(f"ε = {eps:g}")
+        if config.dataset == "quadratic":
+            panel.set_yscale("log")
+        elif math.isfinite(highest):  # one run away would flatten all the others
+            panel.set_ylim(0, 1.3 * highest)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(config.eps) :]:
+        panel.remove()
+    figure.suptitle(heading, fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3,
+                  frameon=False)  # fmt: skip
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
+    write(path, buffer.getvalue())
+
+
+def curves_csv(results: Results) -> str:
+    """One row for each ε, method, fold, φ, seed and step."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["eps", "method", "fold", "phi", "seed", "step", "clean_loss", "attacked_loss"])
+    for run in results.runs:
+        for step, clean, attacked in zip(run["steps"], run["clean"], run["attacked"], strict=True):
+            writer.writerow([run["eps"], run["method"], run["fold"], run["phi"], run["seed"], step,
+                             clean, attacked])  # fmt: skip
+    return buffer.getvalue()
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, then rename: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def plain(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that any reader takes: no NaN, no infinities."""
+    write(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_config(out: Path, config: Config, environment: dict[str, Any], command: str) -> None:
+    """config.json: every setting, and all that the results depend on beside them."""
+    value = {"command": command, "settings": asdict(config), "environment": environment}
+    write_json(out / "config.json", value)
+
+
+def report(
+    out: Path, results: Results, task: Task, environment: dict[str, Any], command: str
+) -> str:
+    """Write metrics.csv, summary.json and curves.png into `out`; returns the table."""
+    config = task.config
+    heading = title(task)
+    summary = summarise(results)
+    write(out / "metrics.csv", curves_csv(results))
+    runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
+            | {"attacked_loss": run["attacked"][-1], "clean_loss": run["clean"][-1]}
+            for run in results.runs]  # fmt: skip
+    value = {
+        "title": heading,
+        "data": data_label(task),
+        "command": command,
+        "environment": environment,
+        "table": summary,
+        "tuned": results.chosen,
+        "grid": results.grid,
+        "runs": runs,
+        "meta_training": results.meta_training,
+    }
+    write_json(out / "summary.json", value)
+    draw_curves(out / "curves.png", results, config, heading)
+    return table(summary, heading)

@@ -1,0 +1,132 @@
+"""Choosing settings without the test: the baselines' grids, and the paper's grid search for φ."""
+
+import itertools
+import math
+import statistics
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2l_ref import attacks, evaluate
+from l2l_ref.config import Config, grid_points, with_grid
+from l2l_ref.task import TRANSFER, Fold, Parts, Reporter, Task, learn, learned
+from l2l_ref.transfer import Method, train
+
+# Candidates of the baselines: learning rates from low to high, and weights of the L1 norm.
+ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
+L1_LRS = (1e-3, 3e-3, 1e-2)
+L1_WEIGHTS = (3e-4, 1e-3, 3e-3)
+# The loss of quadratics is a mean over functions, so these are multiplied by how many there are.
+QUADRATIC_SGD_LRS = (0.001, 0.003, 0.01, 0.03)
+DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
+
+
+def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
+    """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
+    return torch.optim.Adam(model.parameters(), lr=lr)
+
+
+def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
+    """Plain gradient descent, Eq. 2."""
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def candidates(config: Config) -> dict[str, dict[str, Method]]:
+    """The grids of the baselines: {label: {settings in words: the method}}."""
+    quadratic = config.dataset == "quadratic"
+    sgd_lrs = [lr * config.batch_size for lr in QUADRATIC_SGD_LRS] if quadratic else SGD_LRS
+    grids = {
+        "Adam": {f"lr {lr:g}": Method("Adam", partial(adam, lr)) for lr in ADAM_LRS},
+        "SGD": {f"lr {lr:g}": Method("SGD", partial(sgd, lr)) for lr in sgd_lrs},
+    }
+    if config.attack != "none":
+        alpha = config.attacked_alpha
+        grids["Adam (attacked)"] = {
+            f"lr {lr:g}": Method("Adam (attacked)", partial(adam, lr), alpha=alpha)
+            for lr in ADAM_LRS
+        }
+    if not quadratic:
+        grids["Adam + L1"] = {
+            f"lr {lr:g}, L1 {l1:g}": Method("Adam + L1", partial(adam, lr), l1=l1)
+            for lr, l1 in itertools.product(L1_LRS, L1_WEIGHTS)
+        }
+    every = slice(None, None, config.tune_every)
+    return {label: dict(list(grid.items())[every]) for label, grid in grids.items()}
+
+
+def baselines(
+    task: Task, fold: Fold, eps: float, parts: Parts
+) -> tuple[list[Method], dict[str, str]]:
+    """Each baseline with its best settings, and Adam with its default; {label: settings chosen}."""
+    methods = [Method(f"Adam, lr {DEFAULT_LR:g}", partial(adam, DEFAULT_LR))]
+    chosen = {}
+    for label, grid in candidates(task.config).items():
+        scores = {
+            settings: parts.get(
+                f"tune-fold{fold.number}-eps{eps:g}-{label}, {settings}",
+                partial(validate, task, method, fold, eps),
+            )
+            for settings, method in grid.items()
+        }
+        chosen[label] = min(scores, key=lambda settings: tuple(scores[settings]))
+        methods.append(grid[chosen[label]])
+    return methods, chosen
+
+
+def validate(task: Task, method: Method, fold: Fold, eps: float) -> tuple[bool, float]:
+    """How good a method is without its test: (collapsed, attacked loss), the lower the better.
+
+    It trains on one part of the meta-training half and is judged on the other. A constant
+    predictor is nobody's best, however low its attacked loss.
+    """
+    losses, collapses = [], []
+    for seed in range(task.config.tune_seeds):
+        labels = ("tune", fold.number, seed)
+        model = task.draw(*labels)
+        curve = train(
+            model, method, task.batches(fold.fit, *labels),
+            loss=task.problem.loss, attack=task.attack(eps, *labels), steps=task.config.steps,
+            record=task.recorder(fold.validation, eps, *labels), every=task.config.steps,
+        )  # fmt: skip
+        loss = curve.attacked[-1]
+        losses.append(loss if math.isfinite(loss) else math.inf)
+        if fold.validation is not None:
+            accuracy = evaluate.robust_accuracy(model, fold.validation, attacks.none)
+            collapses.append(evaluate.is_collapsed(loss, accuracy, task.problem.classes))
+    return any(collapses), statistics.fmean(losses)
+
+
+def search(
+    task: Task, fold: Fold, parts: Parts, reporter: Reporter
+) -> tuple[Task, list[dict[str, Any]]]:
+    """The `--grid` of φ's settings: meta-train each combination and take the best.
+
+    Candidates meta-train on one part of the meta-training half, then train new optimizees on its
+    clean batches, and are judged on the other part by their attacked loss, averaged over `eps`.
+    """
+    c = task.config
+    tried = []
+    for chosen in grid_points(c):
+        name = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
+        candidate = replace(task, config=with_grid(c, chosen))
+
+        def judge(candidate=candidate, name=name) -> dict[str, Any]:
+            outcomes = []
+            for eps in c.eps:
+                show = reporter.progress(c.episodes, f"grid: {name}, eps {eps:g}")
+                phi, _ = learn(candidate, fold.fit, TRANSFER, eps, fold.number, 0, show)
+                method = Method(name, partial(learned, phi, c.backend))
+                outcomes.append(validate(candidate, method, fold, eps))
+            collapsed, losses = zip(*outcomes, strict=True)
+            return {"collapsed": any(collapsed), "attacked_loss": statistics.fmean(losses)}
+
+        outcome = parts.get(f"grid-fold{fold.number}-{name.replace(', ', '-')}", judge)
+        tried.append({"settings": chosen, **outcome})
+        reporter.say(f"grid: {name}: validation attacked loss {outcome['attacked_loss']:.3f}")
+    best = min(tried, key=lambda row: (row["collapsed"], row["attacked_loss"]))
+    reporter.say(f"grid: chose {best['settings']} on the meta-training half of fold {fold.number}")
+    return replace(task, config=with_grid(c, best["settings"])), tried

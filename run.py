@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""Meta-train an optimizer under attack, transfer it to new models on clean data, judge those.
+
+python run.py --dataset cifar10 --attack pgd --eps 0.03
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from l2l_ref import cli, engine, experiment, report
+from l2l_ref.config import must_match
+from l2l_ref.errors import InputError
+from l2l_ref.task import prepare
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, meta-train, transfer, compare, report."""
+    config = cli.parse(arguments)
+    out = cli.new_folder(config)
+    must_match(config, out)
+    backend = engine.resolve(config.backend)
+    task = prepare(config)
+    phis = experiment.load_phis(Path(config.load), task) if config.load else None
+    environment = report.environment(task, backend)
+    print(report.title(task))
+    print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
+
+    command = shlex.join(["python", "run.py", *arguments])
+    report.write_config(out, config, environment, command)
+    results = experiment.run(task, out, report.reporter(), phis)
+    print("\n" + report.report(out, results, task, environment, command))
+    print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; --resume continues")

@@ -1,0 +1,323 @@
+"""The driver: what a run leaves, that it resumes, and every way to get the command line wrong."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+from l2l_ref import cli, engine, experiment, report, tuning
+from l2l_ref.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--episodes", "1", "--steps", "4", "--unroll", "2", "--seeds", "2", "--quick",
+        "--eval-samples", "40", "--batch-size", "32"]  # fmt: skip
+CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
+          "Adam (attacked)"}  # fmt: skip
+TABLE = CURVES | {"Transfer-NOT (clean)", "SGD", "Adam + L1", "Adam, lr 0.001"}
+FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png", "parts"}
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(folder):
+    with open(folder / "metrics.csv") as file:
+        return json.loads((folder / "summary.json").read_text()), list(csv.DictReader(file))
+
+
+def without_times(summary):
+    """The parts of a summary that the clock has no hand in."""
+    rows = [{k: v for k, v in row.items() if k != "ms_per_step"} for row in summary["runs"]]
+    return rows, summary["meta_training"], summary["tuned"]
+
+
+class TestWhatARunLeaves:
+    def test_two_panels_with_every_method(self, workdir, small_data, capsys):
+        run.main([*TINY, "--eps", "0.1", "8/255", "--out", "r"])
+        folder = workdir / "r"
+        assert {path.name for path in folder.iterdir()} == FILES
+        summary, rows = read(folder)
+        assert {row["method"] for row in summary["table"]} == TABLE
+        assert {row["eps"] for row in summary["table"]} == {0.1, 8 / 255}
+        # one row a method, ε, seed and step (0 to 4)
+        assert len(rows) == len(TABLE) * 2 * 2 * 5
+        assert {row["step"] for row in rows} == set("01234")
+        # every method of a seed starts from the same θ₀
+        starts = {(r["eps"], r["seed"]): set() for r in rows}
+        for row in rows:
+            if row["step"] == "0":
+                starts[row["eps"], row["seed"]].add(row["attacked_loss"])
+        assert all(len(losses) == 1 for losses in starts.values())
+        # Transfer-NOT's φ does not depend on ε and is trained once
+        names = summary["meta_training"].keys()
+        assert sorted(n.split("-")[0] for n in names) == ["not", "transfer", "transfer"]
+        printed = capsys.readouterr().out
+        assert "data: stand-in" in printed and "stand-in" in summary["title"]
+        for method in TABLE:
+            assert f"| {method} " in printed
+        assert all(0 <= row["pgd_accuracy"]["mean"] <= 1 for row in summary["table"])
+        settings = json.loads((folder / "config.json").read_text())
+        assert settings["settings"]["steps"] == 4 and settings["command"].startswith(
+            "python run.py"
+        )
+        environment = settings["environment"]
+        assert environment["torch"] == torch.__version__ and environment["backend"] == "reference"
+        assert environment["data"] == "stand-in" and len(environment["data_sha256"]) == 64
+        assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+        assert not list(folder.rglob("*.partial"))
+
+    def test_cifar_has_two_folds_and_two_phi(self, workdir, small_data):
+        run.main(["--dataset", "cifar10", "--attack", "pgd", "--eps", "0.03", *TINY, "--out", "r",
+                  "--attack-steps", "2", "--seeds", "1", "--steps", "2"])  # fmt: skip
+        summary, rows = read(workdir / "r")
+        assert {row["fold"] for row in rows} == {"0", "1"}
+        saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
+        assert set(saved["phis"]["transfer-fold1-phi0-eps0.03"]) == {"convolutional", "linear"}
+
+    @pytest.mark.parametrize("dataset", ["quadratic", "mnist"])
+    def test_without_attack(self, workdir, small_data, dataset):
+        run.main(["--dataset", dataset, "--attack", "none", *TINY, "--out", "r"])
+        summary, rows = read(workdir / "r")
+        methods = {row["method"] for row in summary["table"]}
+        assert {"L2L", "L2L-Transfer", "Adam", "SGD"} <= methods
+        assert not any("NOT" in method or "attacked" in method for method in methods)
+        assert all(row["clean_loss"] == row["attacked_loss"] for row in rows)
+        assert ("pgd_accuracy" in summary["table"][0]) == (dataset == "mnist")
+
+    def test_same_command_same_bits(self, workdir, small_data):
+        for name in "ab":
+            run.main([*TINY, "--attack", "pgd", "--out", name])
+        (a, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
+        assert rows_a == rows_b and without_times(a) == without_times(b)
+
+    def test_runs_do_not_overwrite_each_other(self, workdir, small_data):
+        for _ in range(2):
+            run.main([*TINY, "--dataset", "quadratic"])
+        names = {path.name for path in (workdir / "runs").iterdir()}
+        assert names == {"quadratic-none-paper-quick", "quadratic-none-paper-quick-2"}
+
+    def test_grid_search_is_reported_and_used(self, workdir, small_data, capsys):
+        run.main([*TINY, "--seeds", "1", "--grid", "p=5,10", "meta-lr=1e-4,1e-2", "--out", "r"])
+        summary, _ = read(workdir / "r")
+        tried = [row["settings"] for row in summary["grid"]]
+        assert tried == [{"p": p, "meta_lr": lr} for p in (5, 10) for lr in (1e-4, 1e-2)]
+        best = min(summary["grid"], key=lambda row: (row["collapsed"], row["attacked_loss"]))
+        saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
+        phi = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]
+        assert phi["settings"]["p"] == best["settings"]["p"]
+        assert f"chose {best['settings']}" in capsys.readouterr().out
+
+    def test_logistic_regression_on_mnist(self, workdir, small_data):
+        run.main([*TINY, "--optimizee", "logistic", "--recipe", "robust", "--out", "r"])
+        saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
+        settings = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]["settings"]
+        assert settings["odd"] and settings["theta_input"]
+
+
+class TestResumeAndLoad:
+    arguments = [*TINY, "--episodes", "3", "--out", "r"]
+
+    @pytest.mark.parametrize("where", ["meta-train", "tune", "transfer"])
+    def test_resumed_equals_uninterrupted(self, workdir, small_data, monkeypatch, where):
+        run.main([*self.arguments[:-1], "whole"])
+        killed = RuntimeError("killed")
+        calls = iter(range(100))
+
+        def kill_at(count, function):
+            def wrapped(*args, **options):
+                if next(calls) == count:
+                    raise killed
+                return function(*args, **options)
+
+            return wrapped
+
+        target, name, count = {
+            "meta-train": (torch.optim.Adam, "step", 2),
+            "tune": (tuning, "validate", 4),
+            "transfer": (experiment, "run_method", 5),
+        }[where]
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, kill_at(count, getattr(target, name)))
+            with pytest.raises(RuntimeError, match="killed"):
+                run.main(self.arguments)
+        run.main([*self.arguments, "--resume"])
+        (a, rows_a), (b, rows_b) = read(workdir / "whole"), read(workdir / "r")
+        assert rows_a == rows_b and without_times(a) == without_times(b)
+
+    def test_load_skips_meta_training_and_gives_the_same_transfer(self, workdir, small_data):
+        run.main([*self.arguments[:-1], "a"])
+        run.main([*self.arguments[:-1], "b", "--load", "a/meta_optimizer.pt"])
+        (a, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
+        assert rows_a == rows_b
+        assert a["meta_training"] and not b["meta_training"]
+        # another ε may use the only φ there is
+        run.main([*self.arguments[:-1], "c", "--load", "a/meta_optimizer.pt", "--eps", "0.2"])
+
+    def test_load_refuses_what_does_not_fit(self, workdir, small_data):
+        run.main(["--dataset", "quadratic", *TINY, "--out", "q"])
+        run.main([*self.arguments[:-1], "a"])
+        for arguments, words in (
+            (
+                ["--load", "q/meta_optimizer.pt"],
+                "no φ for linear parameters, only for quadratic",
+            ),
+            (["--load", "nowhere.pt"], "nowhere.pt does not exist"),
+            (["--load", "q/metrics.csv"], "metrics.csv cannot be read"),
+            (["--load", "a/meta_optimizer.pt", "--seed", "1"], "give --seed 0"),
+            (["--load", "a/meta_optimizer.pt", "--folds", "2"], "this run needs .*fold1"),
+        ):
+            with pytest.raises(InputError, match=words):
+                run.main([*TINY, *arguments, "--out", "x"])
+            assert not (workdir / "x").exists()
+
+    def test_resume_refuses_other_settings(self, workdir, small_data):
+        run.main([*TINY, "--dataset", "quadratic", "--out", "r"])
+        with pytest.raises(InputError, match="meta-lr 0.01, not 0.5"):
+            run.main(
+                [*TINY, "--dataset", "quadratic", "--out", "r", "--resume", "--meta-lr", "0.5"]
+            )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--dataset", "svhn"], "invalid choice: 'svhn'"),
+        (["--attack", "cw"], "invalid choice: 'cw'"),
+        (["--eps", "big"], "'big' is not a number"),
+        (["--eps", "8/0"], "'8/0' is not a number"),
+        (["--eps", "-0.1"], "--eps is -0.1: it must be between 0 and 1"),
+        (["--eps", "nan"], "--eps is nan"),
+        (["--eps", "1.5"], "--eps is 1.5"),
+        (["--eps", "0.1", "0.1"], "free of repeats"),
+        (["--alpha", "2"], "--alpha is 2.0: it must be between 0 and 1"),
+        (["--transfer-alpha", "-1"], "--transfer-alpha is -1.0"),
+        (["--p", "0"], "--p is 0.0: it must be positive"),
+        (["--meta-lr", "inf"], "--meta-lr is inf"),
+        (["--unroll", "0"], "--unroll is 0: it must be at least 1"),
+        (["--steps", "2.5"], "invalid int value: '2.5'"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
+        (["--attack-step-size", "0"], "--attack-step-size is 0.0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--dataset", "quadratic", "--attack", "fgsm"], "use --attack none"),
+        (["--dataset", "cifar10", "--optimizee", "mlp"], "'mlp' does not go with cifar10"),
+        (["--grid", "q=1"], "'q=1' is not name=value"),
+        (["--grid", "p=a"], "'a' is not a number"),
+        (["--grid", "p=0,5"], "--p is 0.0"),
+        (["--grid", "p=1", "p=2"], "given once"),
+        (["--grid", "p=1", "--load", "x.pt"], "give one of them"),
+        (["--device", "tpu9"], "--device tpu9 is not available"),
+        (["--backend", "gpu"], "invalid choice: 'gpu'"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--out", "file"], "--out file is a file"),
+        (["--out", "full"], "--out full is not empty: add --resume"),
+        (["--out", "broken", "--resume"], "config.json is broken"),
+        (["--batch-size", "5000"], "5000"),
+    ],
+)
+def test_mistakes_are_one_clear_sentence(workdir, small_data, arguments, words):
+    (workdir / "file").touch()
+    for name, content in (("full", "{}"), ("broken", "{")):
+        (workdir / name).mkdir()
+        (workdir / name / "config.json").write_text(content)
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(InputError, match=words) as caught:
+        run.main([*TINY, *arguments])
+    assert "\n" not in str(caught.value)
+    assert sorted(workdir.rglob("*")) == before  # nothing half-written
+
+
+def test_fused_backend_names_what_is_missing(workdir, small_data):
+    if engine.resolve("auto") == "fused":
+        pytest.skip("the extension is built")
+    with pytest.raises(InputError, match="backend 'fused' needs the compiled extension"):
+        run.main([*TINY, "--backend", "fused"])
+
+
+class TestAsAProcess:
+    def call(self, *arguments, cwd):
+        command = [sys.executable, str(ROOT / "run.py"), *arguments]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+    def test_mistake_exits_with_2_and_no_traceback(self, tmp_path):
+        done = self.call("--eps", "2", cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("run.py: --eps is 2.0")
+
+    def test_help_fits_two_screens(self, tmp_path):
+        done = self.call("--help", cwd=tmp_path)
+        assert done.returncode == 0 and done.stderr == ""
+        assert len(done.stdout.splitlines()) <= 75
+        assert max(map(len, done.stdout.splitlines())) <= 100
+
+    def test_runs_from_any_folder(self, tmp_path):
+        done = self.call(*TINY, "--dataset", "quadratic", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / "quadratic-none-paper-quick" / "curves.png").exists()
+
+
+class TestConfig:
+    def test_no_arguments_is_the_papers_mnist(self):
+        c = cli.parse([])
+        assert (c.dataset, c.attack, c.eps, c.recipe) == ("mnist", "fgsm", (0.1,), "paper")
+        assert (c.steps, c.batch_size, c.alpha, c.read_alpha, c.p) == (100, 128, 0.5, 0.5, 10)
+        assert c.meta_lr == 1e-3 and c.episodes * math.ceil(c.steps / c.unroll) >= 300
+
+    def test_the_attack_chooses_alpha(self):
+        assert cli.parse(["--attack", "pgd"]).alpha == 0
+        assert cli.parse(["--attack", "none"]).alpha == 1
+        assert cli.parse(["--alpha", "0.7"]).read_alpha == 0.7
+
+    def test_robust_reads_clean_and_is_judged_under_attack(self):
+        c = cli.parse(["--recipe", "robust"])
+        assert (c.read_alpha, c.alpha, c.odd, c.theta_input) == (1, 0, True, True)
+
+    def test_cifar_defaults(self):
+        c = cli.parse(["--dataset", "cifar10"])
+        assert (c.steps, c.folds, c.optimizee) == (1000, 2, "convnet")
+
+    def test_what_is_given_beats_quick(self):
+        assert cli.parse(["--quick", "--seeds", "7"]).seeds == 7
+        assert cli.parse(["--quick"]).seeds < cli.parse([]).seeds
+
+    def test_fractions(self):
+        assert cli.parse(["--eps", "8/255", "0.5"]).eps == (8 / 255, 0.5)
+
+
+class TestSummary:
+    def runs(self, *losses, ends=None):
+        ends = ends or ["ok"] * len(losses)
+        return experiment.Results(
+            [
+                {"eps": 0.1, "method": "m", "fold": 0, "phi": 0, "seed": i, "steps": [0, 1],
+                 "clean": [1.0, 1.0], "attacked": [2.0, loss], "ms_per_step": 1.0, "end": end}
+                for i, (loss, end) in enumerate(zip(losses, ends, strict=True))
+            ],
+            {}, [], {},
+        )  # fmt: skip
+
+    def test_mean_and_sample_deviation_by_hand(self):
+        (row,) = report.summarise(self.runs(1.0, 2.0, 6.0))
+        assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
+        assert row["runs"] == 3
+
+    def test_collapsed_and_diverged_runs_are_counted_and_named(self):
+        results = self.runs(2.3, 1.0, math.nan, ends=["collapsed", "ok", "diverged"])
+        (row,) = report.summarise(results)
+        assert (row["collapsed"], row["diverged"]) == (1, 1)
+        text = report.table([row], "title")
+        assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
+
+    def test_json_has_no_nan(self, tmp_path):
+        report.write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1.0]})
+        assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}
