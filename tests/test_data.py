@@ -716,4 +716,4 @@ def test_textures_need_a_convolution():
         )
     ]  # fmt: skip
     head = [nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10)]
-    assert accuracy_after(nn.Sequential(*blocks, *head), parts, steps=100, lr=3e-3) > 0.55
+    assert accuracy_after(nn.Sequential(*blocks, *head), parts, steps=100, lr=3e-3) > 0.5

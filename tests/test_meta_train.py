@@ -240,16 +240,19 @@ def test_clipping_and_schedule():
     assert chosen.lr(12) == pytest.approx(0.0)
     assert settings(meta_lr=2.0).lr(11) == 2.0
     phi = new_phi()
-    grads = []
+    grads, rates = [], []
     adam_step = torch.optim.Adam.step
 
     def spy(self, *args):
+        rates.append(self.param_groups[0]["lr"])
         grads.append(torch.cat([p.grad.flatten() for p in phi.parameters()]).norm().item())
         return adam_step(self, *args)
 
     torch.optim.Adam.step = spy
     try:
-        history = meta_train(PROBLEM, phi, settings(clip=1e-3), draw)
+        chosen = settings(clip=1e-3, schedule="cosine")
+        history = meta_train(PROBLEM, phi, chosen, draw)
     finally:
         torch.optim.Adam.step = adam_step
     assert max(history.norm) > 1e-2 and max(grads) <= 1e-3 * 1.001
+    assert rates == [chosen.lr(index) for index in range(12)]

@@ -1,0 +1,104 @@
+"""The one loop, against gradient descent written out by hand."""
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+
+from l2l_ref import attacks
+from l2l_ref.transfer import Curve, Method, train
+from l2l_ref.tuning import adam, sgd
+
+
+def line() -> nn.Module:
+    """x -> wx without a bias, w = 2."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 2.0)
+    return model
+
+
+def square(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+def run(method, steps=3, every=1, shift=0.0, xs=(1.0, 3.0, 2.0, 5.0)):
+    """Trains on x = xs, y = 0; the attack adds `shift`; records w and 10·w."""
+    model = line()
+    batches = iter([(torch.tensor([[x]]), torch.zeros(1, 1)) for x in xs])
+    curve = train(
+        model, method, batches, loss=square, attack=lambda m, x, y: x + shift, steps=steps,
+        record=lambda m: (m.weight.detach().sum(), 10 * m.weight.detach().sum()), every=every,
+    )  # fmt: skip
+    return model, curve, batches
+
+
+def by_hand(lr, xs, alpha=1.0, shift=0.0, l1=0.0):
+    w, trace = 2.0, [2.0]
+    for x in xs:
+        clean, attacked = 2 * w * x**2, 2 * w * (x + shift) ** 2
+        w -= lr * (alpha * clean + (1 - alpha) * attacked + l1 * math.copysign(1, w))
+        trace.append(w)
+    return trace
+
+
+def close(actual, expected):
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected))
+
+
+def test_sgd_by_hand_and_what_is_recorded():
+    model, curve, batches = run(Method("", partial(sgd, 0.01)))
+    trace = by_hand(0.01, (1.0, 3.0, 2.0))
+    assert curve.steps == [0, 1, 2, 3]
+    close(curve.clean, trace)
+    close(curve.attacked, [10 * w for w in trace])
+    assert next(batches)[0].item() == 5.0  # one batch an update, none more
+    assert curve.ms_per_step > 0 and not curve.diverged
+
+
+def test_attacked_and_mixed_batches():
+    for alpha in (0.0, 0.5):
+        _, curve, _ = run(Method("", partial(sgd, 0.01), alpha=alpha), shift=0.5)
+        close(curve.clean, by_hand(0.01, (1.0, 3.0, 2.0), alpha=alpha, shift=0.5))
+
+
+def test_l1_pulls_to_zero():
+    _, curve, _ = run(Method("", partial(sgd, 0.01), l1=0.7))
+    close(curve.clean, by_hand(0.01, (1.0, 3.0, 2.0), l1=0.7))
+
+
+def test_adam_takes_its_learning_rate():
+    model, _, _ = run(Method("", partial(adam, 0.1)), steps=1)
+    close(model.weight.item(), 1.9)  # Adam's first step has the length of its rate
+
+
+def test_records_first_every_kth_and_last():
+    _, curve, _ = run(Method("", partial(sgd, 0.01)), steps=3, every=2)
+    assert curve.steps == [0, 2, 3]
+    _, curve, _ = run(Method("", partial(sgd, 0.01)), steps=3, every=3)
+    assert curve.steps == [0, 3]
+
+
+def test_a_loss_that_is_not_finite_is_marked():
+    _, curve, _ = run(Method("", partial(sgd, 1e30)))
+    assert curve.diverged
+    assert Curve([0], [1.0], [math.nan], 1.0).diverged
+    assert not Curve([0], [1.0], [1.0], 1.0).diverged
+
+
+def test_training_mode_and_batch_norm_statistics():
+    """Crafting leaves batch-norm's statistics alone, so an attack that changes nothing leaves the
+    same statistics as no attack: one update an update."""
+    counts = []
+    for alpha, attack in ((1.0, attacks.none), (0.0, partial(attacks.pgd, eps=0.1, steps=3))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        x, y = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
+        train(
+            model, Method("", partial(sgd, 0.1), alpha=alpha), iter([(x, y)] * 5),
+            loss=lambda m, x, y: nn.functional.cross_entropy(m(x), y), attack=attack, steps=5,
+            record=lambda m: (torch.zeros(()), torch.zeros(())),
+        )  # fmt: skip
+        counts.append(model[2].num_batches_tracked.item())
+        assert model.training
+    assert counts == [5, 5]
