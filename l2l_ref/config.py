@@ -132,9 +132,10 @@ QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2}
 ALPHA = {"fgsm": 0.5, "pgd": 0.0, "none": 1.0}
 QUICK: dict[str, dict[str, Any]] = {
     "mnist": {"episodes": 4, "steps": 40},
-    "cifar10": {"episodes": 1, "steps": 20},
+    "cifar10": {"episodes": 1, "steps": 10, "unroll": 5, "seeds": 1, "batch_size": 32,
+                "curve_samples": 32, "eval_samples": 100},
     "quadratic": {"episodes": 10, "steps": 40},
-}
+}  # fmt: skip
 QUICK_ALL: dict[str, Any] = {
     "seeds": 2, "tune_seeds": 1, "tune_every": 2, "eval_samples": 500, "curve_samples": 100,
     "restarts": 1, "unroll": 10,

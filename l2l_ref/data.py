@@ -213,7 +213,7 @@ def _data(name: str, source: str, where: object, tensors: tuple[Tensor, ...]) ->
         fault = None
         if images.dtype != torch.uint8 or images.shape[1:] != shape:
             fault = f"images {images.dtype} {list(images.shape[1:])}, not uint8 {list(shape)}"
-        elif len(images) == 0 or len(images) != len(labels):
+        elif len(images) != len(labels):
             fault = f"{len(images)} images and {len(labels)} labels"
         elif labels.min() < 0 or labels.max() >= CLASSES:
             fault = f"labels from {labels.min()} to {labels.max()}, not from 0 to 9"
@@ -243,7 +243,7 @@ def _from_torchvision(name: str, root: Path) -> Data:
                 f"cannot read the {part} set in {folder} ({_brief(error)}): {remedy}"
             ) from None
         images, labels = torch.as_tensor(loaded.data), torch.as_tensor(loaded.targets)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         tensors += [images, labels]
     return _data(name, kind.title, folder, tuple(tensors))
 

@@ -95,7 +95,9 @@ def validate(task: Task, method: Method, fold: Fold, eps: float) -> tuple[bool, 
         loss = curve.attacked[-1]
         losses.append(loss if math.isfinite(loss) else math.inf)
         if fold.validation is not None:
-            accuracy = evaluate.robust_accuracy(model, fold.validation, attacks.none)
+            count = min(task.config.eval_samples, len(fold.validation))
+            sample = fold.validation.subset(torch.arange(count))
+            accuracy = evaluate.robust_accuracy(model, sample, attacks.none)
             collapses.append(evaluate.is_collapsed(loss, accuracy, task.problem.classes))
     return any(collapses), statistics.fmean(losses)
 

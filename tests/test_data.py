@@ -221,6 +221,7 @@ def test_class_folders(tmp_path, name, suffix, source):
     loaded = data.load(name, tmp_path, strict=True, download=False)
     assert loaded.source == source
     assert loaded.train.images.shape == (30, *SHAPE[name])
+    assert loaded.train.images.is_contiguous()
     assert loaded.train.labels[:10].tolist() == list(range(10)), "a prefix holds every class"
     if suffix == "png":
         assert sorted_bytes(loaded.train) == sorted_bytes(train)
@@ -661,12 +662,14 @@ def test_stand_ins_are_balanced_and_seeded(name):
 def test_stand_ins_are_the_same_bytes_everywhere(name, expected, dtype):
     stand_in._distance_table.cache_clear()
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     torch.set_default_dtype(dtype)  # must not matter
     try:
         tensors = DRAW[name](700, 100, seed=3)
+        assert torch.get_num_threads() == 2, "the caller's threads are given back"
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.get_num_threads() == threads
+        torch.set_num_threads(threads)
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
     assert digest.startswith(expected)
 
