@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torchvision import datasets
 
-from l2l_ref import data, stand_in
+from l2l_ref import data, sources, stand_in
 from l2l_ref.data import ImageSet
 from l2l_ref.errors import InputError
 
@@ -36,7 +36,7 @@ def apart(monkeypatch, tmp_path):
     def no_network(url):
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(data, "_knock", no_network)
+    monkeypatch.setattr(sources, "_knock", no_network)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(stand_in, "digits", lambda: DRAW["mnist"](50, 20))
     monkeypatch.setattr(stand_in, "textures", lambda: DRAW["cifar10"](50, 20))
@@ -278,9 +278,9 @@ def folders(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths that are decoded from now on."""
-    paths, decode = [], data._decode
+    paths, decode = [], sources._decode
     monkeypatch.setattr(
-        data, "_decode", lambda path, kind: paths.append(path) or decode(path, kind)
+        sources, "_decode", lambda path, kind: paths.append(path) or decode(path, kind)
     )
     return paths
 
@@ -514,7 +514,7 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch):
     def refuse(name, root):
         raise PermissionError(13, "Permission denied", str(root))
 
-    monkeypatch.setattr(data, "_find", refuse)
+    monkeypatch.setattr(sources, "find", refuse)
     must_fail("mnist", tmp_path, capsys, tmp_path, "Permission denied")
 
 
@@ -534,7 +534,7 @@ def test_the_stand_in_says_what_it_is(tmp_path, capsys, name, title):
     assert all(len(line) == len(lines[0]) for line in lines), "a box"
     text = " ".join(line.strip("# ") for line in lines)
     assert f"NOT {title} results" in text and "switched off" in text
-    assert str(tmp_path / name) in text and str(tmp_path / data._KINDS[name].folder) in text
+    assert str(tmp_path / name) in text and str(tmp_path / sources.KINDS[name].folder) in text
     assert files_below(tmp_path) == []
 
 
@@ -544,7 +544,7 @@ def test_strict_never_stands_in(tmp_path, capsys, name, download, reason):
     root = tmp_path / "data"
     with pytest.raises(InputError) as caught:
         data.load(name, root, strict=True, download=download)
-    for part in (root / name, root / data._KINDS[name].folder, reason, "download"):
+    for part in (root / name, root / sources.KINDS[name].folder, reason, "download"):
         assert str(part) in str(caught.value)
     assert capsys.readouterr().err == "" and not root.exists()
 
@@ -552,7 +552,7 @@ def test_strict_never_stands_in(tmp_path, capsys, name, download, reason):
 @pytest.fixture
 def online(monkeypatch):
     """The host answers; returns a function that sets what torchvision's download then does."""
-    monkeypatch.setattr(data, "_knock", lambda url: None)
+    monkeypatch.setattr(sources, "_knock", lambda url: None)
 
     def behave(download):
         monkeypatch.setattr(datasets.MNIST, "download", download)
@@ -563,7 +563,7 @@ def online(monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("no mirror"), OSError("disk full"), EOFError()])
 def test_a_failed_download_leaves_nothing_behind(tmp_path, capsys, online, error):
     def half(self):
-        assert socket.getdefaulttimeout() == data.PATIENCE
+        assert socket.getdefaulttimeout() == sources.PATIENCE
         print("chatter")
         os.makedirs(self.raw_folder)
         Path(self.raw_folder, IDX[0]).write_bytes(b"half of it")
@@ -609,7 +609,7 @@ def test_a_download_is_found_the_next_time(tmp_path, capsys, online):
     assert "STAND-IN" not in capsys.readouterr().err
 
 
-KNOCK = data._knock  # as it was before `apart` took its place
+KNOCK = sources._knock  # as it was before `apart` took its place
 
 
 def test_knocking_is_bounded_in_time(monkeypatch):
@@ -622,7 +622,7 @@ def test_knocking_is_bounded_in_time(monkeypatch):
     def no_route():
         raise urllib.error.URLError("no route")
 
-    monkeypatch.setattr(data, "PATIENCE", 0.2)
+    monkeypatch.setattr(sources, "PATIENCE", 0.2)
     answer(lambda: open(os.devnull))
     KNOCK("http://h")
     answer(refuse)

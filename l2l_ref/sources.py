@@ -1,0 +1,257 @@
+"""Where images come from: torchvision's layout, class folders, a download.
+
+Data that is there but broken is an `InputError` that names the file or folder; data that is not
+there is None.
+"""
+
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+import textwrap
+import urllib.error
+import urllib.request
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2l_ref.errors import InputError
+
+CLASSES = 10
+PATIENCE = 10  # seconds that a silent network may take
+
+
+class Found(NamedTuple):
+    """A data set as it was found."""
+
+    source: str  # what the pixels really are
+    tensors: tuple[Tensor, ...]  # train images, train labels, test images, test labels
+    checksum: str  # of labels and pixels, whatever their order
+
+
+@dataclass(frozen=True)
+class Kind:
+    title: str
+    dataset: str  # class in torchvision.datasets
+    folder: str  # where it keeps its files, which are
+    files: tuple[str, ...]
+    shape: tuple[int, int, int]  # channels, height, width
+
+
+KINDS = {
+    "mnist": Kind(
+        "MNIST", "MNIST",
+        "MNIST/raw",
+        tuple(f"{s}-{f}-ubyte" for s in ("train", "t10k") for f in ("images-idx3", "labels-idx1")),
+        (1, 28, 28),
+    ),
+    "cifar10": Kind(
+        "CIFAR-10", "CIFAR10",
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        (3, 32, 32),
+    ),
+}  # fmt: skip
+
+
+def find(name: str, root: Path) -> Found | None:
+    """The data set `name` below `root`, in the first layout that is there.
+
+    Raises:
+        InputError: it is there but broken.
+    """
+    if (root / KINDS[name].folder).exists():
+        return _from_torchvision(name, root)
+    if (root / name).exists():
+        return _from_folders(name, root / name)
+    return None
+
+
+def checked(name: str, source: str, where: object, tensors: tuple[Tensor, ...]) -> Found:
+    """Check (train images, train labels, test images, test labels) and sum them up.
+
+    Raises:
+        InputError: a wrong shape, dtype, count or label; it names `where`.
+    """
+    shape, checksum = KINDS[name].shape, hashlib.sha256()
+    for images, labels in (tensors[:2], tensors[2:]):
+        fault = None
+        if images.dtype != torch.uint8 or images.shape[1:] != shape:
+            fault = f"images {images.dtype} {list(images.shape[1:])}, not uint8 {list(shape)}"
+        elif len(images) != len(labels):
+            fault = f"{len(images)} images and {len(labels)} labels"
+        elif labels.min() < 0 or labels.max() >= CLASSES:
+            fault = f"labels from {labels.min()} to {labels.max()}, not from 0 to 9"
+        if fault:
+            raise InputError(f"{where} is broken ({fault}): replace or remove it")
+        # A digest for each sample, sorted, since each layout keeps the samples in its own order.
+        rows = torch.cat([labels[:, None].to(torch.uint8), images.flatten(1)], 1).numpy()
+        checksum.update(b"".join(sorted(hashlib.sha256(row).digest() for row in rows)))
+    return Found(source, tensors, checksum.hexdigest())
+
+
+def _from_torchvision(name: str, root: Path) -> Found:
+    kind, tensors = KINDS[name], []
+    folder = root / kind.folder
+    remedy = f"replace it, or remove {folder} to download the data again"
+    for file in kind.files:
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file} is missing: {remedy}")
+    for part in ("train", "test"):
+        try:
+            from torchvision import datasets
+
+            loaded = getattr(datasets, kind.dataset)(root, train=part == "train")
+        except Exception as error:  # broken files raise anything here, even assertions
+            raise InputError(
+                f"cannot read the {part} set in {folder} ({_brief(error)}): {remedy}"
+            ) from None
+        images, labels = torch.as_tensor(loaded.data), torch.as_tensor(loaded.targets)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        tensors += [images, labels]
+    return checked(name, kind.title, folder, tuple(tensors))
+
+
+def _from_folders(name: str, folder: Path) -> Found:
+    listing = [_list_classes(folder / part) for part in ("train", "test")]
+    train, test = ({path.parent.name for path, *_ in part} for part in listing)
+    if train != test:
+        raise InputError(
+            f"train and test in {folder} differ in {', '.join(sorted(train ^ test))}: "
+            "give both the same ten class folders"
+        )
+    lossy = any(path.suffix.lower() != ".png" for part in listing for path, *_ in part)
+    source = KINDS[name].title + (" (JPEG copy)" if lossy else " (PNG folders)")
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    cache = Path(home) / "l2l_ref" / f"{name}-{place}.pt"
+    names = [[(path.parent.name, path.name, *rest) for path, *rest in part] for part in listing]
+    key = hashlib.sha256(repr(names).encode()).hexdigest()
+    with suppress(Exception):  # a cache that is absent, stale, torn or not ours is built anew
+        saved = torch.load(cache, weights_only=True)
+        data = checked(name, source, cache, saved["tensors"])
+        if (saved["key"], saved["checksum"]) == (key, data.checksum):
+            return data
+
+    if sum(map(len, listing)) > 5000:
+        print(f"decoding the images in {folder}, once: they are cached", file=sys.stderr)
+    tensors = []
+    for part in listing:
+        pixels = np.stack([_decode(path, KINDS[name]) for path, *_ in part])
+        labels = torch.tensor([label for _, label, *_ in part])
+        tensors += [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels]
+    data = checked(name, source, folder, tuple(tensors))
+    saved = {"key": key, "checksum": data.checksum, "tensors": tuple(tensors)}
+    with suppress(OSError, RuntimeError):  # no room or no right to write: decode again next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent) as draft:
+            torch.save(saved, f"{draft}/{cache.name}")
+            os.replace(f"{draft}/{cache.name}", cache)
+    return data
+
+
+def _list_classes(folder: Path) -> list[tuple[Path, int, int, int]]:
+    """(path, label, bytes, mtime) of each image in the ten class folders of `folder`.
+
+    The first image of every class, then the second of every class, and so on: class by class, the
+    first thousand test images would be a thousand airplanes.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: put its ten class folders there")
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) != CLASSES:
+        raise InputError(f"{folder} has {len(classes)} class folders: give it ten")
+    ranked = []
+    for label, directory in enumerate(classes):
+        files = [p for p in directory.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        files = sorted(p for p in files if not p.name.startswith("."))
+        if not files:
+            raise InputError(f"{directory} has no png or jpg images: add some")
+        ranked += [(rank, label, path, path.stat()) for rank, path in enumerate(files)]
+    ranked.sort(key=lambda entry: entry[:2])
+    return [(path, label, stat.st_size, stat.st_mtime_ns) for _, label, path, stat in ranked]
+
+
+def _decode(path: Path, kind: Kind) -> np.ndarray:
+    """The pixels of one image file: uint8 [height, width, channels]."""
+    from PIL import Image
+
+    channels, height, width = kind.shape
+    wanted = "L" if channels == 1 else "RGB"
+    try:
+        with Image.open(path) as image:
+            size, mode = image.size, image.mode
+            pixels = np.asarray(image.convert(wanted))
+    except Exception as error:  # PIL has many ways to say that a file is no image
+        raise InputError(f"cannot decode {path} ({_brief(error)}): replace or remove it") from None
+    if size != (width, height) or mode not in ("1", "L", "P", "RGB"):  # others convert with loss
+        raise InputError(
+            f"{path} is {size[0]}x{size[1]} in mode {mode}: make it {width}x{height} in {wanted}"
+        )
+    return pixels.reshape(height, width, channels)
+
+
+# ---- when there is nothing to read ------------------------------------------------------------
+
+
+def download(kind: Kind, root: Path) -> str:
+    """Let torchvision fetch the data, in whole or not at all; returns why not, if not.
+
+    It grows in a hidden folder of `root` and moves into place when it is complete.
+    """
+    timeout = socket.getdefaulttimeout()
+    try:
+        from torchvision import datasets
+
+        dataset = getattr(datasets, kind.dataset)
+        _knock(dataset.url if kind.dataset == "CIFAR10" else dataset.mirrors[0])
+        print(f"downloading {kind.title} to {root}, which can take minutes", file=sys.stderr)
+        root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(PATIENCE)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as draft:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                dataset(draft, download=True)
+            (root / kind.folder).parent.mkdir(exist_ok=True)
+            os.replace(Path(draft) / kind.folder, root / kind.folder)
+        return ""
+    except Exception as error:  # no network, no room, no torchvision: there is still the stand-in
+        return f"the download failed: {_brief(error)}"
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _knock(url: str) -> None:
+    """Raise an OSError unless `url` answers, be it with a refusal, within PATIENCE seconds.
+
+    A socket's timeout bounds neither the look-up of a name nor how many of its addresses are tried
+    in turn; a thread that may be left behind bounds both.
+    """
+    outcome = [OSError(f"{url} does not answer")]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=PATIENCE).close()
+            outcome.clear()
+        except urllib.error.HTTPError:
+            outcome.clear()
+        except OSError as error:
+            outcome[0] = error
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if outcome:
+        raise outcome[0]
+
+
+def _brief(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
