@@ -123,7 +123,7 @@ BY_DATASET: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3},
-    "robust": {"output_scale": 0.1, "theta_input": True, "odd": True, "meta_lr": 3e-3,
+    "robust": {"output_scale": 0.1, "theta_input": True, "odd": True, "meta_lr": 1e-2,
                "read_alpha": 1.0},
 }  # fmt: skip
 # θ of a quadratic travels much farther than a network's.
