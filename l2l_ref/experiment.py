@@ -104,7 +104,7 @@ def run(
                 judged = parts.get(name, partial(run_method, task, method, fold, eps, seed))
                 results.runs.append({**key, **judged})
                 show(done, judged["attacked"][-1])
-    save_phis(out / "meta_optimizer.pt", phis, c)
+    save_phis(out / "meta_optimizer.pt", phis, task)
     return results
 
 
@@ -160,7 +160,7 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
     return result
 
 
-def save_phis(path: Path, phis: dict[str, nn.ModuleDict], config: Config) -> None:
+def save_phis(path: Path, phis: dict[str, nn.ModuleDict], task: Task) -> None:
     """Every φ of a run in one file: settings and plain state dicts by name and φ-group."""
     saved = {
         name: {
@@ -169,8 +169,9 @@ def save_phis(path: Path, phis: dict[str, nn.ModuleDict], config: Config) -> Non
         }
         for name, phi in phis.items()
     }
-    split = {"dataset": config.dataset, "seed": config.seed}
-    write_atomically(path, {"format": FORMAT, "split": split, "phis": saved})
+    split = {"dataset": task.config.dataset, "seed": task.config.seed}
+    value = {"format": FORMAT, "data": task.source, "split": split, "phis": saved}
+    write_atomically(path, value)
 
 
 def load_phis(path: Path, task: Task) -> dict[str, nn.ModuleDict]:

@@ -74,11 +74,6 @@ def reporter() -> Reporter:
     return Reporter(lambda line: print(line, flush=True), lines)
 
 
-def data_label(task: Task) -> str:
-    """Where the data came from, in the words that every artefact carries."""
-    return "random quadratics" if task.images is None else task.images.source
-
-
 def environment(task: Task, backend: str) -> dict[str, Any]:
     """Versions, hardware and code that a result depends on."""
     import numpy
@@ -96,7 +91,7 @@ def environment(task: Task, backend: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": backend,
         "git_commit": git_commit(),
-        "data": data_label(task),
+        "data": task.source,
         "data_sha256": None if task.images is None else task.images.checksum,
     }
 
@@ -170,10 +165,9 @@ def marks(row: dict[str, Any]) -> str:
                      if row[end])  # fmt: skip
 
 
-def table(summary: list[dict[str, Any]], title: str) -> str:
+def table(summary: list[dict[str, Any]], title: str, footer: str) -> str:
     """The comparison as a Markdown table; mean ± sample deviation over runs."""
     names = [name for name in METRICS if any(name in row for row in summary)]
-    lines = [title, ""]
     head = ["ε", "method", *(METRICS[name] for name in names), "runs", ""]
     body = [
         [f"{row['eps']:g}", row["method"],
@@ -187,7 +181,7 @@ def table(summary: list[dict[str, Any]], title: str) -> str:
         return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([*lines, line(head), rule, *map(line, body)])
+    return "\n".join([title, "", line(head), rule, *map(line, body), "", footer])
 
 
 def title(task: Task) -> str:
@@ -196,18 +190,37 @@ def title(task: Task) -> str:
     attack = {"fgsm": "FGSM", "pgd": f"PGD-{config.attack_steps}", "none": "no attack"}
     words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
              config.optimizee, attack[config.attack], f"recipe {config.recipe}",
-             f"data: {data_label(task)}"]  # fmt: skip
+             f"data: {task.source}"]  # fmt: skip
     return " · ".join(words + ["quick miniature"] * config.quick)
 
 
-def draw_curves(path: Path, results: Results, config: Config, heading: str) -> None:
-    """The paper's layout: attacked loss over steps, one panel for each ε, mean ± deviation."""
+def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
+    """Seeds, hardware, versions and command, for the foot of a table or figure."""
+    e = environment
+    commit = e["git_commit"]
+    return (
+        f"mean ± sample deviation; {config.seeds} seeds x {config.folds} folds x "
+        f"{config.meta_seeds} φ (baselines have no φ)\n"
+        f"{e['device']}, {e['threads']} threads, torch {e['torch']}, backend {e['backend']}"
+        + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
+        + f"\n{command}"
+    )
+
+
+def draw_curves(
+    path: Path, results: Results, summary: list[dict[str, Any]], config: Config, title: str,
+    footer: str,
+) -> None:  # fmt: skip
+    """The paper's layout: attacked loss over steps, one panel for each ε, mean ± deviation.
+
+    Runs that collapsed or diverged are counted in their panel, so that no mean hides them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(2, len(config.eps))
     rows = math.ceil(len(config.eps) / columns)
-    figure = Figure(figsize=(6.4 * columns, 3.9 * rows + 1.5), layout="constrained")
+    figure = Figure(figsize=(7.5 * columns, 4.2 * rows + 1.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
@@ -219,43 +232,43 @@ def draw_curves(path: Path, results: Results, config: Config, heading: str) -> N
             losses = torch.tensor([run["attacked"] for run in runs])
             mean = losses.mean(0)
             spread = losses.std(0) if len(runs) > 1 else torch.zeros_like(mean)
-            ended = {run["end"] for run in runs} - {"ok"}
             steps = runs[0]["steps"]
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-            highest = max(highest, mean[0].item(), mean[-1].item())
-            if ended and math.isfinite(mean[-1]):
-                panel.annotate(
-                    " and ".join(sorted(ended)), (steps[-1], mean[-1]), color=colour, fontsize=8,
-                    xytext=(0, 3), textcoords="offset points", ha="right",
-                )  # fmt: skip
+            highest = max([highest, *mean[mean.isfinite()][[0, -1]].tolist()])
+        bad = [f"{row['method']}: {marks(row)}" for row in summary
+               if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
+        panel.text(0.985, 0.975, "\n".join(bad), ha="right", va="top", fontsize=8,
+                   transform=panel.transAxes)  # fmt: skip
         panel.set(xlabel="step", ylabel="loss under attack" if config.attack != "none" else "loss")
         if config.attack != "none":
-            panel.set_title(f"ε = {eps:g}")
+            panel.set_title(f"ε = {eps:.3g}")
         if config.dataset == "quadratic":
             panel.set_yscale("log")
-        elif math.isfinite(highest):  # one run away would flatten all the others
-            panel.set_ylim(0, 1.3 * highest)
+        else:  # room for the notes; one run away would flatten all the others
+            panel.set_ylim(0, (1.25 + 0.06 * len(bad)) * highest)
         panel.grid(alpha=0.3)
     for panel in panels[len(config.eps) :]:
         panel.remove()
-    figure.suptitle(heading, fontsize=11)
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(footer, fontsize=7, color="0.35")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3,
                   frameon=False)  # fmt: skip
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
     write(path, buffer.getvalue())
 
 
-def curves_csv(results: Results) -> str:
-    """One row for each ε, method, fold, φ, seed and step."""
+def curves_csv(results: Results, data: str) -> str:
+    """One row for each ε, method, fold, φ, seed and step; the last column says what data it was."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["eps", "method", "fold", "phi", "seed", "step", "clean_loss", "attacked_loss"])
+    columns = ["eps", "method", "fold", "phi", "seed"]
+    writer.writerow([*columns, "step", "clean_loss", "attacked_loss", "data"])
     for run in results.runs:
-        for step, clean, attacked in zip(run["steps"], run["clean"], run["attacked"], strict=True):
-            writer.writerow([run["eps"], run["method"], run["fold"], run["phi"], run["seed"], step,
-                             clean, attacked])  # fmt: skip
+        key = [run[column] for column in columns]
+        for row in zip(run["steps"], run["clean"], run["attacked"], strict=True):
+            writer.writerow([*key, *row, data])
     return buffer.getvalue()
 
 
@@ -292,15 +305,15 @@ def report(
 ) -> str:
     """Write metrics.csv, summary.json and curves.png into `out`; returns the table."""
     config = task.config
-    heading = title(task)
+    heading, footer = title(task), footnote(config, environment, command)
     summary = summarise(results)
-    write(out / "metrics.csv", curves_csv(results))
+    write(out / "metrics.csv", curves_csv(results, task.source))
     runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
             | {"attacked_loss": run["attacked"][-1], "clean_loss": run["clean"][-1]}
             for run in results.runs]  # fmt: skip
     value = {
         "title": heading,
-        "data": data_label(task),
+        "data": task.source,
         "command": command,
         "environment": environment,
         "table": summary,
@@ -310,5 +323,5 @@ def report(
         "meta_training": results.meta_training,
     }
     write_json(out / "summary.json", value)
-    draw_curves(out / "curves.png", results, config, heading)
-    return table(summary, heading)
+    draw_curves(out / "curves.png", results, summary, config, heading, footer)
+    return table(summary, heading, footer)

@@ -92,6 +92,11 @@ class Task:
     images: data.Data | None
     device: torch.device
 
+    @property
+    def source(self) -> str:
+        """Where the data came from, in the words that every artefact carries."""
+        return "random quadratics" if self.images is None else self.images.source
+
     def attack(self, eps: float, *labels: Any) -> attacks.Attack:
         """The attack that trains and is recorded, its random starts from a stream of its own."""
         c = self.config

@@ -178,6 +178,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "phi.pt"
     meta_train(PROBLEM, new_phi(), settings(episodes=2), draw, checkpoint=path)
     before = path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["phi.pt"]  # no partial file stays
 
     def half(value, to):
         to.write_bytes(b"half")

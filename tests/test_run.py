@@ -61,7 +61,10 @@ class TestWhatARunLeaves:
         names = summary["meta_training"].keys()
         assert sorted(n.split("-")[0] for n in names) == ["not", "transfer", "transfer"]
         printed = capsys.readouterr().out
-        assert "data: stand-in" in printed and "stand-in" in summary["title"]
+        # nobody mistakes the stand-in for the real set
+        saved = torch.load(folder / "meta_optimizer.pt", weights_only=True)
+        assert "data: stand-in" in printed and "data: stand-in" in summary["title"]
+        assert {row["data"] for row in rows} == {saved["data"]} == {summary["data"]} == {"stand-in"}
         for method in TABLE:
             assert f"| {method} " in printed
         assert all(0 <= row["pgd_accuracy"]["mean"] <= 1 for row in summary["table"])
@@ -315,7 +318,7 @@ class TestSummary:
         results = self.runs(2.3, 1.0, math.nan, ends=["collapsed", "ok", "diverged"])
         (row,) = report.summarise(results)
         assert (row["collapsed"], row["diverged"]) == (1, 1)
-        text = report.table([row], "title")
+        text = report.table([row], "title", "footer")
         assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
 
     def test_json_has_no_nan(self, tmp_path):

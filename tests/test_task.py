@@ -1,5 +1,6 @@
 """Folds that do not overlap, random streams that depend on their labels alone, fair comparisons."""
 
+import math
 from functools import partial
 
 import pytest
@@ -62,6 +63,47 @@ def test_methods_of_a_seed_share_theta0_and_batches(task, monkeypatch):
     a0, a1, b0, b1 = seen
     assert all(map(torch.equal, a0, b0)) and all(map(torch.equal, a1, b1))
     assert not torch.equal(a0[0], a1[0]) and not torch.equal(a0[-2], a1[-2])
+
+
+def test_curves_are_those_of_the_paper():
+    """Label: which φ, α of the gradients it reads, and the half it trains on."""
+
+    def curves(*arguments):
+        c = cli.parse([*arguments])
+        phis = {kind: kind for kind in experiment.kinds_of_phi(c)}
+        return {
+            m.label: (m.optimizer.args[0], m.alpha, m.half) for m in experiment.phi_methods(c, phis)
+        }
+
+    assert curves("--attack", "fgsm", "--transfer-alpha", "0.4") == {
+        "L2L": ("transfer", 0.5, "meta"),
+        "L2L-Transfer (clean)": ("transfer", 1.0, "transfer"),
+        "L2L-Transfer (mixed)": ("transfer", 0.4, "transfer"),
+        "Transfer-NOT": ("not", 0.0, "transfer"),
+        "Transfer-NOT (clean)": ("not", 1.0, "transfer"),
+    }
+    assert curves("--attack", "pgd")["L2L"] == ("transfer", 0.0, "meta")
+    assert curves("--recipe", "robust")["L2L"] == ("transfer", 1.0, "meta")
+    assert curves("--attack", "none") == {
+        "L2L": ("transfer", 1.0, "meta"),
+        "L2L-Transfer": ("transfer", 1.0, "transfer"),
+    }
+
+
+def test_bad_ends_are_marked(task):
+    """A rate of 0 leaves θ₀ alone, one of infinity makes it nan; weights of 0 predict nothing."""
+    (fold,) = folds(task.config, task.images)
+
+    def zeroing(model):
+        optimizer = sgd(0.0, model)
+        optimizer.register_step_post_hook(lambda *_: [p.data.zero_() for p in model.parameters()])
+        return optimizer
+
+    ends = [
+        experiment.run_method(task, Method("", optimizer), fold, 0.1, 0)["end"]
+        for optimizer in (partial(sgd, 0.0), partial(sgd, math.inf), zeroing)
+    ]
+    assert ends == ["ok", "diverged", "collapsed"]
 
 
 @pytest.mark.parametrize("half", ["meta", "transfer"])
