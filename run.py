@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     print(report.title(task))
     print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
 
-    command = shlex.join(["python", "run.py", *arguments])
+    command = shlex.join(["python", "run.py", *(a for a in arguments if a != "--resume")])
     report.write_config(out, config, environment, command)
     results = experiment.run(task, out, report.reporter(), phis)
     print("\n" + report.report(out, results, task, environment, command))

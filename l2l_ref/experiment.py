@@ -117,7 +117,9 @@ def phi_methods(c: Config, phis: dict[str, nn.ModuleDict]) -> list[Method]:
     """The curves of a φ, for Transfer-NOT that of the φ which never met an attack (README)."""
     phi = partial(learned, phis[TRANSFER], c.backend)
     if NOT not in phis:
-        return [Method("L2L", phi, half="meta"), Method("L2L-Transfer", phi)]
+        transfer = Method("L2L-Transfer", phi)
+        both = [Method("L2L", phi, half="meta"), transfer]
+        return [transfer] if c.dataset == "quadratic" else both  # quadratics have no halves
     clean_phi = partial(learned, phis[NOT], c.backend)
     return [
         Method("L2L", phi, alpha=c.read_alpha, half="meta"),

@@ -32,7 +32,7 @@ STYLES = {
     "Adam (attacked)": ("#009E73", ":"),
 }
 METRICS = {
-    "attacked_loss": "attacked loss",
+    "attacked_loss": "loss",
     "accuracy": "clean acc.",
     "fgsm_accuracy": "FGSM acc.",
     "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
@@ -166,7 +166,7 @@ def marks(row: dict[str, Any]) -> str:
 
 
 def table(summary: list[dict[str, Any]], title: str, footer: str) -> str:
-    """The comparison as a Markdown table; mean ± sample deviation over runs."""
+    """The comparison as a Markdown table, for each metric `cell`."""
     names = [name for name in METRICS if any(name in row for row in summary)]
     head = ["ε", "method", *(METRICS[name] for name in names), "runs", ""]
     body = [
@@ -198,10 +198,14 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
     """Seeds, hardware, versions and command, for the foot of a table or figure."""
     e = environment
     commit = e["git_commit"]
+    loss = "on test images" + (" under attack" if config.attack != "none" else "")
+    if config.dataset == "quadratic":
+        loss = "of the function it minimises"
     return (
-        f"mean ± sample deviation; {config.seeds} seeds x {config.folds} folds x "
-        f"{config.meta_seeds} φ (baselines have no φ)\n"
-        f"{e['device']}, {e['threads']} threads, torch {e['torch']}, backend {e['backend']}"
+        f"loss: after {config.steps} steps, {loss}; mean ± sample deviation\n"
+        f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
+        "\n"
+        f"{e['device']}, threads: {e['threads']}, torch {e['torch']}, backend {e['backend']}"
         + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
         + f"\n{command}"
     )
@@ -250,10 +254,9 @@ def draw_curves(
         panel.grid(alpha=0.3)
     for panel in panels[len(config.eps) :]:
         panel.remove()
-    figure.suptitle(title, fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
+                  frameon=False, title=title, title_fontsize=11)  # fmt: skip
     figure.supxlabel(footer, fontsize=7, color="0.35")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3,
-                  frameon=False)  # fmt: skip
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
     write(path, buffer.getvalue())

@@ -20,8 +20,10 @@ ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 L1_LRS = (1e-3, 3e-3, 1e-2)
 L1_WEIGHTS = (3e-4, 1e-3, 3e-3)
-# The loss of quadratics is a mean over functions, so these are multiplied by how many there are.
-QUADRATIC_SGD_LRS = (0.001, 0.003, 0.01, 0.03)
+# θ of a quadratic travels farther. Its loss is a mean over functions, so SGD's rates are
+# multiplied by how many there are.
+QUADRATIC_ADAM_LRS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+QUADRATIC_SGD_LRS = (0.002, 0.005, 0.01, 0.02, 0.03)
 DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
 
 
@@ -38,16 +40,19 @@ def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
 def candidates(config: Config) -> dict[str, dict[str, Method]]:
     """The grids of the baselines: {label: {settings in words: the method}}."""
     quadratic = config.dataset == "quadratic"
-    sgd_lrs = [lr * config.batch_size for lr in QUADRATIC_SGD_LRS] if quadratic else SGD_LRS
+    adam_lrs, sgd_lrs = ADAM_LRS, SGD_LRS
+    if quadratic:
+        adam_lrs = QUADRATIC_ADAM_LRS
+        sgd_lrs = tuple(lr * config.batch_size for lr in QUADRATIC_SGD_LRS)
     grids = {
-        "Adam": {f"lr {lr:g}": Method("Adam", partial(adam, lr)) for lr in ADAM_LRS},
+        "Adam": {f"lr {lr:g}": Method("Adam", partial(adam, lr)) for lr in adam_lrs},
         "SGD": {f"lr {lr:g}": Method("SGD", partial(sgd, lr)) for lr in sgd_lrs},
     }
     if config.attack != "none":
         alpha = config.attacked_alpha
         grids["Adam (attacked)"] = {
             f"lr {lr:g}": Method("Adam (attacked)", partial(adam, lr), alpha=alpha)
-            for lr in ADAM_LRS
+            for lr in adam_lrs
         }
     if not quadratic:
         grids["Adam + L1"] = {
