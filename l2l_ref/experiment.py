@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from l2l_ref import attacks, evaluate, tuning
@@ -135,7 +134,7 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
     c = task.config
     labels = ("transfer", fold.number, seed)
     model = task.draw(*labels)
-    test = task.images.test if task.images is not None else None
+    probe = None if task.images is None else task.test(c.curve_samples)
     curve = train(
         model,
         method,
@@ -143,11 +142,11 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
         loss=task.problem.loss,
         attack=task.attack(eps, *labels),
         steps=c.steps,
-        record=task.recorder(test, eps, *labels),
+        record=task.recorder(probe, eps, *labels),
     )
     result = {**asdict(curve), "end": "diverged" if curve.diverged else "ok"}
-    if test is not None:
-        sample = test.subset(torch.arange(min(c.eval_samples, len(test))))
+    if task.images is not None:
+        sample = task.test(c.eval_samples)
         generator = stream(c.seed, "judge", *labels)
         pgd = attacks.make("pgd", eps=eps, steps=PGD_STEPS, generator=generator)
         judges = {

@@ -97,6 +97,15 @@ class Task:
         """Where the data came from, in the words that every artefact carries."""
         return "random quadratics" if self.images is None else self.images.source
 
+    def test(self, count: int) -> data.ImageSet:
+        """`count` test images, always the same: the first of a shuffled order.
+
+        MNIST's own order will not do: its first thousands are by other writers than its last.
+        """
+        test = self.images.test
+        order = torch.randperm(len(test), generator=stream(self.config.seed, "test"))
+        return test.subset(order[:count].to(test.labels.device))
+
     def attack(self, eps: float, *labels: Any) -> attacks.Attack:
         """The attack that trains and is recorded, its random starts from a stream of its own."""
         c = self.config
