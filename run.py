@@ -18,11 +18,11 @@ def main(arguments: list[str]) -> None:
     """Parse, meta-train, transfer, compare, report."""
     config = cli.parse(arguments)
     out = cli.new_folder(config)
-    must_match(config, out)
     backend = engine.resolve(config.backend)
     task = prepare(config)
     phis = experiment.load_phis(Path(config.load), task) if config.load else None
     environment = report.environment(task, backend)
+    must_match(config, environment["data_sha256"], out)
     print(report.title(task))
     print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
 

@@ -190,8 +190,12 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
 PLACES = {"out", "resume", "data_dir", "strict_data", "device", "backend"}  # where, not what
 
 
-def must_match(config: Config, folder: Path) -> None:
-    """A run that is continued must have the settings it was started with, but for `PLACES`.
+def must_match(config: Config, checksum: str | None, folder: Path) -> None:
+    """A run that is continued must have the settings (but for `PLACES`) and the data it began with.
+
+    Args:
+        checksum: of the data that would be used now; None for quadratics.
+        folder: of the run; nothing is checked where it holds no config.json.
 
     Raises:
         InputError: another value, or a config.json that cannot be read.
@@ -200,7 +204,8 @@ def must_match(config: Config, folder: Path) -> None:
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_text())["settings"]
+        saved = json.loads(path.read_text())
+        before, data = saved["settings"], saved["environment"]["data_sha256"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is broken: start afresh with another --out") from None
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
@@ -210,3 +215,8 @@ def must_match(config: Config, folder: Path) -> None:
                 f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "
                 f"{now[name]}: resume with that, or start afresh with another --out"
             )
+    if checksum != data:
+        raise InputError(
+            f"{folder} was run on data with checksum {str(data)[:12]}, not {str(checksum)[:12]}: "
+            "give the same --data-dir, or start afresh with another --out"
+        )

@@ -88,7 +88,7 @@ def run(
             methods: list[tuple[int | None, Method]] = [(None, method) for method in baselines]
             for meta_seed in range(c.meta_seeds):
                 kinds = {kind: phi(kind, meta_seed, eps) for kind in kinds_of_phi(c)}
-                methods += [(meta_seed, method) for method in phi_methods(c, kinds)]
+                methods += [(meta_seed, method) for method in phi_methods(fold_task.config, kinds)]
             total = len(methods) * c.seeds
             show = reporter.progress(total, f"transfer, fold {fold.number}, ε {eps:g}")
             for done, (seed, (meta_seed, method)) in enumerate(product(range(c.seeds), methods), 1):

@@ -5,13 +5,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import run
-from l2l_ref import cli, engine, experiment, report, tuning
+from l2l_ref import cli, data, engine, experiment, report, tuning
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +190,13 @@ class TestResumeAndLoad:
             run.main(
                 [*TINY, "--dataset", "quadratic", "--out", "r", "--resume", "--meta-lr", "0.5"]
             )
+
+    def test_resume_refuses_other_data(self, workdir, small_data, small_digits, monkeypatch):
+        run.main(self.arguments)
+        other = replace(small_digits, checksum="1" * 64)
+        monkeypatch.setattr(data, "load", lambda name, data_dir, **options: other)
+        with pytest.raises(InputError, match="checksum 000000000000, not 111111111111"):
+            run.main([*self.arguments, "--resume"])
 
 
 @pytest.mark.parametrize(
