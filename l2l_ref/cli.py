@@ -92,7 +92,7 @@ def parser() -> Parser:
     meta = top.add_argument_group("meta-training")
     count(meta, "--episodes", "optimizees trained (70; CIFAR-10: 8; quadratic: 100)")
     count(meta, "--unroll", "updates an unroll (20)")
-    real(meta, "--meta-lr", "of Adam on φ (1e-3; robust: 3e-3, falls as a cosine)")
+    real(meta, "--meta-lr", "of Adam on φ, falls as a cosine (1e-3; robust: 3e-3)")
     real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0; robust: 0)")
     real(meta, "--p", "log range of Eq. 5 (10)")
     real(meta, "--eps-warmup", "share of the episodes in which eps grows (0.5; robust: 0)")

@@ -106,10 +106,11 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
 
 DEFAULTS: dict[str, Any] = {
     "recipe": "paper", "attack_steps": 7, "attack_step_size": None, "p": 10.0, "hidden_size": 20,
-    "num_layers": 2, "unroll": 20, "clip": 1.0, "meta_seeds": 1, "grid": {}, "batch_size": 128,
-    "seeds": 5, "transfer_alpha": 0.5, "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000,
-    "restarts": 2, "seed": 0, "device": "auto", "backend": "auto", "data_dir": "data",
-    "strict_data": False, "out": None, "resume": False, "load": None, "quick": False,
+    "num_layers": 2, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine", "meta_seeds": 1, "grid": {},
+    "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5, "tune_seeds": 2, "tune_every": 1,
+    "eval_samples": 2000, "restarts": 2, "seed": 0, "device": "auto", "backend": "auto",
+    "data_dir": "data", "strict_data": False, "out": None, "resume": False, "load": None,
+    "quick": False,
 }  # fmt: skip
 # The paper's steps and folds; episodes give 350, 400 and 500 unrolls.
 BY_DATASET: dict[str, dict[str, Any]] = {
@@ -123,12 +124,12 @@ BY_DATASET: dict[str, dict[str, Any]] = {
 # The odd form cannot drift, so it needs no warm-up of ε.
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3,
-              "meta_schedule": "constant", "eps_warmup": 0.5},
+              "eps_warmup": 0.5},
     "robust": {"output_scale": 0.1, "theta_input": True, "odd": True, "meta_lr": 3e-3,
-               "meta_schedule": "cosine", "eps_warmup": 0.0, "read_alpha": 1.0},
+               "eps_warmup": 0.0, "read_alpha": 1.0},
 }  # fmt: skip
 # θ of a quadratic travels much farther than a network's.
-QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2, "meta_schedule": "cosine"}
+QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2}
 # The paper mixes clean and FGSM losses, and takes the PGD loss alone (sections 4.1, 4.2).
 ALPHA = {"fgsm": 0.5, "pgd": 0.0, "none": 1.0}
 QUICK: dict[str, dict[str, Any]] = {
