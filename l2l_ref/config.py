@@ -106,11 +106,11 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
 
 DEFAULTS: dict[str, Any] = {
     "recipe": "paper", "attack_steps": 7, "attack_step_size": None, "p": 10.0, "hidden_size": 20,
-    "num_layers": 2, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine", "meta_seeds": 1, "grid": {},
-    "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5, "tune_seeds": 2, "tune_every": 1,
-    "eval_samples": 2000, "restarts": 2, "seed": 0, "device": "auto", "backend": "auto",
-    "data_dir": "data", "strict_data": False, "out": None, "resume": False, "load": None,
-    "quick": False,
+    "num_layers": 2, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine", "meta_seeds": 1,
+    "grid": {}, "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5, "tune_seeds": 2,
+    "tune_every": 1, "eval_samples": 2000, "restarts": 2, "seed": 0, "device": "auto",
+    "backend": "auto", "data_dir": "data", "strict_data": False, "out": None, "resume": False,
+    "load": None, "quick": False,
 }  # fmt: skip
 # The paper's steps and folds; episodes give 350, 400 and 500 unrolls.
 BY_DATASET: dict[str, dict[str, Any]] = {
