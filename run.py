@@ -20,20 +20,25 @@ def main(arguments: list[str]) -> None:
     out = cli.new_folder(config)
     backend = engine.resolve(config.backend)
     task = prepare(config)
-    phis = experiment.load_phis(Path(config.load), task) if config.load else None
+    phis = {}
+    if config.load:
+        task, phis = experiment.load_phis(Path(config.load), task)
+    must_match(task.config, (task.source, task.checksum), out)
+    cli.make_folder(out)
     environment = report.environment(task, backend)
-    must_match(config, environment["data_sha256"], out)
     print(report.title(task))
     print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
 
     command = shlex.join(["python", "run.py", *(a for a in arguments if a != "--resume")])
-    report.write_config(out, config, environment, command)
+    environment = report.write_config(out, task.config, environment, command)
     results = experiment.run(task, out, report.reporter(), phis)
     print("\n" + report.report(out, results, task, environment, command))
     print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
     try:
         main(sys.argv[1:])
     except InputError as error:

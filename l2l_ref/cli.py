@@ -18,6 +18,9 @@ from l2l_ref.config import (
 from l2l_ref.engine import BACKENDS
 from l2l_ref.errors import InputError
 
+# What a loaded φ has settled already.
+SETTLED_BY_LOAD = {"recipe", "alpha", "p", "episodes", "unroll", "meta_lr", "eps_warmup", "grid"}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors, so that there is one way to fail."""
@@ -30,7 +33,7 @@ def number(text: str) -> float:
     """A float, or a fraction such as 8/255."""
     try:
         return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
 
 
@@ -45,7 +48,7 @@ def grid_axis(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def parser() -> Parser:
-    """The command line. The defaults are in the tables above; the help repeats them in words."""
+    """The command line. The defaults are the tables of `config`; the help says them in words."""
     top = Parser(
         prog="run.py",
         usage="run.py [options]",
@@ -78,8 +81,9 @@ def parser() -> Parser:
     what.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
-        help="paper: as printed (default); robust: φ reads clean\n"
-        "gradients, is judged under attack, is odd, sees θ",
+        help="paper: as printed, with a warm-up of eps (default);\n"
+        "robust: φ reads clean gradients, is judged under\n"
+        "attack, is odd, sees θ",
     )
     what.add_argument(
         "--optimizee",
@@ -92,7 +96,7 @@ def parser() -> Parser:
     meta = top.add_argument_group("meta-training")
     count(meta, "--episodes", "optimizees trained (70; CIFAR-10: 8; quadratic: 100)")
     count(meta, "--unroll", "updates an unroll (20)")
-    real(meta, "--meta-lr", "of Adam on φ, falls as a cosine (1e-3; robust: 3e-3)")
+    real(meta, "--meta-lr", "Adam's on φ (1e-3; robust: 3e-3; quadratic: 1e-2)")
     real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0; robust: 0)")
     real(meta, "--p", "log range of Eq. 5 (10)")
     real(meta, "--eps-warmup", "share of the episodes in which eps grows (0.5; robust: 0)")
@@ -135,6 +139,10 @@ def parse(arguments: list[str]) -> Config:
         InputError: anything the user can mend.
     """
     given = vars(parser().parse_args(arguments))
+    clash = sorted(given.keys() & SETTLED_BY_LOAD) if "load" in given else []
+    if clash:
+        names = ", ".join("--" + name.replace("_", "-") for name in clash)
+        raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
     if "eps" in given:
         given["eps"] = tuple(given["eps"])
     if "grid" in given:
@@ -154,29 +162,45 @@ def default_name(config: Config) -> str:
 
 
 def new_folder(config: Config, root: Path = Path("runs")) -> Path:
-    """The folder of this run: `--out`, or runs/<name>, with -2, -3, … where that is taken.
+    """Choose the folder of this run: `--out`, or runs/<name>, with -2, -3, … where that is taken.
 
     A run never writes over another. With `--resume` the newest folder of the name is continued.
 
     Raises:
-        InputError: `--out` is taken and `--resume` is not given, or is not a folder.
+        InputError: `--out` is taken and `--resume` not given; there is nothing to resume.
     """
     if config.out is not None:
         folder = Path(config.out)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"--out {folder} is a file: name a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not config.resume:
-            raise InputError(
-                f"--out {folder} is not empty: add --resume to continue that run, or name another"
-            )
-        return folder
-    name = default_name(config)
-    count = 1
-    folder = root / name
-    while folder.exists():
-        count += 1
-        following = root / f"{name}-{count}"
-        if config.resume and not following.exists():
-            break
-        folder = following
+    else:
+        name, count = default_name(config), 1
+        folder = root / name
+        while folder.exists():
+            count += 1
+            following = root / f"{name}-{count}"
+            if config.resume and not following.exists():
+                break
+            folder = following
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file: name a folder")
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not config.resume:
+        raise InputError(
+            f"--out {folder} is not empty: add --resume to continue that run, or name another"
+        )
+    if config.resume and not (folder / "config.json").exists():
+        raise InputError(f"--resume finds no run in {folder}: leave it out, or name a run's folder")
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        InputError: the file system says no.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
+        ) from None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
 from l2l_ref.problems import OPTIMIZEES
 
@@ -79,7 +80,8 @@ class Config:
             require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
         for name in ("alpha", "read_alpha", "eps_warmup", "transfer_alpha", "attacked_alpha"):
             require(name, 0 <= getattr(self, name) <= 1, getattr(self, name), "between 0 and 1")
-        for name in ("p", "output_scale", "meta_lr", "clip"):
+        require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
+        for name in ("output_scale", "meta_lr", "clip"):
             value = getattr(self, name)
             require(name, 0 < value < math.inf, value, "positive and finite")
         size = self.attack_step_size
@@ -88,14 +90,12 @@ class Config:
             require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
         require("folds", self.folds in (1, 2), self.folds, "1 or 2")
-        require("seed", self.seed >= 0, self.seed, "at least 0")
+        require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
         if self.dataset == "quadratic" and self.attack != "none":
             raise InputError(
                 f"--attack {self.attack} does not go with --dataset quadratic, which has no "
                 "pixels to attack: use --attack none"
             )
-        if self.load and self.grid:
-            raise InputError("--grid meta-trains and --load does not: give one of them")
 
 
 def require(name: str, ok: bool, value: Any, allowed: str) -> None:
@@ -179,9 +179,14 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
     """The configuration with a point of its grid in place.
 
     φ reads and is judged by one α, so both move, unless the recipe separates them.
+
+    Raises:
+        InputError: a candidate out of range.
     """
     changes: dict[str, Any] = dict(chosen)
     if "unroll" in changes:
+        whole = float(changes["unroll"]).is_integer()
+        require("unroll", whole, changes["unroll"], "a whole number")
         changes["unroll"] = int(changes["unroll"])
     if "alpha" in changes and config.read_alpha == config.alpha:
         changes["read_alpha"] = changes["alpha"]
@@ -191,11 +196,12 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
 PLACES = {"out", "resume", "data_dir", "strict_data", "device", "backend"}  # where, not what
 
 
-def must_match(config: Config, checksum: str | None, folder: Path) -> None:
+def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> None:
     """A run that is continued must have the settings (but for `PLACES`) and the data it began with.
 
     Args:
-        checksum: of the data that would be used now; None for quadratics.
+        data: its source and checksum. The halves go by the order of the images, which differs
+            between layouts, so the same pixels from another layout are other data.
         folder: of the run; nothing is checked where it holds no config.json.
 
     Raises:
@@ -206,18 +212,25 @@ def must_match(config: Config, checksum: str | None, folder: Path) -> None:
         return
     try:
         saved = json.loads(path.read_text())
-        before, data = saved["settings"], saved["environment"]["data_sha256"]
+        before, environment = saved["settings"], saved["environment"]
+        data_before = environment["data"], environment["data_sha256"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is broken: start afresh with another --out") from None
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    for name in now.keys() - PLACES:
+    for name in sorted(now.keys() - PLACES):
         if now[name] != before.get(name):
             raise InputError(
                 f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "
                 f"{now[name]}: resume with that, or start afresh with another --out"
             )
-    if checksum != data:
+    if data != data_before:
         raise InputError(
-            f"{folder} was run on data with checksum {str(data)[:12]}, not {str(checksum)[:12]}: "
-            "give the same --data-dir, or start afresh with another --out"
+            f"{folder} was run on {describe(data_before)}, not {describe(data)}: give the same "
+            "--data-dir, or start afresh with another --out"
         )
+
+
+def describe(data: tuple[str, str | None]) -> str:
+    """A data set's source and the beginning of its checksum."""
+    source, checksum = data
+    return source if checksum is None else f"{source} (checksum {checksum[:12]})"

@@ -22,13 +22,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
+MAX_P = 80  # beyond, e^p overflows float32 and a zero gradient would become nan
 BLOCK = 2048  # coordinates whose graph `unroll_meta_gradient` holds at once
 
 
 class Form(TypedDict):
     """The settings of the update rule that are not weights; every operator takes them by name."""
 
-    p: float  # > 0, range of the logarithm in Eq. 5
+    p: float  # in (0, MAX_P], range of the logarithm in Eq. 5
     output_scale: float  # s, multiplies the head's output
     theta_input: bool  # θ is a third input of the LSTM
     odd: bool  # the update is m(x) - m(-x)
@@ -39,7 +40,7 @@ def preprocess(gradient: Tensor, p: float) -> Tensor:
 
     Args:
         gradient: any shape.
-        p: > 0, the range of the logarithm; a gradient below e^-p is small and enters linearly.
+        p: in (0, MAX_P], the range of the logarithm; a gradient below e^-p enters linearly.
 
     Returns:
         [2, *gradient.shape]: (log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p·g). NaN and

@@ -3,18 +3,21 @@
 Every finished piece is kept in `<out>/parts`, so that a resumed run repeats none of them.
 """
 
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from l2l_ref import attacks, evaluate, tuning
-from l2l_ref.config import Config
+from l2l_ref.config import Config, describe
 from l2l_ref.errors import InputError
-from l2l_ref.meta_train import read_checkpoint, write_atomically
+from l2l_ref.files import replace_with
+from l2l_ref.meta_train import read_checkpoint
 from l2l_ref.optimizer import MetaOptimizer
 from l2l_ref.problems import phi_groups
 from l2l_ref.task import NOT, TRANSFER, Fold, Parts, Reporter, Task, folds, learn, learned, stream
@@ -22,6 +25,10 @@ from l2l_ref.transfer import Method, train
 
 PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
 FORMAT = "l2l_ref φ 1"
+# The settings that a loaded φ brings along.
+OF_PHI = ("recipe", "p", "output_scale", "theta_input", "odd", "hidden_size", "num_layers",
+          "alpha", "read_alpha", "episodes", "unroll", "meta_lr", "meta_schedule", "clip",
+          "eps_warmup")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Results:
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
     """The key of a φ. Transfer-NOT's has no eps: it never meets an attack."""
-    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps:g}" if kind == TRANSFER else "")
+    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind == TRANSFER else "")
 
 
 def run(
@@ -78,13 +85,17 @@ def run(
                     reporter.progress(c.episodes, f"meta-train {name}"),
                     checkpoint=parts.folder / f"{name}.pt",
                 )
+                history = results.meta_training[name]
+                if history["skipped"] or history["diverged"]:
+                    reporter.say(
+                        f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "
+                        f"{history['diverged']} episodes diverged and were cut short"
+                    )
             return phis[name]
 
         for eps in c.eps:
-            baselines, chosen = tuning.baselines(task, fold, eps, parts)
-            results.chosen.setdefault(f"{eps:g}", {})[str(fold.number)] = chosen
-            for label, settings in chosen.items():
-                reporter.say(f"tuned on the meta-training half: {label}: {settings}")
+            baselines, chosen = tuning.baselines(task, fold, eps, parts, reporter)
+            results.chosen.setdefault(str(eps), {})[str(fold.number)] = chosen
             methods: list[tuple[int | None, Method]] = [(None, method) for method in baselines]
             for meta_seed in range(c.meta_seeds):
                 kinds = {kind: phi(kind, meta_seed, eps) for kind in kinds_of_phi(c)}
@@ -103,7 +114,10 @@ def run(
                 judged = parts.get(name, partial(run_method, task, method, fold, eps, seed))
                 results.runs.append({**key, **judged})
                 show(done, judged["attacked"][-1])
-    save_phis(out / "meta_optimizer.pt", phis, task)
+    if c.load:  # what they come from goes along unchanged
+        shutil.copyfile(c.load, out / "meta_optimizer.pt")
+    else:
+        save_phis(out / "meta_optimizer.pt", phis, task)
     return results
 
 
@@ -162,24 +176,36 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
 
 
 def save_phis(path: Path, phis: dict[str, nn.ModuleDict], task: Task) -> None:
-    """Every φ of a run in one file: settings and plain state dicts by name and φ-group."""
+    """Every φ of a run in one file: settings and plain state dicts by name and φ-group.
+
+    With them goes what they come from: the run's configuration and its data.
+    """
     saved = {
         name: {
-            group: {"settings": meta.settings, "state_dict": meta.state_dict()}
+            group: {
+                "settings": meta.settings,
+                "state_dict": {key: weight.cpu() for key, weight in meta.state_dict().items()},
+            }
             for group, meta in phi.items()
         }
         for name, phi in phis.items()
     }
-    split = {"dataset": task.config.dataset, "seed": task.config.seed}
-    value = {"format": FORMAT, "data": task.source, "split": split, "phis": saved}
-    write_atomically(path, value)
+    value = {
+        "format": FORMAT,
+        "config": asdict(task.config),
+        "data": task.source,
+        "data_sha256": task.checksum,
+        "phis": saved,
+    }
+    replace_with(path, partial(torch.save, value))
 
 
-def load_phis(path: Path, task: Task) -> dict[str, nn.ModuleDict]:
+def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
     """Every φ that a run needs, by name, from the file that `save_phis` wrote.
 
     A φ of the same kind, fold and meta-seed that was trained for another ε will do where it is the
-    only one.
+    only one. The settings of φ in the task's configuration become those of the file, and its
+    `origin` says where φ comes from.
 
     Raises:
         InputError: a file of another kind; φ that are missing or do not fit the problem's φ-groups;
@@ -191,12 +217,20 @@ def load_phis(path: Path, task: Task) -> dict[str, nn.ModuleDict]:
             f"--load {path} is not a meta_optimizer.pt of this version: name the file of a "
             "finished run"
         )
-    c, split, saved = task.config, value["split"], value["phis"]
-    if split["dataset"] == c.dataset != "quadratic" and split["seed"] != c.seed:
-        raise InputError(
-            f"--load {path} holds φ meta-trained on another half of {c.dataset}: give --seed "
-            f"{split['seed']}, or transfer would train on what they have seen"
-        )
+    c, before, saved = task.config, value["config"], value["phis"]
+    if before["dataset"] == c.dataset and c.dataset != "quadratic":
+        if before["seed"] != c.seed:
+            raise InputError(
+                f"--load {path} holds φ meta-trained on another half of {c.dataset}: give --seed "
+                f"{before['seed']}, or transfer would train on what they have seen"
+            )
+        data = value["data"], value["data_sha256"]
+        here = task.source, task.checksum
+        if data != here and "stand-in" not in (data[0], here[0]):
+            raise InputError(
+                f"--load {path} holds φ meta-trained on {describe(data)}, whose halves are not "
+                f"those of {describe(here)}: give the same --data-dir"
+            )
     phis = {}
     for kind, fold, meta_seed, eps in product(
         kinds_of_phi(c), range(c.folds), range(c.meta_seeds), c.eps
@@ -219,4 +253,6 @@ def load_phis(path: Path, task: Task) -> dict[str, nn.ModuleDict]:
             meta = MetaOptimizer(**groups[group]["settings"])
             meta.load_state_dict(groups[group]["state_dict"])
             phis[name][group] = meta.to(task.device)
-    return phis
+    origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
+    settings = {name: before[name] for name in OF_PHI}
+    return replace(task, config=replace(c, **settings), origin=origin), phis

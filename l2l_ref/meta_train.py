@@ -1,9 +1,9 @@
 """Meta-training: episodes of fresh optimizees, truncated unrolls, Adam on φ."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l2l_ref import engine
 from l2l_ref.equations import robust_loss, update_cotangents
 from l2l_ref.errors import InputError
+from l2l_ref.files import replace_with
 from l2l_ref.optimizer import MetaOptimizer, flatten_
 from l2l_ref.problems import Problem, phi_groups
 
@@ -146,7 +147,6 @@ def meta_train(
     *,
     backend: str = "auto",
     checkpoint: Path | None = None,
-    every: int = 5,
     on_episode: Callable[[int, float], None] = lambda episode, loss: None,
 ) -> History:
     """Meta-train φ in place.
@@ -155,8 +155,8 @@ def meta_train(
         meta_optimizers: {φ-group: MetaOptimizer}, all on the device of the optimizees.
         draw: episode number -> its Episode. An episode's randomness depends on its number alone,
             so a resumed run computes the same bits as an uninterrupted one.
-        checkpoint: a file written atomically every `every` episodes and at the end; training
-            continues from it if it is there.
+        checkpoint: a file written whole after every episode; training continues from it if it is
+            there.
         on_episode: called with the number of episodes done and the last unroll's mean loss.
 
     Raises:
@@ -190,9 +190,7 @@ def meta_train(
             if not math.isfinite(loss):  # θ is beyond repair: a fresh optimizee comes next
                 history.diverged += 1
                 break
-        if checkpoint is not None and (
-            (number + 1) % every == 0 or number + 1 == settings.episodes
-        ):
+        if checkpoint is not None:
             state = {
                 "settings": identity(settings, meta_optimizers),
                 "episodes": number + 1,
@@ -200,7 +198,7 @@ def meta_train(
                 "adam": adam.state_dict(),
                 "history": asdict(history),
             }
-            write_atomically(checkpoint, state)
+            replace_with(checkpoint, partial(torch.save, state))
         on_episode(number + 1, loss)
     return history
 
@@ -238,21 +236,13 @@ def new_meta_optimizers(
 
 
 def identity(settings: MetaSettings, meta_optimizers: nn.ModuleDict) -> dict[str, Any]:
-    """All that must agree before a checkpoint may be continued."""
+    """What must agree before a checkpoint may be continued, beside what `draw` draws."""
     forms = {name: meta.settings for name, meta in meta_optimizers.items()}
     return {**asdict(settings), "meta_optimizers": forms}
 
 
-def write_atomically(path: Path, value: Any) -> None:
-    """`torch.save` beside `path`, then a rename: a reader finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
-
-
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write_atomically` wrote; loading it never executes code.
+    """A dict that `torch.save` wrote; loading it never executes code.
 
     Raises:
         InputError: no such file, or one that is not a checkpoint.

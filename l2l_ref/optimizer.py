@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from l2l_ref import engine
-from l2l_ref.equations import Form
+from l2l_ref.equations import MAX_P, Form
 from l2l_ref.errors import InputError
 
 
@@ -22,14 +22,14 @@ class MetaOptimizer(nn.Module):
     Args:
         hidden_size: units of each LSTM layer.
         num_layers: LSTM layers.
-        p: > 0, range of the logarithm in Eq. 5.
+        p: in (0, 80], range of the logarithm in Eq. 5.
         output_scale: > 0, multiplies the head's output.
         theta_input: θ is a third input, clamp(10·θ, ±5).
         odd: the update is m(x) - m(-x), so that u(-g) = -u(g).
         generator: draws the weights; uniform in ±1/√hidden_size as `nn.LSTM` does.
 
     Raises:
-        InputError: a size below 1; p or output_scale not positive and finite.
+        InputError: a size below 1; p or output_scale out of range.
     """
 
     def __init__(
@@ -47,9 +47,12 @@ class MetaOptimizer(nn.Module):
         for name, size in (("hidden_size", hidden_size), ("num_layers", num_layers)):
             if size < 1:
                 raise InputError(f"{name} is {size}: it must be at least 1")
-        for name, value in (("p", p), ("output_scale", output_scale)):
-            if not 0 < value < float("inf"):
-                raise InputError(f"{name} is {value}: it must be positive and finite")
+        if not 0 < p <= MAX_P:
+            raise InputError(
+                f"p is {p}: it must be above 0 and at most {MAX_P} (e^p must be finite)"
+            )
+        if not 0 < output_scale < float("inf"):
+            raise InputError(f"output_scale is {output_scale}: it must be positive and finite")
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.form: Form = {
             "p": p,
@@ -209,7 +212,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 {**saved, "meta_optimizer": own["meta_optimizer"], "backend": own["backend"]}
                 for saved, own in zip(groups, self.param_groups, strict=True)
             ]
+        own = [{k: g[k] for k in ("meta_optimizer", "backend")} for g in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for group, kept in zip(self.param_groups, own, strict=True):
+            group.update(kept)  # the base class has put copies there
 
 
 def flatten_(params: Iterable[Tensor]) -> Tensor:

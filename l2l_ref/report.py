@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ import torch
 
 from l2l_ref.config import Config
 from l2l_ref.experiment import PGD_STEPS, Results
+from l2l_ref.files import replace_with
 from l2l_ref.task import Reporter, Task
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
@@ -46,9 +46,11 @@ def reporter() -> Reporter:
         from tqdm import tqdm
 
         def bar(total: int, label: str) -> Callable[[int, float], None]:
-            shown = tqdm(total=total, desc=label, leave=True)
+            shown = tqdm(total=total, desc=label)
 
             def update(done: int, loss: float) -> None:
+                if shown.n == 0:  # what an earlier run has done took no time now
+                    shown.initial = shown.n = done - 1
                 shown.update(done - shown.n)
                 shown.set_postfix(loss=f"{loss:.3f}")
                 if done == total:
@@ -59,14 +61,15 @@ def reporter() -> Reporter:
         return Reporter(tqdm.write, bar)
 
     def lines(total: int, label: str) -> Callable[[int, float], None]:
-        begin, shown = time.monotonic(), -1
+        begin, before, shown = time.monotonic(), None, -1
 
         def update(done: int, loss: float) -> None:
-            nonlocal shown
+            nonlocal before, shown
+            before = done - 1 if before is None else before  # done by an earlier run, in no time
             tenth = 10 * done // total
             if tenth > shown:
                 shown = tenth
-                left = (time.monotonic() - begin) / done * (total - done)
+                left = (time.monotonic() - begin) / (done - before) * (total - done)
                 print(f"{label}: {done}/{total}, loss {loss:.3f}, {left:.0f} s left", flush=True)
 
         return update
@@ -92,7 +95,7 @@ def environment(task: Task, backend: str) -> dict[str, Any]:
         "backend": backend,
         "git_commit": git_commit(),
         "data": task.source,
-        "data_sha256": None if task.images is None else task.images.checksum,
+        "data_sha256": task.checksum,
     }
 
 
@@ -191,6 +194,8 @@ def title(task: Task) -> str:
     words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
              config.optimizee, attack[config.attack], f"recipe {config.recipe}",
              f"data: {task.source}"]  # fmt: skip
+    if task.origin:
+        words.append(f"φ from {task.origin}")
     return " · ".join(words + ["quick miniature"] * config.quick)
 
 
@@ -206,6 +211,7 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
         f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
         "\n"
         f"{e['device']}, threads: {e['threads']}, torch {e['torch']}, backend {e['backend']}"
+        + (", continued elsewhere (config.json)" if e.get("continued_in") else "")
         + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
         + f"\n{command}"
     )
@@ -239,7 +245,8 @@ def draw_curves(
             steps = runs[0]["steps"]
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-            highest = max([highest, *mean[mean.isfinite()][[0, -1]].tolist()])
+            highest = max([highest, *mean[mean.isfinite()].tolist()])
+            start = mean[0].item()
         bad = [f"{row['method']}: {marks(row)}" for row in summary
                if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
         panel.text(0.985, 0.975, "\n".join(bad), ha="right", va="top", fontsize=8,
@@ -249,8 +256,8 @@ def draw_curves(
             panel.set_title(f"ε = {eps:.3g}")
         if config.dataset == "quadratic":
             panel.set_yscale("log")
-        else:  # room for the notes; one run away would flatten all the others
-            panel.set_ylim(0, (1.25 + 0.06 * len(bad)) * highest)
+        else:  # room for the notes; a curve that runs away is cut, or it would flatten the others
+            panel.set_ylim(0, (1.1 + 0.06 * len(bad)) * min(highest, 2.5 * start))
         panel.grid(alpha=0.3)
     for panel in panels[len(config.eps) :]:
         panel.remove()
@@ -259,7 +266,7 @@ def draw_curves(
     figure.supxlabel(footer, fontsize=7, color="0.35")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
-    write(path, buffer.getvalue())
+    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))
 
 
 def curves_csv(results: Results, data: str) -> str:
@@ -275,14 +282,6 @@ def curves_csv(results: Results, data: str) -> str:
     return buffer.getvalue()
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, then rename: a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
-
-
 def plain(value: Any) -> Any:
     """`value` with None for numbers that JSON does not have."""
     if isinstance(value, dict):
@@ -294,13 +293,29 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON that any reader takes: no NaN, no infinities."""
-    write(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+    replace_with(path, lambda partial: partial.write_text(text))
 
 
-def write_config(out: Path, config: Config, environment: dict[str, Any], command: str) -> None:
-    """config.json: every setting, and all that the results depend on beside them."""
-    value = {"command": command, "settings": asdict(config), "environment": environment}
-    write_json(out / "config.json", value)
+def write_config(
+    out: Path, config: Config, environment: dict[str, Any], command: str
+) -> dict[str, Any]:
+    """config.json: every setting, and all that the results depend on beside them.
+
+    A run that is continued keeps the environment it began in, and lists the others. Returns it.
+    """
+    path = out / "config.json"
+    if path.exists():
+        value = json.loads(path.read_text())
+        first = value["environment"]
+        others = first.setdefault("continued_in", [])
+        if environment != {k: v for k, v in first.items() if k != "continued_in"}:
+            others.append(environment)
+        environment = first
+    else:
+        value = {"command": command, "settings": asdict(config), "environment": environment}
+    write_json(path, value)
+    return environment
 
 
 def report(
@@ -310,7 +325,8 @@ def report(
     config = task.config
     heading, footer = title(task), footnote(config, environment, command)
     summary = summarise(results)
-    write(out / "metrics.csv", curves_csv(results, task.source))
+    text = curves_csv(results, task.source)
+    replace_with(out / "metrics.csv", lambda partial: partial.write_text(text))
     runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
             | {"attacked_loss": run["attacked"][-1], "clean_loss": run["clean"][-1]}
             for run in results.runs]  # fmt: skip

@@ -6,7 +6,6 @@ the same θ₀ and see the same batches, and no result depends on what was compu
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.config import Config
 from l2l_ref.errors import InputError
+from l2l_ref.files import replace_with
 from l2l_ref.meta_train import Episode, MetaSettings, meta_train, new_meta_optimizers
 from l2l_ref.optimizer import LearnedOptimizer
 
@@ -51,10 +51,7 @@ class Parts:
             except ValueError:
                 raise InputError(f"{path} is broken: delete it and resume again") from None
         value = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(json.dumps(value))
-        os.replace(partial_path, path)
+        replace_with(path, lambda partial: partial.write_text(json.dumps(value)))
         return value
 
 
@@ -91,6 +88,12 @@ class Task:
     problem: problems.Problem
     images: data.Data | None
     device: torch.device
+    origin: str | None = None  # of φ, where it is loaded: data, attack, ε
+
+    @property
+    def checksum(self) -> str | None:
+        """Of the images; None for quadratics."""
+        return None if self.images is None else self.images.checksum
 
     @property
     def source(self) -> str:
@@ -224,9 +227,12 @@ def prepare(config: Config) -> Task:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("of another type")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch raises either, by the way it was built
         raise InputError(f"--device {name} is not available here: use --device cpu") from None
+    torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     images = None
     if config.dataset != "quadratic":

@@ -19,7 +19,7 @@ from l2l_ref.transfer import Method, train
 ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 L1_LRS = (1e-3, 3e-3, 1e-2)
-L1_WEIGHTS = (3e-4, 1e-3, 3e-3)
+L1_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2)
 # θ of a quadratic travels farther. Its loss is a mean over functions, so SGD's rates are
 # multiplied by how many there are.
 QUADRATIC_ADAM_LRS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -64,21 +64,24 @@ def candidates(config: Config) -> dict[str, dict[str, Method]]:
 
 
 def baselines(
-    task: Task, fold: Fold, eps: float, parts: Parts
+    task: Task, fold: Fold, eps: float, parts: Parts, reporter: Reporter
 ) -> tuple[list[Method], dict[str, str]]:
     """Each baseline with its best settings, and Adam with its default; {label: settings chosen}."""
     methods = [Method(f"Adam, lr {DEFAULT_LR:g}", partial(adam, DEFAULT_LR))]
-    chosen = {}
-    for label, grid in candidates(task.config).items():
-        scores = {
-            settings: parts.get(
-                f"tune-fold{fold.number}-eps{eps:g}-{label}, {settings}",
-                partial(validate, task, method, fold, eps),
-            )
-            for settings, method in grid.items()
-        }
+    grids, chosen, done = candidates(task.config), {}, 0
+    where = f"fold {fold.number}, ε {eps:g}"
+    show = reporter.progress(sum(map(len, grids.values())), f"tune baselines, {where}")
+    for label, grid in grids.items():
+        scores = {}
+        for settings, method in grid.items():
+            name = f"tune-fold{fold.number}-eps{eps}-{label}, {settings}"
+            scores[settings] = parts.get(name, partial(validate, task, method, fold, eps))
+            done += 1
+            show(done, scores[settings][1])
         chosen[label] = min(scores, key=lambda settings: tuple(scores[settings]))
         methods.append(grid[chosen[label]])
+    words = "; ".join(f"{label}: {settings}" for label, settings in chosen.items())
+    reporter.say(f"tuned on the meta-training half, {where}: {words}")
     return methods, chosen
 
 
@@ -112,8 +115,9 @@ def search(
 ) -> tuple[Task, list[dict[str, Any]]]:
     """The `--grid` of φ's settings: meta-train each combination and take the best.
 
-    Candidates meta-train on one part of the meta-training half, then train new optimizees on its
-    clean batches, and are judged on the other part by their attacked loss, averaged over `eps`.
+    Candidates meta-train on one part of the meta-training half, then train new optimizees on the
+    clean batches of that same part, and are judged on the other by their attacked loss, averaged
+    over `eps`. Returns the task with the best in place, and what was tried, one dict a candidate.
     """
     c = task.config
     tried = []
@@ -132,8 +136,9 @@ def search(
             return {"collapsed": any(collapsed), "attacked_loss": statistics.fmean(losses)}
 
         outcome = parts.get(f"grid-fold{fold.number}-{name.replace(', ', '-')}", judge)
-        tried.append({"settings": chosen, **outcome})
+        tried.append({"fold": fold.number, "settings": chosen, **outcome, "chosen": False})
         reporter.say(f"grid: {name}: validation attacked loss {outcome['attacked_loss']:.3f}")
     best = min(tried, key=lambda row: (row["collapsed"], row["attacked_loss"]))
+    best["chosen"] = True
     reporter.say(f"grid: chose {best['settings']} on the meta-training half of fold {fold.number}")
     return replace(task, config=with_grid(c, best["settings"])), tried

@@ -86,6 +86,10 @@ class TestPreprocess:
         assert direction[0] == 1 and direction[1] < 1
         assert log[0] == pytest.approx((-3 + math.log(1.01)) / 3) and log[1] == -1
 
+    @pytest.mark.parametrize("p", [1e-3, 10.0, equations.MAX_P])
+    def test_zero_is_minus_one_and_zero_for_every_allowed_p(self, p):
+        assert preprocess(torch.zeros(1), p).flatten().tolist() == [-1.0, 0.0]
+
     def test_derivative_is_finite_at_zero(self):
         g = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         preprocess(g, 10.0).sum().backward()

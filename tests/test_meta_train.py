@@ -163,11 +163,11 @@ def test_resumed_equals_uninterrupted(tmp_path, schedule):
             raise Killed
 
     path = tmp_path / "phi.pt"
-    with pytest.raises(Killed):
-        meta_train(PROBLEM, halves, chosen, draw, checkpoint=path, every=2, on_episode=stop)
-    assert read_checkpoint(path)["episodes"] == 2
+    with pytest.raises(Killed):  # after the third of four episodes
+        meta_train(PROBLEM, halves, chosen, draw, checkpoint=path, on_episode=stop)
+    assert read_checkpoint(path)["episodes"] == 3
     resumed = new_phi()
-    history = meta_train(PROBLEM, resumed, chosen, draw, checkpoint=path, every=2)
+    history = meta_train(PROBLEM, resumed, chosen, draw, checkpoint=path)
     assert same(resumed, whole) and history == expected
     again = new_phi()  # a finished one is not trained further
     assert meta_train(PROBLEM, again, chosen, draw, checkpoint=path) == expected

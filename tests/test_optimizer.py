@@ -138,6 +138,7 @@ def test_a_loaded_state_is_not_shared_with_the_file():
     kept = copy.deepcopy(saved)
     optimizer.load_state_dict(saved)
     optimizer.step()
+    assert optimizer.param_groups[0]["meta_optimizer"] is meta  # not a copy of φ
     for index, state in saved["state"].items():
         assert torch.equal(state["lstm"], kept["state"][index]["lstm"])
 
@@ -213,8 +214,9 @@ def test_works_with_a_learning_rate_free_torch_loop():
         (lambda m: LearnedOptimizer(m.parameters()), "has no φ"),
         (lambda m: LearnedOptimizer(m.double().parameters(), phi()), "float64"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), backend="gpu"), "'gpu' is unknown"),
-        (lambda m: MetaOptimizer(p=0.0), "p is 0.0"),
+        (lambda m: MetaOptimizer(p=0.0), "p is 0.0: it must be above 0 and at most 80"),
         (lambda m: MetaOptimizer(p=float("nan")), "p is nan"),
+        (lambda m: MetaOptimizer(p=90.0), "p is 90.0"),
         (lambda m: MetaOptimizer(hidden_size=0), "hidden_size is 0"),
         (lambda m: MetaOptimizer(output_scale=float("inf")), "output_scale is inf"),
     ],

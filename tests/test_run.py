@@ -16,8 +16,9 @@ from l2l_ref import cli, data, engine, experiment, report, tuning
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--episodes", "1", "--steps", "4", "--unroll", "2", "--seeds", "2", "--quick",
-        "--eval-samples", "40", "--batch-size", "32"]  # fmt: skip
+# A run in seconds; φ that is loaded has its own episodes and unrolls.
+LOADING = ["--quick", "--steps", "4", "--seeds", "2", "--eval-samples", "40", "--batch-size", "32"]
+TINY = [*LOADING, "--episodes", "1", "--unroll", "2"]
 CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
           "Adam (attacked)"}  # fmt: skip
 TABLE = CURVES | {"Transfer-NOT (clean)", "SGD", "Adam + L1", "Adam, lr 0.001"}
@@ -115,6 +116,7 @@ class TestWhatARunLeaves:
         summary, _ = read(workdir / "r")
         tried = [row["settings"] for row in summary["grid"]]
         assert tried == [{"p": p, "meta_lr": lr} for p in (5, 10) for lr in (1e-4, 1e-2)]
+        assert [row["chosen"] for row in summary["grid"]].count(True) == 1
         best = min(summary["grid"], key=lambda row: (row["collapsed"], row["attacked_loss"]))
         saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
         phi = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]
@@ -160,12 +162,25 @@ class TestResumeAndLoad:
 
     def test_load_skips_meta_training_and_gives_the_same_transfer(self, workdir, small_data):
         run.main([*self.arguments[:-1], "a"])
-        run.main([*self.arguments[:-1], "b", "--load", "a/meta_optimizer.pt"])
+        run.main([*LOADING, "--out", "b", "--load", "a/meta_optimizer.pt"])
         (a, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
         assert rows_a == rows_b
         assert a["meta_training"] and not b["meta_training"]
         # another ε may use the only φ there is
-        run.main([*self.arguments[:-1], "c", "--load", "a/meta_optimizer.pt", "--eps", "0.2"])
+        run.main([*LOADING, "--out", "c", "--load", "b/meta_optimizer.pt", "--eps", "0.2"])
+        c, _ = read(workdir / "c")
+        assert c["title"].endswith("φ from stand-in, fgsm, ε 0.1 · quick miniature")
+        assert (workdir / "c/meta_optimizer.pt").read_bytes() == (
+            workdir / "a/meta_optimizer.pt"
+        ).read_bytes()
+
+    def test_load_brings_the_settings_of_its_phi(self, workdir, small_data):
+        run.main([*self.arguments[:-1], "a", "--recipe", "robust"])
+        run.main([*LOADING, "--out", "b", "--load", "a/meta_optimizer.pt"])
+        (_, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
+        assert rows_a == rows_b and "recipe robust" in b["title"]
+        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        assert settings["odd"] and settings["read_alpha"] == 1.0
 
     def test_load_refuses_what_does_not_fit(self, workdir, small_data):
         run.main(["--dataset", "quadratic", *TINY, "--out", "q"])
@@ -181,7 +196,7 @@ class TestResumeAndLoad:
             (["--load", "a/meta_optimizer.pt", "--folds", "2"], "this run needs .*fold1"),
         ):
             with pytest.raises(InputError, match=words):
-                run.main([*TINY, *arguments, "--out", "x"])
+                run.main([*LOADING, *arguments, "--out", "x"])
             assert not (workdir / "x").exists()
 
     def test_resume_refuses_other_settings(self, workdir, small_data):
@@ -195,8 +210,29 @@ class TestResumeAndLoad:
         run.main(self.arguments)
         other = replace(small_digits, checksum="1" * 64)
         monkeypatch.setattr(data, "load", lambda name, data_dir, **options: other)
-        with pytest.raises(InputError, match="checksum 000000000000, not 111111111111"):
+        with pytest.raises(InputError, match="checksum 000000000000.*not.*111111111111"):
             run.main([*self.arguments, "--resume"])
+        # the same pixels from another layout have another order, so other halves
+        other = replace(small_digits, source="MNIST (PNG folders)")
+        with pytest.raises(InputError, match="not MNIST"):
+            run.main([*self.arguments, "--resume"])
+
+    def test_load_refuses_other_halves(self, workdir, small_digits, monkeypatch):
+        real = replace(small_digits, source="MNIST")
+        monkeypatch.setattr(data, "load", lambda name, data_dir, **options: real)
+        run.main([*self.arguments[:-1], "a"])
+        folders = replace(small_digits, source="MNIST (PNG folders)")
+        monkeypatch.setattr(data, "load", lambda name, data_dir, **options: folders)
+        with pytest.raises(InputError, match="halves are not those of MNIST .PNG folders."):
+            run.main([*LOADING, "--out", "b", "--load", "a/meta_optimizer.pt"])
+
+    def test_a_continued_run_names_both_environments(self, workdir, small_data, monkeypatch):
+        run.main(self.arguments)
+        monkeypatch.setattr(report, "git_commit", lambda: "f" * 40)
+        run.main([*self.arguments, "--resume"])
+        environment = json.loads((workdir / "r/config.json").read_text())["environment"]
+        assert environment["git_commit"] != "f" * 40
+        assert [e["git_commit"] for e in environment["continued_in"]] == ["f" * 40]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +248,16 @@ class TestResumeAndLoad:
         (["--eps", "0.1", "0.1"], "free of repeats"),
         (["--alpha", "2"], "--alpha is 2.0: it must be between 0 and 1"),
         (["--transfer-alpha", "-1"], "--transfer-alpha is -1.0"),
-        (["--p", "0"], "--p is 0.0: it must be positive"),
+        (["--p", "0"], "--p is 0.0: it must be above 0 and at most 80"),
+        (["--p", "1000"], "--p is 1000.0"),
+        (["--grid", "unroll=2.5"], "--unroll is 2.5: it must be a whole number"),
+        (["--grid", "unroll=nan"], "--unroll is nan"),
+        (["--seed", "9" * 30], "below 2.63"),
+        (["--eps", "9" * 400 + "/1"], "is not a number"),
+        (["--device", "meta"], "--device meta is not available"),
+        (["--out", "file/x"], "--out file/x cannot be made .Not a directory."),
+        (["--resume"], "--resume finds no run in runs/mnist-fgsm-paper-quick"),
+        (["--out", "empty", "--resume"], "--resume finds no run in empty"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
         (["--unroll", "0"], "--unroll is 0: it must be at least 1"),
         (["--steps", "2.5"], "invalid int value: '2.5'"),
@@ -227,7 +272,7 @@ class TestResumeAndLoad:
         (["--grid", "p=a"], "'a' is not a number"),
         (["--grid", "p=0,5"], "--p is 0.0"),
         (["--grid", "p=1", "p=2"], "given once"),
-        (["--grid", "p=1", "--load", "x.pt"], "give one of them"),
+        (["--grid", "p=1", "--load", "x.pt"], "leave out --episodes, --grid, --unroll"),
         (["--device", "tpu9"], "--device tpu9 is not available"),
         (["--backend", "gpu"], "invalid choice: 'gpu'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -239,6 +284,7 @@ class TestResumeAndLoad:
 )
 def test_mistakes_are_one_clear_sentence(workdir, small_data, arguments, words):
     (workdir / "file").touch()
+    (workdir / "empty").mkdir()
     for name, content in (("full", "{}"), ("broken", "{")):
         (workdir / name).mkdir()
         (workdir / name / "config.json").write_text(content)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from l2l_ref import cli, experiment, tuning
-from l2l_ref.task import Parts, folds, learn, prepare, stream, warmup
+from l2l_ref.task import Parts, Reporter, folds, learn, prepare, stream, warmup
 from l2l_ref.transfer import Method
 from l2l_ref.tuning import sgd
 
+QUIET = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
 QUICK = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32"]
 
 
@@ -154,12 +155,12 @@ def test_baselines_are_the_best_of_their_grid(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tuning, "validate", validate)
     task = prepare(cli.parse([*QUICK[1:], "--quick"]))
-    methods, chosen = tuning.baselines(task, fold, 0.1, Parts(tmp_path))
+    methods, chosen = tuning.baselines(task, fold, 0.1, Parts(tmp_path), QUIET)
     assert chosen == {
         "Adam": "lr 0.001",  # of 1e-4, 1e-3, 1e-2 (every other one in the miniature)
         "SGD": "lr 1",
         "Adam (attacked)": "lr 0.001",
-        "Adam + L1": "lr 0.001, L1 0.003",
+        "Adam + L1": "lr 0.003, L1 0.003",
     }
     labels = {method.label for method in methods}
     assert labels == {"Adam", "SGD", "Adam (attacked)", "Adam + L1", "Adam, lr 0.001"}
