@@ -18,19 +18,10 @@ import torch
 
 from l2l_ref.config import Config
 from l2l_ref.experiment import PGD_STEPS, Results
+from l2l_ref.figure import draw_curves, marks
 from l2l_ref.files import replace_with
 from l2l_ref.task import Reporter, Task
 
-# Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
-STYLES = {
-    "L2L": ("#0072B2", "-"),
-    "L2L-Transfer": ("#D55E00", "-"),
-    "L2L-Transfer (clean)": ("#D55E00", "-"),
-    "L2L-Transfer (mixed)": ("#E69F00", "--"),
-    "Transfer-NOT": ("#CC79A7", "-."),
-    "Adam": ("#000000", "-"),
-    "Adam (attacked)": ("#009E73", ":"),
-}
 METRICS = {
     "attacked_loss": "loss",
     "accuracy": "clean acc.",
@@ -162,12 +153,6 @@ def cell(value: dict[str, float | None] | None, digits: int) -> str:
     return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
 
 
-def marks(row: dict[str, Any]) -> str:
-    """How many runs ended badly, in words."""
-    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ("collapsed", "diverged")
-                     if row[end])  # fmt: skip
-
-
 def table(summary: list[dict[str, Any]], title: str, footer: str) -> str:
     """The comparison as a Markdown table, for each metric `cell`."""
     names = [name for name in METRICS if any(name in row for row in summary)]
@@ -215,58 +200,6 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
         + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
         + f"\n{command}"
     )
-
-
-def draw_curves(
-    path: Path, results: Results, summary: list[dict[str, Any]], config: Config, title: str,
-    footer: str,
-) -> None:  # fmt: skip
-    """The paper's layout: attacked loss over steps, one panel for each ε, mean ± deviation.
-
-    Runs that collapsed or diverged are counted in their panel, so that no mean hides them.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(2, len(config.eps))
-    rows = math.ceil(len(config.eps) / columns)
-    figure = Figure(figsize=(7.5 * columns, 4.2 * rows + 1.6), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    handles: dict[str, Any] = {}
-    for panel, eps in zip(panels, config.eps, strict=False):
-        highest = 0.0
-        for method, (colour, style) in STYLES.items():
-            runs = [r for r in results.runs if r["eps"] == eps and r["method"] == method]
-            if not runs:
-                continue
-            losses = torch.tensor([run["attacked"] for run in runs])
-            mean = losses.mean(0)
-            spread = losses.std(0) if len(runs) > 1 else torch.zeros_like(mean)
-            steps = runs[0]["steps"]
-            panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
-            (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-            highest = max([highest, *mean[mean.isfinite()].tolist()])
-            start = mean[0].item()
-        bad = [f"{row['method']}: {marks(row)}" for row in summary
-               if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
-        panel.text(0.985, 0.975, "\n".join(bad), ha="right", va="top", fontsize=8,
-                   transform=panel.transAxes)  # fmt: skip
-        panel.set(xlabel="step", ylabel="loss under attack" if config.attack != "none" else "loss")
-        if config.attack != "none":
-            panel.set_title(f"ε = {eps:.3g}")
-        if config.dataset == "quadratic":
-            panel.set_yscale("log")
-        else:  # room for the notes; a curve that runs away is cut, or it would flatten the others
-            panel.set_ylim(0, (1.1 + 0.06 * len(bad)) * min(highest, 2.5 * start))
-        panel.grid(alpha=0.3)
-    for panel in panels[len(config.eps) :]:
-        panel.remove()
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
-                  frameon=False, title=title, title_fontsize=11)  # fmt: skip
-    figure.supxlabel(footer, fontsize=7, color="0.35")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
-    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))
 
 
 def curves_csv(results: Results, data: str) -> str:
@@ -342,5 +275,5 @@ def report(
         "meta_training": results.meta_training,
     }
     write_json(out / "summary.json", value)
-    draw_curves(out / "curves.png", results, summary, config, heading, footer)
+    draw_curves(out / "curves.png", results.runs, summary, config, heading, footer)
     return table(summary, heading, footer)

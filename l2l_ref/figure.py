@@ -1,0 +1,91 @@
+"""The paper's figure: loss under attack over the steps of training, one panel for each ε."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2l_ref.config import Config
+from l2l_ref.files import replace_with
+
+# Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
+STYLES = {
+    "L2L": ("#0072B2", "-"),
+    "L2L-Transfer": ("#D55E00", "-"),
+    "L2L-Transfer (clean)": ("#D55E00", "-"),
+    "L2L-Transfer (mixed)": ("#E69F00", "--"),
+    "Transfer-NOT": ("#CC79A7", "-."),
+    "Adam": ("#000000", "-"),
+    "Adam (attacked)": ("#009E73", ":"),
+}
+
+
+def marks(row: dict[str, Any]) -> str:
+    """How many runs ended badly, in words."""
+    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ("collapsed", "diverged")
+                     if row[end])  # fmt: skip
+
+
+def draw_curves(
+    path: Path,
+    runs: list[dict[str, Any]],
+    summary: list[dict[str, Any]],
+    config: Config,
+    title: str,
+    footer: str,
+) -> None:
+    """Draw the mean of each method in `STYLES`, ± one deviation, into the PNG at `path`.
+
+    Runs that collapsed or diverged are counted in their panel, and curves that leave it are named,
+    so that no mean hides them.
+
+    Args:
+        runs: those of `experiment.Results`.
+        summary: rows of `report.summarise`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(config.eps))
+    rows = math.ceil(len(config.eps) / columns)
+    figure = Figure(figsize=(7.5 * columns, 4.2 * rows + 1.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles: dict[str, Any] = {}
+    for panel, eps in zip(panels, config.eps, strict=False):
+        peaks, start = {}, math.nan
+        for method, (colour, style) in STYLES.items():
+            own = [r for r in runs if r["eps"] == eps and r["method"] == method]
+            if not own:
+                continue
+            losses = torch.tensor([run["attacked"] for run in own])
+            mean = losses.mean(0)
+            spread = losses.std(0) if len(own) > 1 else torch.zeros_like(mean)
+            steps = own[0]["steps"]
+            panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+            (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
+            peaks[method], start = mean[mean.isfinite()].max().item(), mean[0].item()
+        # a curve that runs away is cut, or it would flatten all the others
+        highest = min(max(peaks.values()), 2.5 * start)
+        notes = [f"{row['method']}: {marks(row)}" for row in summary
+                 if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
+        notes += [f"{method}: up to {peak:.3g}" for method, peak in peaks.items() if peak > highest]
+        panel.text(0.985, 0.975, "\n".join(notes), ha="right", va="top", fontsize=8,
+                   transform=panel.transAxes)  # fmt: skip
+        panel.set(xlabel="step", ylabel="loss under attack" if config.attack != "none" else "loss")
+        if config.attack != "none":
+            panel.set_title(f"ε = {eps:.3g}")
+        if config.dataset == "quadratic":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(0, (1.1 + 0.06 * len(notes)) * highest)  # room for the notes
+        panel.grid(alpha=0.3)
+    for panel in panels[len(config.eps) :]:
+        panel.remove()
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
+                  frameon=False, title=title, title_fontsize=11)  # fmt: skip
+    figure.supxlabel(footer, fontsize=7, color="0.35")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
+    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))
