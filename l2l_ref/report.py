@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,12 @@ def reporter() -> Reporter:
 
 def environment(task: Task, backend: str) -> dict[str, Any]:
     """Versions, hardware and code that a result depends on."""
-    import numpy
-    import torchvision
-
     device = task.device
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
+        **{name: package_version(name) for name in ("torchvision", "numpy")},
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
@@ -88,6 +85,14 @@ def environment(task: Task, backend: str) -> dict[str, Any]:
         "data": task.source,
         "data_sha256": task.checksum,
     }
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, which is not imported for that."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:
