@@ -206,16 +206,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the LSTM states of a `state_dict`; φ and backend stay those of this optimizer."""
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):  # else the base class says what is wrong
-            groups = [
-                {**saved, "meta_optimizer": own["meta_optimizer"], "backend": own["backend"]}
-                for saved, own in zip(groups, self.param_groups, strict=True)
-            ]
         own = [{k: g[k] for k in ("meta_optimizer", "backend")} for g in self.param_groups]
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
-            group.update(kept)  # the base class has put copies there
+            group.update(kept)  # the base class knows only what was saved
 
 
 def flatten_(params: Iterable[Tensor]) -> Tensor:
