@@ -18,8 +18,8 @@ def main(arguments: list[str]) -> None:
     """Parse, meta-train, transfer, compare, report."""
     config = cli.parse(arguments)
     out = cli.new_folder(config)
-    backend = engine.resolve(config.backend)
     task = prepare(config)
+    backend = engine.resolve(config.backend, task.device)
     phis = {}
     if config.load:
         task, phis = experiment.load_phis(Path(config.load), task)

@@ -1,40 +1,85 @@
 """Chooses who runs the operators of `equations.py`: the fused extension or the reference."""
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from l2l_ref import equations
 from l2l_ref.errors import InputError
 
 BACKENDS = ("auto", "reference", "fused")
-EXTENSION = "l2l_ref._engine"  # holds the same operator names as `equations`
+BUILD = "python setup.py build_ext --inplace"  # in a checkout; pip install does the same
+MAX_HIDDEN = 256  # units that the fused kernels take
 
 
 @cache
-def resolve(backend: str) -> str:
-    """The backend that `backend` stands for here: "reference" or "fused".
+def built() -> bool:
+    """Is the extension there?"""
+    return find_spec("l2l_ref._engine") is not None
+
+
+def resolve(backend: str, device: torch.device | str = "cpu") -> str:
+    """The backend that `backend` stands for on a device: "reference" or "fused".
+
+    "auto" is fused where that is built and serves the device. Where it is not, the reference runs,
+    and a warning says so once.
 
     Raises:
-        InputError: an unknown name, or "fused" where the extension is not built.
+        InputError: an unknown name, or "fused" where it is not to be had.
     """
     if backend not in BACKENDS:
         raise InputError(f"backend '{backend}' is unknown: choose one of {', '.join(BACKENDS)}")
-    built = find_spec(EXTENSION) is not None
-    if backend == "fused" and not built:
-        raise InputError(
-            "backend 'fused' needs the compiled extension, which this installation does not have: "
-            "use backend 'reference', or 'auto' to take what is there"
+    if backend == "reference":
+        return backend
+    if not built():
+        return _fall_back(
+            backend,
+            "needs the compiled extension, which this installation does not have: with a C++ "
+            f"compiler '{BUILD}' in a checkout, or 'pip install .', builds it",
         )
-    return "fused" if built and backend != "reference" else "reference"
+    if torch.device(device).type != "cpu":
+        return _fall_back(backend, f"does not run on {device}")
+    return "fused"
+
+
+def operators(backend: str, state: Tensor) -> ModuleType:
+    """The module whose operators `backend` runs on an LSTM state such as `state` [L, 2, H, M].
+
+    "auto" takes the reference also for a dtype or a size that the fused kernels do not serve.
+
+    Raises:
+        InputError: as `resolve`, or "fused" for a state that its kernels do not serve.
+        ImportError: an extension that is there but broken is never mistaken for a missing one.
+    """
+    resolved = resolve(backend, state.device)
+    if resolved == "fused" and state.dtype not in (torch.float32, torch.float64):
+        resolved = _fall_back(backend, f"does not serve {state.dtype}, only float32 and float64")
+    elif resolved == "fused" and state.shape[2] > MAX_HIDDEN:
+        resolved = _fall_back(
+            backend, f"does not serve {state.shape[2]} hidden units, only up to {MAX_HIDDEN}"
+        )
+    return equations if resolved == "reference" else import_module("l2l_ref.fused")
+
+
+def build_info() -> dict[str, Any] | None:
+    """How the extension was built and which kernels run here; None where there is none."""
+    return import_module("l2l_ref.fused").build_info() if built() else None
+
+
+def _fall_back(backend: str, why: str) -> str:
+    """The reference in place of "auto"; an error for "fused"."""
+    if backend == "fused":
+        raise InputError(f"backend 'fused' {why}; or use backend 'reference'")
+    _warn(why)
+    return "reference"
 
 
 @cache
-def operators(backend: str = "auto") -> ModuleType:
-    """The module whose `theta_step_`, `theta_step` and `unroll_meta_gradient` `backend` runs.
-
-    An extension that is there but does not import raises its own error: a broken build is never
-    mistaken for a missing one.
-    """
-    return equations if resolve(backend) == "reference" else import_module(EXTENSION)
+def _warn(why: str) -> None:
+    warnings.warn(f"the reference runs the LSTM, as the fused engine {why}", stacklevel=2)

@@ -188,7 +188,7 @@ def unroll_meta_gradient(
         [P], packed like `phi`.
     """
     n = theta.numel()
-    by_sign = state.view(*state.shape[:3], -1, n)  # [L, 2, H, 1 or 2, N]
+    by_sign = state.view(*state.shape[:3], 2 if form["odd"] else 1, n)
     phi = phi.detach().requires_grad_()
     total = torch.zeros_like(phi)
     for start in range(0, n, BLOCK):

@@ -91,10 +91,10 @@ def truncated_unrolls(
     Yields:
         {φ-group: dφ [P]} and the losses [T].
     """
-    ops = engine.operators(backend)
     groups = phi_groups(episode.model)
     thetas = {name: flatten_(params) for name, params in groups.items()}
     states = {name: meta_optimizers[name].init_state(len(t)) for name, t in thetas.items()}
+    ops = {name: engine.operators(backend, state) for name, state in states.items()}
     flat_params = [param for params in groups.values() for param in params]
     counts = [len(params) for params in groups.values()]
 
@@ -124,7 +124,7 @@ def truncated_unrolls(
             for name, theta in thetas.items():
                 reads[name][t] = read[name]
                 form = meta_optimizers[name].form
-                ops.theta_step_(theta, read[name], states[name], phis[name], **form)
+                ops[name].theta_step_(theta, read[name], states[name], phis[name], **form)
             loss, read, judged = evaluate()
             losses.append(loss)
             for name in groups:
@@ -133,7 +133,7 @@ def truncated_unrolls(
         for name, (theta, state) in first.items():
             cotangents = update_cotangents(judgements[name])
             form = meta_optimizers[name].form
-            dphis[name] = ops.unroll_meta_gradient(
+            dphis[name] = ops[name].unroll_meta_gradient(
                 theta, reads[name], state, cotangents, phis[name], **form
             )
         yield dphis, torch.stack(losses)

@@ -85,7 +85,7 @@ class MetaOptimizer(nn.Module):
         self, theta: Tensor, gradient: Tensor, state: Tensor, *, backend: str = "auto"
     ) -> tuple[Tensor, Tensor]:
         """One differentiable step, Eq. 3-4: θ [N], ∇ [N], state -> θ + u [N] and the next state."""
-        step = engine.operators(backend).theta_step
+        step = engine.operators(backend, state).theta_step
         return step(theta, gradient, state, self.phi(), **self.form)
 
     def extra_repr(self) -> str:
@@ -166,7 +166,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         theta = torch.cat([param.reshape(-1) for param in params])
         gradient = torch.cat([param.grad.reshape(-1) for param in params])
         state = self._joint_state(index, meta_optimizer, params)
-        step_ = engine.operators(group["backend"]).theta_step_
+        step_ = engine.operators(group["backend"], state).theta_step_
         step_(theta, gradient, state, meta_optimizer.phi(), **meta_optimizer.form)
         parts = theta.split([param.numel() for param in params])
         torch._foreach_copy_(params, [t.view_as(p) for t, p in zip(parts, params, strict=True)])

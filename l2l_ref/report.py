@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from l2l_ref import engine
 from l2l_ref.config import Config
 from l2l_ref.experiment import PGD_STEPS, Results
 from l2l_ref.figure import draw_curves, marks
@@ -81,6 +82,7 @@ def environment(task: Task, backend: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
         "backend": backend,
+        "engine": engine.build_info() if backend == "fused" else None,
         "git_commit": git_commit(),
         "data": task.source,
         "data_sha256": task.checksum,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref import attacks, data, evaluate, problems
+from l2l_ref import attacks, data, engine, evaluate, problems
 from l2l_ref.config import Config
 from l2l_ref.errors import InputError
 from l2l_ref.files import replace_with
@@ -220,7 +220,7 @@ def prepare(config: Config) -> Task:
     """Load the data and choose the device.
 
     Raises:
-        InputError: a device that is not there; whatever `data.load` raises; too little data.
+        InputError: a device or backend that is not there; what `data.load` raises; too little data.
     """
     name = config.device
     if name == "auto":
@@ -232,6 +232,7 @@ def prepare(config: Config) -> Task:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch raises either, by the way it was built
         raise InputError(f"--device {name} is not available here: use --device cpu") from None
+    engine.resolve(config.backend, device)
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     images = None

@@ -36,7 +36,7 @@ def weights(model):
 @pytest.mark.parametrize("odd", [False, True])
 def test_step_is_the_equation_on_one_flat_axis(odd):
     meta, model = phi(odd=odd, theta_input=True), net()
-    optimizer = LearnedOptimizer(model.parameters(), meta)
+    optimizer = LearnedOptimizer(model.parameters(), meta, backend="reference")
     theta = weights(model)
     state = meta.init_state(len(theta))
     for t in range(3):

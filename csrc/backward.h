@@ -1,0 +1,320 @@
+// The derivative of an unroll, back through time, one block of coordinates at a time.
+//
+// A block goes forward keeping what its backward reads, all in cache, then back. dφ is summed over
+// the block's lanes by register tiles that put the gate rows in the vector's lanes, for which the
+// gates' derivatives are transposed.
+#pragma once
+
+#include "forward.h"
+
+namespace L2L_LEVEL {
+
+using l2l::Backward;
+
+// dφ while it is summed. Of a layer: [input][gate row]; the inputs are below, prev, one (the bias),
+// and zeros up to a multiple of 4; the rows are padded to whole vectors. Of the head: [H][width],
+// bias [width], lanes still apart.
+template <class T>
+struct Sums {
+  T* memory;
+  int64_t H, layers, rows, size;
+  int64_t first, rest;  // elements of the first layer and of each other one
+
+  Sums(const Shape& shape, Arena<T>& arena)
+      : H(shape.hidden), layers(shape.layers), rows(round_up(4 * shape.hidden, width<T>)) {
+    first = inputs(shape.inputs()) * rows;
+    rest = inputs(H) * rows;
+    size = first + (layers - 1) * rest + (H + 1) * width<T>;
+    memory = arena.take(size);
+  }
+  int64_t inputs(int64_t F) const { return round_up(F + H + 1, 4); }
+  T* layer(int64_t index) const { return memory + (index ? first + (index - 1) * rest : 0); }
+  T* head() const { return layer(layers); }
+
+  void clear() const { std::memset(memory, 0, size * sizeof(T)); }
+
+  // Adds everything to d_phi [P], which is packed like φ, and clears.
+  void flush(const Shape& shape, double* to) const {
+    const int64_t gates = 4 * H;
+    for (int64_t index = 0; index < layers; ++index) {
+      const int64_t F = shape.width(index);
+      const T* from = layer(index);
+      for (int64_t row = 0; row < gates; ++row, to += F)
+        for (int64_t k = 0; k < F; ++k) to[k] += from[k * rows + row];
+      from += F * rows;
+      for (int64_t row = 0; row < gates; ++row, to += H)
+        for (int64_t k = 0; k < H; ++k) to[k] += from[k * rows + row];
+      from += H * rows;
+      for (int bias = 0; bias < 2; ++bias, to += gates)
+        for (int64_t row = 0; row < gates; ++row) to[row] += from[row];
+    }
+    for (int64_t unit = 0; unit <= H; ++unit)
+      for (int64_t lane = 0; lane < width<T>; ++lane) to[unit] += head()[unit * width<T> + lane];
+    clear();
+  }
+};
+
+// sums[k][row] += Σ_lane x[k][lane]·d[lane][row] for 4 inputs k and `vectors` vectors of rows.
+template <int vectors, class T>
+inline void outer_tile(const T* d, int64_t rows, const T* const* x, T* sums) {
+  using V = vec_t<T>;
+  V sum[4][vectors] = {};
+  for (int64_t lane = 0; lane < lanes; ++lane, d += rows) {
+    V in[vectors];
+#pragma GCC unroll 5
+    for (int v = 0; v < vectors; ++v) in[v] = load<V>(d + v * width<T>);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const V factor = all<V>(x[k][lane]);
+#pragma GCC unroll 5
+      for (int v = 0; v < vectors; ++v) sum[k][v] += factor * in[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+#pragma GCC unroll 5
+    for (int v = 0; v < vectors; ++v) {
+      T* to = sums + k * rows + v * width<T>;
+      store(to, V(load<V>(to) + sum[k][v]));
+    }
+}
+
+template <class T>
+void outer(const T* d, int64_t rows, const T* const* x, int64_t inputs, T* sums) {
+  for (int64_t k = 0; k < inputs; k += 4, x += 4, sums += 4 * rows) {
+    int64_t row = 0;
+    const auto go = [&](auto vectors) {
+      outer_tile<vectors>(d + row, rows, x, sums + row);
+      row += vectors * width<T>;
+    };
+    while (row < rows) {
+      const int64_t left = (rows - row) / width<T>;
+      if (registers == 32 && left % 5 == 0)
+        go(std::integral_constant<int, 5>());
+      else if (registers == 32 && left >= 4)
+        go(std::integral_constant<int, 4>());
+      else if (left >= 2)
+        go(std::integral_constant<int, 2>());
+      else
+        go(std::integral_constant<int, 1>());
+    }
+  }
+}
+
+// [rows][lanes] -> [lanes][rows]; rows is a whole number of vectors.
+template <class T>
+void transpose(const T* from, int64_t rows, T* to) {
+  constexpr int W = width<T>;
+  using V = vec_t<T>;
+  for (int64_t row = 0; row < rows; row += W)
+    for (int64_t lane = 0; lane < lanes; lane += W) {
+      V square[W];
+      for (int i = 0; i < W; ++i) square[i] = load<V>(from + (row + i) * lanes + lane);
+      transpose_square(square);
+      for (int i = 0; i < W; ++i) store(to + (lane + i) * rows + row, square[i]);
+    }
+}
+
+// to [columns][lanes] = wᵀ·d, or += if `add`; w from pack_transposed, d [gates][lanes].
+template <class T>
+void multiply_transposed(const T* w, const T* d, int64_t gates, int64_t columns, bool add, T* to) {
+  using V = vec_t<T>;
+  for (int64_t lane = 0; lane < lanes; lane += tile_lanes<T>)
+    for (int64_t k = 0; k < columns; k += 4) {
+      V sum[4][tile] = {};
+      multiply(sum, w + k * gates, d + lane, gates);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < 4; ++j) {
+        if (k + j == columns) break;
+#pragma GCC unroll 4
+        for (int t = 0; t < tile; ++t) {
+          T* at = to + (k + j) * lanes + lane + t * width<T>;
+          store(at, add ? V(load<V>(at) + sum[j][t]) : sum[j][t]);
+        }
+      }
+    }
+}
+
+template <class T>
+struct BackwardScratch {
+  Arena<T> arena;
+  int64_t F, states;  // states: elements of h (or c) of all layers
+  T *theta, *gradient, *cotangent, *d_in;
+  T *in;      // [T][F][lanes]
+  T *h, *c;   // [T + 1][L][H][lanes]
+  T* kept;    // [T][L][H][5][lanes]: i, f, g, o, tanh c
+  T *dh, *dc;  // [L][H][lanes]
+  T *d_gates, *d_rows;  // [gate row][lanes] and its transpose
+  T *one, *zero;
+  Sums<T> sums;
+
+  BackwardScratch(const Shape& shape, int64_t steps, T* memory)
+      : arena{memory},
+        F(shape.inputs()),
+        states(shape.layers * shape.hidden * lanes),
+        sums(shape, arena) {
+    theta = arena.take(lanes), gradient = arena.take(lanes), cotangent = arena.take(lanes);
+    one = arena.take(lanes), zero = arena.take(lanes);
+    d_in = arena.take(F * lanes);
+    in = arena.take(steps * F * lanes);
+    h = arena.take((steps + 1) * states), c = arena.take((steps + 1) * states);
+    kept = arena.take(5 * steps * states);
+    dh = arena.take(states), dc = arena.take(states);
+    d_gates = arena.take(sums.rows * lanes), d_rows = arena.take(sums.rows * lanes);
+  }
+};
+
+template <class T>
+void unroll_forward(const Shape& shape, const Backward<T>& call, const Packed<const T>& packed,
+                    const BackwardScratch<T>& s, const Block<T>& block) {
+  const Eq5<T> eq5(shape.form.p);
+  const int64_t H = shape.hidden, L = shape.layers, M = shape.states(), N = shape.coordinates;
+  block.load_signed(s.theta, call.theta);
+  for (int64_t layer = 0; layer < L; ++layer) {
+    block.load_states(s.h + layer * H * lanes, call.state + 2 * layer * H * M, H);
+    block.load_states(s.c + layer * H * lanes, call.state + (2 * layer + 1) * H * M, H);
+  }
+  for (int64_t step = 0; step < call.steps; ++step) {
+    block.load_signed(s.gradient, call.gradients + step * N);
+    inputs(shape, eq5, s.gradient, s.theta, s.in + step * s.F * lanes);
+    const T* below = s.in + step * s.F * lanes;
+    for (int64_t layer = 0; layer < L; ++layer) {
+      const int64_t now = step * s.states + layer * H * lanes, next = now + s.states;
+      layer_forward<true>(packed[layer].forward, below, shape.width(layer), s.h + now, H,
+                          s.c + now, s.c + next, s.h + next, s.kept + 5 * now);
+      below = s.h + next;
+    }
+    if (shape.form.theta_input && step + 1 < call.steps)  // the only reader of θ
+      add_update(shape, packed.head, below, block.half, s.theta);
+  }
+}
+
+// u = s·(head·h + bias): the head's part of dφ, and dh [H][lanes] of the top layer.
+template <class T>
+void head_backward(const Shape& shape, const T* head, const T* cotangent, const T* h, T* dh,
+                   T* sums) {
+  using V = vec_t<T>;
+  for (int64_t lane = 0; lane < lanes; lane += width<T>) {
+    const V d = T(shape.form.output_scale) * load<V>(cotangent + lane);
+    T* sum = sums;
+    for (int64_t unit = 0; unit < shape.hidden; ++unit, sum += width<T>) {
+      const int64_t at = unit * lanes + lane;
+      store(sum, V(load<V>(sum) + d * load<V>(h + at)));
+      store(dh + at, V(load<V>(dh + at) + head[unit] * d));
+    }
+    store(sum, V(load<V>(sum) + d));
+  }
+}
+
+// A layer's units: dh, and dc in place, [H][lanes] -> d_gates [i, f, g, o][H][lanes].
+template <class T>
+void units_backward(const T* kept, const T* c, const T* dh, T* dc, int64_t H, T* d_gates) {
+  using V = vec_t<T>;
+  for (int64_t unit = 0; unit < H; ++unit)
+    for (int64_t lane = 0; lane < lanes; lane += width<T>) {
+      const T* from = kept + 5 * unit * lanes + lane;
+      const int64_t at = unit * lanes + lane;
+      Activations<V> a = {load<V>(from), load<V>(from + lanes), load<V>(from + 2 * lanes),
+                          load<V>(from + 3 * lanes), load<V>(from + 4 * lanes)};
+      V d = load<V>(dc + at);
+      cell_backward(a, load<V>(c + at), load<V>(dh + at), d);
+      store(dc + at, d);
+      store(d_gates + at, a.i);
+      store(d_gates + H * lanes + at, a.f);
+      store(d_gates + 2 * H * lanes + at, a.g);
+      store(d_gates + 3 * H * lanes + at, a.o);
+    }
+}
+
+template <class T>
+void unroll_backward(const Shape& shape, const Backward<T>& call, const Packed<const T>& packed,
+                     const BackwardScratch<T>& s, const Block<T>& block) {
+  const int64_t H = shape.hidden, L = shape.layers, M = shape.states(), N = shape.coordinates;
+  for (int64_t layer = 0; layer < L; ++layer) {
+    T *dh = s.dh + layer * H * lanes, *dc = s.dc + layer * H * lanes;
+    if (call.d_next_state) {
+      block.load_states(dh, call.d_next_state + 2 * layer * H * M, H);
+      block.load_states(dc, call.d_next_state + (2 * layer + 1) * H * M, H);
+    } else {
+      std::memset(dh, 0, H * lanes * sizeof(T));
+      std::memset(dc, 0, H * lanes * sizeof(T));
+    }
+  }
+  const T* x[2 * l2l::max_hidden + 4];
+  for (int64_t step = call.steps - 1; step >= 0; --step) {
+    block.load_signed(s.cotangent, call.cotangents + step * N);
+    const int64_t top = (L - 1) * H * lanes;
+    head_backward(shape, packed.head, s.cotangent, s.h + (step + 1) * s.states + top, s.dh + top,
+                  s.sums.head());
+    for (int64_t layer = L - 1; layer >= 0; --layer) {
+      const int64_t now = step * s.states + layer * H * lanes, F = shape.width(layer);
+      T *dh = s.dh + layer * H * lanes, *dc = s.dc + layer * H * lanes;
+      units_backward(s.kept + 5 * now, s.c + now, dh, dc, H, s.d_gates);
+      transpose(s.d_gates, s.sums.rows, s.d_rows);
+
+      const T* below = layer ? s.h + now + s.states - H * lanes : s.in + step * F * lanes;
+      const int64_t inputs = s.sums.inputs(F);
+      for (int64_t k = 0; k < inputs; ++k)
+        x[k] = k < F       ? below + k * lanes
+               : k < F + H ? s.h + now + (k - F) * lanes
+                           : (k == F + H ? s.one : s.zero);
+      outer(s.d_rows, s.sums.rows, x, inputs, s.sums.layer(layer));
+
+      if (step || call.d_state)
+        multiply_transposed(packed[layer].prev, s.d_gates, 4 * H, H, false, dh);
+      if (layer)
+        multiply_transposed(packed[layer].below, s.d_gates, 4 * H, H, true, dh - H * lanes);
+      else if (call.d_gradient)
+        multiply_transposed(packed[0].below, s.d_gates, 4 * H, F, false, s.d_in);
+    }
+  }
+}
+
+// To what a single step took: the state, the gradient, and θ (through the third input, and as it is
+// through θ + u).
+template <class T>
+void step_backward(const Shape& shape, const Backward<T>& call, const BackwardScratch<T>& s,
+                   const Block<T>& block) {
+  using V = vec_t<T>;
+  const int64_t H = shape.hidden, M = shape.states();
+  for (int64_t layer = 0; layer < shape.layers; ++layer) {
+    block.store_states(call.d_state + 2 * layer * H * M, s.dh + layer * H * lanes, H);
+    block.store_states(call.d_state + (2 * layer + 1) * H * M, s.dc + layer * H * lanes, H);
+  }
+  const Eq5<T> eq5(shape.form.p);
+  alignas(64) T d_gradient[lanes], d_theta[lanes] = {};
+  for (int64_t lane = 0; lane < lanes; lane += width<T>) {
+    store(d_gradient + lane, eq5.backward(load<V>(s.gradient + lane), load<V>(s.d_in + lane),
+                                          load<V>(s.d_in + lanes + lane)));
+    if (shape.form.theta_input)
+      store(d_theta + lane, clamped_theta_backward(load<V>(s.theta + lane),
+                                                   load<V>(s.d_in + 2 * lanes + lane)));
+  }
+  block.store_signed(call.d_gradient, d_gradient);
+  block.store_signed(call.d_theta, d_theta);
+  for (int64_t lane = 0; lane < block.count; ++lane)
+    call.d_theta[block.start + lane] += s.cotangent[lane];
+}
+
+template <class T>
+void backward(const Shape& shape, const Backward<T>& call, const T* packed_phi, T* memory,
+              int64_t begin, int64_t end) {
+  constexpr int flush_every = 16;  // blocks: often enough that their sum keeps its digits in T
+  const Packed<const T> packed(shape, packed_phi);
+  const BackwardScratch<T> scratch(shape, call.steps, memory);
+  scratch.sums.clear();
+  std::memset(scratch.d_gates, 0, scratch.sums.rows * lanes * sizeof(T));  // the padding's zeros
+  std::memset(scratch.zero, 0, lanes * sizeof(T));
+  for (int64_t lane = 0; lane < lanes; ++lane) scratch.one[lane] = 1;
+  int blocks = 0;
+  for (int64_t start = begin; start < end; start += Block<T>::room(shape)) {
+    const Block<T> block(shape, start, end);
+    unroll_forward(shape, call, packed, scratch, block);
+    unroll_backward(shape, call, packed, scratch, block);
+    if (call.d_gradient) step_backward(shape, call, scratch, block);
+    if (++blocks % flush_every == 0) scratch.sums.flush(shape, call.d_phi);
+  }
+  scratch.sums.flush(shape, call.d_phi);
+}
+
+}  // namespace L2L_LEVEL

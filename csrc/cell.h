@@ -1,0 +1,201 @@
+// The arithmetic of one coordinate, written once for any vector type V (see simd.h): the functions,
+// Eq. 5, and the LSTM cell with its backward. Its twin in PyTorch is l2l_ref/equations.py.
+//
+// Gates arrive scaled: the weights of i, f, o are packed times -log2(e), those of g times
+// 2·log2(e). Then sigmoid(x) = 1 / (1 + 2^y) and tanh(x) = (2^y - 1) / (2^y + 1), with no product
+// left to do before the powers of two.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "simd.h"
+
+namespace L2L_LEVEL {
+
+constexpr double log2_e = 1.4426950408889634;
+constexpr double sigmoid_scale = -log2_e, tanh_scale = 2 * log2_e;
+constexpr double theta_scale = 10, theta_clamp = 5;  // φ's third input is clamp(10·θ, ±5)
+
+// Horner's rule; the coefficients are minimax fits, the relative error beside each.
+template <class V, class T, int n>
+inline V polynomial(const T (&c)[n], V x) {
+  V sum = all<V>(c[n - 1]);
+#pragma GCC unroll 16
+  for (int i = n - 2; i >= 0; --i) sum = sum * x + c[i];
+  return sum;
+}
+
+template <class T>
+struct Fit;
+template <>
+struct Fit<float> {
+  // 2^r, |r| <= 1/2: 1.4e-7
+  static constexpr float exp2[] = {1.0f,         0.69314697f,   0.2402212f,
+                                   0.055507133f, 0.0096755413f, 0.0013276473f};
+  // (2^r - 1) / r: 1.1e-8
+  static constexpr float exp2m1[] = {0.69314718f,  0.24022649f,   0.055503573f,
+                                     0.0096182376f, 0.0013390736f, 0.00015403512f};
+  // 2·atanh(√z) / √z, z <= 0.0295: 6.9e-10
+  static constexpr float log[] = {2.0f, 0.66666816f, 0.39974743f, 0.29927052f};
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+template <>
+struct Fit<double> {
+  // 3.1e-18
+  static constexpr double exp2[] = {1.0,
+                                    0.6931471805599453,
+                                    0.24022650695910155,
+                                    0.055504108664819925,
+                                    0.009618129107588335,
+                                    0.0013333558146789923,
+                                    0.00015403530462514432,
+                                    1.5252733489988525e-05,
+                                    1.32154330896764e-06,
+                                    1.0178198021671931e-07,
+                                    7.074105613508143e-09,
+                                    4.435282706957277e-10};
+  // 2.3e-19
+  static constexpr double exp2m1[] = {0.6931471805599453,     0.24022650695910072,
+                                      0.055504108664821625,   0.009618129107628437,
+                                      0.001333355814640663,   0.00015403530393466168,
+                                      1.5252733841278434e-05, 1.3215486721358577e-06,
+                                      1.0178057169304503e-07, 7.054932271604157e-09,
+                                      4.45580485154588e-10,   2.5678429104123612e-11};
+  // 7.7e-21
+  static constexpr double log[] = {2.0,
+                                   0.6666666666666666,
+                                   0.4000000000000759,
+                                   0.2857142856879206,
+                                   0.22222222680735929,
+                                   0.18181773448107766,
+                                   0.15387173128658563,
+                                   0.13248496224926834,
+                                   0.1326446979650844};
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+};
+
+// 2^y: 0 (or, in the general form, 2^-126) at -inf, inf at inf.
+template <class V>
+inline V exp2(V y) {
+  auto [n, r] = split(y);
+  return pow2(polynomial(Fit<scalar_t<V>>::exp2, r), n);
+}
+
+// 2^y - 1, accurate near 0. y must not overflow.
+template <class V>
+inline V exp2m1(V y) {
+  auto [n, r] = split(y);
+  V power = pow2(all<V>(1), n);
+  return power * (r * polynomial(Fit<scalar_t<V>>::exp2m1, r)) + (power - 1);
+}
+
+// sigmoid(x) = 1 / sigmoid_divisor(y), y = sigmoid_scale·x.
+template <class V>
+inline V sigmoid_divisor(V y) {
+  return 1 + exp2(y);
+}
+
+// tanh(x) = t / (t + 2) with t = tanh_numerator(y), y = tanh_scale·x.
+template <class V>
+inline V tanh_numerator(V y) {
+  constexpr scalar_t<V> saturated = 2 * mantissa_bits<V> + 4;  // tanh is 1 long before
+  return exp2m1(lesser(all<V>(saturated), y));
+}
+
+// log(x) for normal x > 0; inf and NaN stay what they are.
+template <class V>
+inline V log(V x) {
+  using T = scalar_t<V>;
+  using I = integers_t<V>;
+  constexpr int shift = mantissa_bits<V>;
+  const I root_half = bit_cast<I>(all<V>(T(0.70710678118654752)));
+  I n = (bit_cast<I>(x) - root_half) >> shift;  // x = m·2^n, m in [1/√2, √2)
+  V m = bit_cast<V>(bit_cast<I>(x) - (n << shift)), power = whole<V>(n);
+  V s = (m - 1) / (m + 1);
+  V y = power * Fit<T>::ln2_high +
+        (power * Fit<T>::ln2_low + s * polynomial(Fit<T>::log, V(s * s)));
+  return x < all<V>(std::numeric_limits<T>::infinity()) ? y : x;
+}
+
+template <class V>
+inline V magnitude(V x) {
+  using I = integers_t<V>;
+  return bit_cast<V>(bit_cast<I>(x) & ~bit_cast<I>(all<V>(-scalar_t<V>(0))));
+}
+
+// Eq. 5: (log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p·g).
+template <class T>
+struct Eq5 {
+  T p, smallest, slope;  // e^-p, e^p
+
+  explicit Eq5(double p_) : p(T(p_)), smallest(T(std::exp(-p_))), slope(T(std::exp(p_))) {}
+
+  template <class V>
+  void forward(V g, V& log_size, V& direction) const {
+    V size = magnitude(g);
+    auto large = size >= smallest;
+    log_size = large ? log(size) / p : all<V>(-1);
+    direction = large ? (g < 0 ? all<V>(-1) : all<V>(1)) : slope * g;
+  }
+
+  // The derivative with respect to g, from those with respect to the two numbers.
+  template <class V>
+  V backward(V g, V d_log_size, V d_direction) const {
+    return magnitude(g) >= smallest ? d_log_size / (p * g) : d_direction * slope;
+  }
+};
+
+template <class V>
+inline V clamped_theta(V theta) {
+  using T = scalar_t<V>;
+  return greater(all<V>(T(-theta_clamp)), lesser(all<V>(T(theta_clamp)), T(theta_scale) * theta));
+}
+template <class V>
+inline V clamped_theta_backward(V theta, V d) {
+  using T = scalar_t<V>;
+  V size = magnitude(V(T(theta_scale) * theta));
+  return size <= T(theta_clamp) ? T(theta_scale) * d : V{};
+}
+
+// One unit of an LSTM layer: scaled gates and c -> the next c and h.
+template <class V>
+inline void cell(V i, V f, V g, V o, V& c, V& h) {
+  V t = tanh_numerator(g);
+  c = c / sigmoid_divisor(f) + t / (sigmoid_divisor(i) * (t + 2));
+  t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
+  h = t / (sigmoid_divisor(o) * (t + 2));
+}
+
+// What the backward of a unit needs: the gates after their functions, and tanh of the next c.
+template <class V>
+struct Activations {
+  V i, f, g, o, tanh_c;
+};
+template <class V>
+inline Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
+  V t = tanh_numerator(g);
+  Activations<V> a;
+  a.i = 1 / sigmoid_divisor(i), a.f = 1 / sigmoid_divisor(f), a.o = 1 / sigmoid_divisor(o);
+  a.g = t / (t + 2);
+  c = a.f * c + a.i * a.g;
+  t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
+  a.tanh_c = t / (t + 2);
+  h = a.o * a.tanh_c;
+  return a;
+}
+
+// Backward of a unit: dh and dc (of its results) and c (before) -> dc (before), and into `a` the
+// derivatives with respect to the unscaled gates.
+template <class V>
+inline void cell_backward(Activations<V>& a, V c, V dh, V& dc) {
+  V d = dc + dh * a.o * (1 - a.tanh_c * a.tanh_c);
+  dc = d * a.f;
+  a.o = dh * a.tanh_c * a.o * (1 - a.o);
+  a.f = d * c * a.f * (1 - a.f);
+  V di = d * a.g * a.i * (1 - a.i);
+  a.g = d * a.i * (1 - a.g * a.g);
+  a.i = di;
+}
+
+}  // namespace L2L_LEVEL

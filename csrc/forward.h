@@ -1,0 +1,132 @@
+// One step of φ for a range of coordinates: Eq. 5, the LSTM, the head, θ + u.
+#pragma once
+
+#include "block.h"
+
+namespace L2L_LEVEL {
+
+// The scaled gates of one unit for a tile of lanes; w is the unit's part of Packed::Layer::forward.
+template <class T>
+inline void unit_gates(vec_t<T> (&gates)[4][tile], const T* w, const T* below, int64_t F,
+                       const T* prev, int64_t H) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+    for (int t = 0; t < tile; ++t) gates[j][t] = all<vec_t<T>>(w[j]);
+  multiply(gates, w + 4, below, F);
+  multiply(gates, w + 4 + 4 * F, prev, H);
+}
+
+// One layer: below [F][lanes], prev (its last h) [H][lanes], c [H][lanes] -> h, next_c [H][lanes].
+// With `kept` [H][5][lanes] it also writes what the backward reads; next_c may be c without it.
+template <bool keep, class T>
+void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t H, const T* c,
+                   T* next_c, T* h, T* kept = nullptr) {
+  using V = vec_t<T>;
+  const int64_t unit_size = 4 * (1 + F + H);
+  for (int64_t lane = 0; lane < lanes; lane += tile_lanes<T>) {
+    for (int64_t unit = 0; unit < H; ++unit) {
+      V gates[4][tile];
+      unit_gates(gates, w + unit * unit_size, below + lane, F, prev + lane, H);
+#pragma GCC unroll 4
+      for (int t = 0; t < tile; ++t) {
+        const int64_t at = unit * lanes + lane + t * width<T>;
+        V c_t = load<V>(c + at), h_t;
+        if constexpr (keep) {
+          const auto a = cell_keep(gates[0][t], gates[1][t], gates[2][t], gates[3][t], c_t, h_t);
+          T* to = kept + 5 * unit * lanes + lane + t * width<T>;
+          store(to, a.i);
+          store(to + lanes, a.f);
+          store(to + 2 * lanes, a.g);
+          store(to + 3 * lanes, a.o);
+          store(to + 4 * lanes, a.tanh_c);
+        } else {
+          cell(gates[0][t], gates[1][t], gates[2][t], gates[3][t], c_t, h_t);
+        }
+        store(next_c + at, c_t);
+        store(h + at, h_t);
+      }
+    }
+  }
+}
+
+// What the first layer reads: [F][lanes] from gradient and θ [lanes].
+template <class T>
+void inputs(const Shape& shape, const Eq5<T>& eq5, const T* gradient, const T* theta, T* to) {
+  using V = vec_t<T>;
+  for (int64_t lane = 0; lane < lanes; lane += width<T>) {
+    V log_size, direction;
+    eq5.forward(load<V>(gradient + lane), log_size, direction);
+    store(to + lane, log_size);
+    store(to + lanes + lane, direction);
+    if (shape.form.theta_input)
+      store(to + 2 * lanes + lane, clamped_theta(load<V>(theta + lane)));
+  }
+}
+
+// Eq. 3-4: θ += u, u = s·(head·h + bias), from the top layer's h [H][lanes]. Odd: u = m(x) - m(-x).
+template <class T>
+void add_update(const Shape& shape, const T* head, const T* h, int64_t half, T* theta) {
+  using V = vec_t<T>;
+  const T scale = T(shape.form.output_scale);
+  alignas(64) T out[lanes];
+  for (int64_t lane = 0; lane < lanes; lane += width<T>) {
+    V sum = all<V>(head[shape.hidden]);
+    for (int64_t unit = 0; unit < shape.hidden; ++unit)
+      sum += head[unit] * load<V>(h + unit * lanes + lane);
+    store(out + lane, sum);
+  }
+  if (half) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      theta[lane] += scale * (out[lane] - out[half + lane]);
+      theta[half + lane] = -theta[lane];
+    }
+  } else {
+    for (int64_t lane = 0; lane < lanes; ++lane) theta[lane] += scale * out[lane];
+  }
+}
+
+template <class T>
+struct StepScratch {
+  T *theta, *gradient, *in, *state, *spare;
+  int64_t size;
+
+  StepScratch(const Shape& shape, T* memory) {
+    Arena<T> arena{memory};
+    theta = arena.take(lanes), gradient = arena.take(lanes);
+    in = arena.take(shape.inputs() * lanes);
+    state = arena.take(2 * shape.layers * shape.hidden * lanes);
+    spare = arena.take(shape.hidden * lanes);
+    size = arena.used;
+  }
+};
+
+template <class T>
+void step(const Shape& shape, const l2l::Step<T>& call, const T* packed_phi, T* memory,
+          int64_t begin, int64_t end) {
+  const Packed<const T> packed(shape, packed_phi);
+  const StepScratch<T> scratch(shape, memory);
+  const Eq5<T> eq5(shape.form.p);
+  const int64_t H = shape.hidden, M = shape.states();
+  for (int64_t start = begin; start < end; start += Block<T>::room(shape)) {
+    const Block<T> block(shape, start, end);
+    block.load_signed(scratch.theta, call.theta);
+    block.load_signed(scratch.gradient, call.gradient);
+    block.load_states(scratch.state, call.state, 2 * shape.layers * H);
+    inputs(shape, eq5, scratch.gradient, scratch.theta, scratch.in);
+    // A layer's h goes where the last h of the layer below was, which nobody needs any more.
+    T *below = scratch.in, *h = scratch.spare;
+    for (int64_t layer = 0; layer < shape.layers; ++layer) {
+      T *prev = scratch.state + 2 * layer * H * lanes, *c = prev + H * lanes;
+      layer_forward<false>(packed[layer].forward, below, shape.width(layer), prev, H, c, c, h);
+      block.store_states(call.next_state + 2 * layer * H * M, h, H);
+      block.store_states(call.next_state + (2 * layer + 1) * H * M, c, H);
+      below = h;
+      h = prev;
+    }
+    add_update(shape, packed.head, below, block.half, scratch.theta);
+    std::memcpy(call.next_theta + start, scratch.theta, block.count * sizeof(T));
+  }
+}
+
+}  // namespace L2L_LEVEL
