@@ -12,15 +12,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 STABLE_ABI = "2.11"  # the oldest torch that one build serves
-WINDOWS = sys.platform == "win32"
+# Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
 OPTIMIZED = (
-    ["/std:c++17", "/O2"]
-    if WINDOWS
-    # Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
-    else "-std=c++17 -O3 -g0 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
+    "-std=c++17 -O3 -g0 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
     "-Wno-unknown-pragmas -fvisibility=hidden".split()
 )
-X86 = platform.machine().lower() in ("x86_64", "amd64") and not WINDOWS
+X86 = platform.machine() == "x86_64" and sys.platform == "linux"
 LEVELS = {"baseline": []}  # the kernels, compiled once for each instruction set
 if X86:
     LEVELS["avx2"] = ["-mavx2", "-mfma"]
@@ -33,6 +30,8 @@ class BuildEngine(build_ext):
     """build_ext, with csrc/kernels.cpp compiled for every one of LEVELS and one line of report."""
 
     def build_extensions(self):
+        if sys.platform == "win32":
+            return self.report("not built, it needs GCC or Clang")
         try:
             import torch
         except ImportError as error:
@@ -82,7 +81,7 @@ setup(
         Extension(
             "l2l_ref._engine",
             ["csrc/module.cpp", "csrc/cpu.cpp"],
-            depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
+            depends=["csrc/kernels.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
             language="c++",
             optional=True,
         )

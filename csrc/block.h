@@ -19,14 +19,12 @@ constexpr int vector_bytes = 64, registers = 32;
 constexpr int vector_bytes = 32, registers = 16;
 #elif defined(__aarch64__)
 constexpr int vector_bytes = 16, registers = 32;
-#elif defined(__GNUC__)
-constexpr int vector_bytes = 16, registers = 16;
 #else
-constexpr int vector_bytes = 0, registers = 16;  // no vectors: T itself
+constexpr int vector_bytes = 16, registers = 16;
 #endif
 
 template <class T>
-constexpr int width = vector_bytes ? vector_bytes / int(sizeof(T)) : 1;
+constexpr int width = vector_bytes / int(sizeof(T));
 template <class T>
 using vec_t = typename Vec<T, width<T>>::type;
 

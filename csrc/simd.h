@@ -51,7 +51,6 @@ template <>
 struct Traits<float> : TraitsOf<float, 1> {};
 template <>
 struct Traits<double> : TraitsOf<double, 1> {};
-#if defined(__GNUC__)
 template <>
 struct Traits<Vec<float, 4>::type> : TraitsOf<float, 4> {};
 template <>
@@ -64,7 +63,6 @@ template <>
 struct Traits<Vec<double, 4>::type> : TraitsOf<double, 4> {};
 template <>
 struct Traits<Vec<double, 8>::type> : TraitsOf<double, 8> {};
-#endif
 
 template <class V>
 using scalar_t = typename Traits<V>::scalar;
