@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+"""How fast the engine's operators are, beside other ways to do the same.
+
+python bench/operators.py --threads 1 --sizes 16384
+
+Prints one table: each peer's time over ours, then ns per coordinate-step with quartiles. Writes
+operators.json and operators.png into --out. The sgemm floor is the time that the operations of an
+update (meta-gradient: three times as many) take in one large float32 matrix product.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench import memory, peers, plot
+from bench.case import Unavailable, flops, make_case
+from bench.output import Parser, command, count, machine, make_folder, run_as_script, write_json
+from bench.peers import FLOOR, OURS
+from bench.timing import interleave, summary
+from l2l_ref import engine
+from l2l_ref.errors import InputError
+
+MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
+SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm"}
+COLUMNS = ("nn.LSTMCell", "nn.LSTM", "torch.compile", "reference", FLOOR)
+
+
+def parse(arguments: list[str]) -> Any:
+    """The options; raises InputError for any that are wrong."""
+    top = Parser(prog="operators.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    top.add_argument("--sizes", type=count, nargs="+", metavar="N",
+                     help="coordinates (1e3 1e4 16384 1e5 1e6; up to 1e7)")  # fmt: skip
+    top.add_argument("--unroll", type=count, nargs="+", metavar="T", help="steps (1 20)")
+    top.add_argument("--threads", type=count, nargs="+", metavar="K", help="threads (1 2)")
+    top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="ours (auto)")
+    top.add_argument("--odd", action="store_true", help="the odd form of φ")
+    top.add_argument("--theta-input", action="store_true", help="φ that sees θ")
+    top.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    top.add_argument("--seconds", type=float, metavar="S", help="clocked for each row (10)")
+    top.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    top.add_argument("--whole-unroll", action="store_true",
+                     help="torch.compile all T steps as one graph (a minute for 20)")  # fmt: skip
+    top.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
+    options = top.parse_args(arguments)
+    cores = os.cpu_count() or 1
+    for name in ("sizes", "unroll", "threads"):
+        setattr(options, name, sorted(set(getattr(options, name) or ())))
+    options.sizes = options.sizes or ([256, 1000] if options.quick else
+                                      [1000, 10_000, 16_384, 100_000, 1_000_000])  # fmt: skip
+    options.unroll = options.unroll or ([1, 3] if options.quick else [1, 20])
+    options.threads = options.threads or [k for k in (1, 2) if k <= cores]
+    if options.seconds is None:
+        options.seconds = 0.1 if options.quick else 10.0
+    if max(options.threads) > cores:
+        raise InputError(f"--threads {max(options.threads)} is more than the {cores} cores here")
+    if not 0 <= options.seconds < float("inf"):
+        raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
+    engine.resolve(options.backend)
+    return options
+
+
+def measure(operator: str, n: int, steps: int, threads: int, options: Any) -> dict[str, Any]:
+    """One row: check every peer against the reference, then clock them all.
+
+    Returns:
+        operator, n, unroll, threads; "peers": name -> median and quartiles in ns per
+        coordinate-step, with a note; "unavailable": name -> why; "ratios": name -> its median
+        over ours.
+    """
+    torch.set_num_threads(threads)
+    case = make_case(n, steps, odd=options.odd, theta_input=options.theta_input)
+    table = peers.builders(
+        operator, options.backend, compiled=not options.no_compile, whole=options.whole_unroll
+    )
+    built, unavailable, expected = {}, {}, None
+    for name, build in table.items():
+        try:
+            built[name] = build(case)
+        except Unavailable as error:
+            unavailable[name] = str(error)
+    if operator == "meta_gradient":
+        expected = built["reference"].run()
+    for name, peer in built.items():
+        if name != "reference" or operator == "step":
+            peers.check(operator, case, name, peer, expected)
+    samples = interleave({name: peer.run for name, peer in built.items()}, options.seconds)
+    times = {
+        name: {**summary(samples[name], peer.scale), "note": peer.note}
+        for name, peer in built.items()
+    }
+    ratios = {}
+    if OURS in times:
+        ours = times[OURS]["median"]
+        ratios = {name: row["median"] / ours for name, row in times.items() if name != OURS}
+    return {"operator": operator, "n": n, "unroll": steps, "threads": threads, "peers": times,
+            "unavailable": unavailable, "ratios": ratios}  # fmt: skip
+
+
+def header() -> str:
+    """The two lines above the table."""
+    names = [SHORT.get(name, name) for name in COLUMNS]
+    ratios = "".join(f"{name:>10}" for name in names)
+    times = "".join(f"{name:>19}" for name in (OURS, *names))
+    first = f"{'':32}{'peer time / ours':^50}  {'ns per coordinate-step [quartiles]':^114}"
+    return f"{first}\n{'operator':<14}{'N':>9}{'T':>4}{'thr':>5}{ratios}  {times}"
+
+
+def short(x: float) -> str:
+    """A time, to about three digits."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table, and a line for each peer that says something of itself."""
+    ratios = "".join(
+        f"{row['ratios'][name]:>9.2f}×" if name in row["ratios"] else f"{'–':>10}"
+        for name in COLUMNS
+    )
+    times = ""
+    for name in (OURS, *COLUMNS):
+        if found := row["peers"].get(name):
+            low, high = map(short, found["quartiles"])
+            times += f" {short(found['median'])} [{low}, {high}]".rjust(19)
+        else:
+            times += f"{'–':>19}"
+    notes = [f"\n    {name}: {why}" for name, why in row["unavailable"].items()]
+    notes += [f"\n    {name}: {peer['note']}" for name, peer in row["peers"].items()
+              if "blocks" in peer["note"]]  # fmt: skip
+    head = f"{row['operator']:<14}{row['n']:>9}{row['unroll']:>4}{row['threads']:>5}"
+    return f"{head}{ratios}  {times}{''.join(notes)}"
+
+
+def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Time of ours on the fewest threads over that on each other number of threads."""
+    fewest = min(row["threads"] for row in rows)
+    keys = ("operator", "n", "unroll")
+    base = {tuple(row[k] for k in keys): row for row in rows if row["threads"] == fewest}
+    result = []
+    for row in rows:
+        one = base[tuple(row[k] for k in keys)]
+        if row["threads"] != fewest and OURS in row["peers"] and OURS in one["peers"]:
+            ratio = one["peers"][OURS]["median"] / row["peers"][OURS]["median"]
+            result.append({**{k: row[k] for k in keys}, "threads": row["threads"],
+                           "over": fewest, "speedup": ratio})  # fmt: skip
+    return result
+
+
+def peak_memory(options: Any) -> dict[str, Any]:
+    """Peak extra memory of a meta-gradient, for each peer: see `memory.peak_extra`."""
+    n, steps = (options.sizes[0], options.unroll[-1]) if options.quick else MEMORY_CASE
+    choice = {"compiled": not options.no_compile, "whole": options.whole_unroll}
+    form = {"odd": options.odd, "theta_input": options.theta_input}
+    names = [n for n in peers.builders("meta_gradient", options.backend, **choice) if n != FLOOR]
+    found = {
+        name: memory.peak_extra(name, "meta_gradient", n, steps, options.backend, form, **choice)
+        for name in names
+    }
+    print(f"\npeak extra memory of a meta-gradient, N = {n}, T = {steps}, one thread:")
+    for name, result in found.items():
+        text = f"{result['bytes'] / 1e6:9.1f} MB" if "bytes" in result else result["unavailable"]
+        print(f"    {name:<15}{text}", flush=True)
+    return {"n": n, "unroll": steps, "peers": found}
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, measure, print, write."""
+    options = parse(arguments)
+    make_folder(options.out)
+    about = machine(options.backend)
+    meta = make_case(1, 1, odd=options.odd, theta_input=options.theta_input).meta
+    about |= {"command": command("operators.py", arguments),
+              "threads": options.threads, "phi": meta.settings,
+              "flops_per_coordinate_step": flops(meta)}  # fmt: skip
+    print(f"{about['cpu']}, torch {about['torch']}, ours = {about['backend']} backend, "
+          f"{flops(meta)} operations a coordinate-step\n\n{header()}", flush=True)  # fmt: skip
+    rows = []
+    for threads in options.threads:
+        for operator in peers.OPERATORS:
+            for steps in options.unroll:
+                for n in options.sizes:
+                    rows.append(measure(operator, n, steps, threads, options))
+                    print(line(rows[-1]), flush=True)
+    report = {**about, "rows": rows, "speedups": speedups(rows)}
+    for s in report["speedups"]:
+        print(f"{s['threads']} threads over {s['over']}: {s['speedup']:.2f}× "
+              f"({s['operator']}, N = {s['n']}, T = {s['unroll']})")  # fmt: skip
+    report["memory"] = None if options.no_memory else peak_memory(options)
+    write_json(options.out / "operators.json", report)
+    plot.draw(options.out / "operators.png", report)
+    print(f"\n{options.out}: operators.json, operators.png")
+
+
+if __name__ == "__main__":
+    run_as_script("operators.py", main)

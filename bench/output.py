@@ -1,0 +1,88 @@
+"""What the commands share: parsing, where they ran, their files and exit codes."""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2l_ref import engine
+from l2l_ref.errors import InputError
+from l2l_ref.files import replace_with
+from l2l_ref.report import processor
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, also as 1e6."""
+    try:
+        value = float(text)
+        if value >= 1 and value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+
+
+def machine(backend: str) -> dict[str, Any]:
+    """Date, hardware, versions, and the backend with what it says of its build."""
+    build_info = getattr(engine, "build_info", None)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": engine.resolve(backend),
+        "build": build_info() if build_info else None,
+    }
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write `report`, whole or not at all."""
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    replace_with(path, lambda partial: partial.write_text(text))
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder`, before anything is measured in vain.
+
+    Raises:
+        InputError: the file system says no.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
+        ) from None
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """The command line that made a result, without the folders of this machine."""
+    shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    return shlex.join(["python", f"bench/{script}", *shown])
+
+
+def run_as_script(name: str, main: Callable[[list[str]], None]) -> None:
+    """Run `main` on the command line; an InputError is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

@@ -1,0 +1,245 @@
+"""Other ways to do what the engine's operators do: same weights, same data, same result.
+
+A peer does its whole job in `Peer.run()`:
+
+    step           T updates in place; returns θ [N], from which the next call goes on
+    meta_gradient  dφ of an unroll of T steps, forward included; returns [P]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench.case import Case, Unavailable, flops, head, inputs, lstm_state, must_fit, overfills
+from l2l_ref import engine, equations
+
+OPERATORS = ("step", "meta_gradient")
+OURS, FLOOR = "ours", "sgemm floor"
+SIDE, COLUMNS = 2048, 512  # of the floor's product: 4.3 GFLOP, tens of milliseconds
+UNROLL_BYTES = 2400  # that autograd may take for each step of each column of the state
+TOLERANCE = 1e-3  # relative difference, in the 2-norm
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`run` does the job once; `scale` turns its seconds into ns per coordinate-step."""
+
+    run: Callable[[], Tensor | None]
+    scale: float
+    note: str = ""
+
+
+def builders(
+    operator: str, backend: str, *, compiled: bool = True, whole: bool = False
+) -> dict[str, Callable[[Case], Peer]]:
+    """Name -> case -> peer, ours first, for one of OPERATORS.
+
+    Args:
+        compiled: with `torch.compile`.
+        whole: it compiles the graph of a whole unroll instead of one update.
+    """
+    ours = engine.operators(backend)
+    if operator == "step":
+        table = {
+            OURS: partial(step_with, ours.theta_step_),
+            "nn.LSTMCell": step_lstm_cells,
+            "nn.LSTM": step_lstm,
+            "torch.compile": step_compiled,
+            "reference": partial(step_with, equations.theta_step_),
+            FLOOR: partial(floor, factor=1),
+        }
+    else:
+        table = {
+            OURS: partial(meta_gradient_with, ours.unroll_meta_gradient),
+            "nn.LSTM": meta_gradient_lstm,
+            "torch.compile": partial(meta_gradient_compiled, whole=whole),
+            "reference": partial(meta_gradient_with, equations.unroll_meta_gradient),
+            FLOOR: partial(floor, factor=3),
+        }
+    if not compiled:
+        del table["torch.compile"]
+    return table
+
+
+def check(operator: str, case: Case, name: str, peer: Peer, expected: Tensor | None) -> None:
+    """Raise unless `peer` does what the reference does; runs it, twice for a step.
+
+    Args:
+        expected: the reference's dφ [P]. None for a step, which follows the reference along 2T
+            steps of up to 5,000 coordinates.
+    """
+    actual = peer.run()
+    if name == FLOOR:  # only made warm
+        return
+    if operator == "step":
+        few = case.part(0, min(len(case.theta), 5000))
+        reference, actual = step_with(equations.theta_step_, few), peer.run()
+        reference.run()
+        expected, actual = (t[: len(few.theta)] - few.theta for t in (reference.run(), actual))
+    difference = ((actual - expected).norm() / expected.norm()).item()
+    if not difference < TOLERANCE:
+        raise AssertionError(f"{name} differs from the reference's {operator} by {difference:.1e}")
+
+
+def ns(case: Case) -> float:
+    """ns per coordinate-step of a peer that takes a second for the case."""
+    return 1e9 / case.gradients.numel()
+
+
+def floor(case: Case, factor: int) -> Peer:
+    """`factor` times the operations of an update, in one large float32 matrix product."""
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, COLUMNS)
+    out = torch.empty(SIDE, COLUMNS)
+    operations = factor * flops(case.meta)
+    scale = 1e9 * operations / (2 * SIDE * SIDE * COLUMNS)
+    return Peer(lambda: torch.mm(a, b, out=out), scale, f"{operations} operations")
+
+
+def step_with(theta_step_: Callable, case: Case) -> Peer:
+    """T calls of an operator with the signature of `equations.theta_step_`."""
+    if theta_step_ is equations.theta_step_:
+        must_fit(case)
+    theta, state = case.theta.clone(), case.state.clone()
+
+    def run() -> Tensor:
+        for gradient in case.gradients:
+            theta_step_(theta, gradient, state, case.phi, **case.meta.form)
+        return theta
+
+    return Peer(run, ns(case))
+
+
+def step_lstm_cells(case: Case) -> Peer:
+    """Eager `nn.LSTMCell`s, one a layer, with the coordinates as batch."""
+    must_fit(case)
+    lstm, theta = case.meta.lstm, case.theta.clone()
+    cells, states = [], []
+    for layer, weights in enumerate(lstm.all_weights):
+        cell = nn.LSTMCell(lstm.hidden_size if layer else lstm.input_size, lstm.hidden_size)
+        cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh = weights
+        cells.append(cell)
+        states.append(tuple(s.T.contiguous() for s in case.state[layer]))  # h and c, [M, H]
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        for gradient in case.gradients:
+            below = inputs(case, theta, gradient)
+            for layer, cell in enumerate(cells):
+                states[layer] = cell(below, states[layer])
+                below = states[layer][0]
+            theta.add_(head(case, below))
+        return theta
+
+    return Peer(run, ns(case))
+
+
+def step_lstm(case: Case) -> Peer:
+    """`nn.LSTM` over sequences of one step, with the coordinates as batch."""
+    must_fit(case)
+    theta, state = case.theta.clone(), lstm_state(case)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        nonlocal state
+        for gradient in case.gradients:
+            h, state = case.meta.lstm(inputs(case, theta, gradient)[None], state)
+            theta.add_(head(case, h[0]))
+        return theta
+
+    return Peer(run, ns(case))
+
+
+def step_compiled(case: Case) -> Peer:
+    """`torch.compile` of the reference, for static shapes."""
+    must_fit(case)
+    step_ = fresh_compile(equations.theta_step_)
+    theta, state = case.theta.clone(), case.state.clone()
+    attempt(lambda: step_(theta, case.gradients[0], state, case.phi, **case.meta.form))
+    return step_with(step_, case)
+
+
+def meta_gradient_with(unroll_meta_gradient: Callable, case: Case) -> Peer:
+    """One call of an operator with the signature of `equations.unroll_meta_gradient`."""
+    data = (case.theta, case.gradients, case.state, case.cotangents, case.phi)
+    return Peer(lambda: unroll_meta_gradient(*data, **case.meta.form), ns(case))
+
+
+def meta_gradient_lstm(case: Case) -> Peer:
+    """Autograd through `nn.LSTM`: all T steps in one call, or step by step where φ sees θ."""
+    weights = list(case.meta.parameters())
+
+    def gradient(part: Case) -> Tensor:
+        lstm, state = part.meta.lstm, lstm_state(part)
+        if part.meta.form["theta_input"]:  # what a step reads waits for the update before it
+            theta, updates = part.theta, []
+            for g in part.gradients:
+                h, state = lstm(inputs(part, theta, g)[None], state)
+                updates.append(head(part, h[0]))
+                theta = theta + updates[-1].detach()
+            u = torch.stack(updates)
+        else:
+            u = head(part, lstm(inputs(part, part.theta, part.gradients), state)[0])
+        grads = torch.autograd.grad((u * part.cotangents).sum(), weights)
+        return torch.cat([grad.reshape(-1) for grad in grads])
+
+    return in_blocks(case, gradient)
+
+
+def meta_gradient_compiled(case: Case, whole: bool) -> Peer:
+    """Autograd through the compiled reference: the graph of all T steps, or T times that of one.
+
+    The whole graph of 20 steps takes a minute to compile and then runs no faster.
+    """
+    forward = fresh_compile(equations.unroll if whole else equations.update)
+
+    def gradient(part: Case) -> Tensor:
+        phi, form = part.phi.clone().requires_grad_(), part.meta.form
+        if whole:
+            u, _ = forward(part.theta, part.gradients, part.state, phi, **form)
+        else:
+            theta, state, updates = part.theta, part.state, []
+            for g in part.gradients:
+                update, state = forward(theta, g, state, phi, **form)
+                theta = theta + update.detach()
+                updates.append(update)
+            u = torch.stack(updates)
+        return torch.autograd.grad(u, phi, part.cotangents)[0]
+
+    peer = in_blocks(case, gradient, "all steps in one graph" if whole else "one step a graph")
+    attempt(peer.run)
+    return peer
+
+
+def in_blocks(case: Case, gradient: Callable[[Case], Tensor], note: str = "") -> Peer:
+    """Sum `gradient` over blocks of coordinates: all N at once, unless that overfills memory."""
+    n, count = len(case.theta), 1
+    while overfills(UNROLL_BYTES * len(case.gradients) * case.state.shape[-1] / count):
+        count *= 2
+    bounds = [n * i // count for i in range(count + 1)]
+
+    def run() -> Tensor:
+        if count == 1:
+            return gradient(case)
+        pairs = zip(bounds, bounds[1:], strict=False)
+        return sum(gradient(case.part(start, stop)) for start, stop in pairs)
+
+    notes = [note] * bool(note) + [f"in {count} blocks, for memory"] * (count > 1)
+    return Peer(run, ns(case), ", ".join(notes))
+
+
+def fresh_compile(function: Callable) -> Callable:
+    """`function` compiled for static shapes; what was compiled before is forgotten."""
+    torch._dynamo.reset()  # else its limit on recompilations is soon reached
+    return torch.compile(function, dynamic=False)
+
+
+def attempt(run: Callable[[], object]) -> None:
+    """Run once, to compile; raises Unavailable where that fails."""
+    try:
+        run()
+    except Exception as error:  # whatever a compiler or its absence may raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unavailable(f"fails here: {reason[0]}") from error

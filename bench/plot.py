@@ -1,0 +1,61 @@
+"""The plot of a report of `operators.py`."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from bench.peers import FLOOR, OURS
+from l2l_ref.files import replace_with
+
+# Okabe & Ito's colour-blind-safe palette; a marker each, so that grey print will do too.
+STYLES = {
+    OURS: ("#D55E00", "o-"),
+    "nn.LSTMCell": ("#009E73", "v-."),
+    "nn.LSTM": ("#0072B2", "s-"),
+    "torch.compile": ("#CC79A7", "^--"),
+    "reference": ("#000000", "x:"),
+    FLOOR: ("#999999", "--"),
+}
+TITLES = {"step": "θ-step in place", "meta_gradient": "meta-gradient, forward included"}
+
+
+def draw(path: Path, report: dict[str, Any]) -> None:
+    """Draw ns per coordinate-step over N into the PNG at `path`: a line a peer, a panel for each
+    operator and number of threads, at the longest unroll; bars are quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, threads = report["rows"], report["threads"]
+    unroll = max(row["unroll"] for row in rows)
+    sizes = [row["n"] for row in rows]
+    figure = Figure(figsize=(4.8 * len(threads) + 1.5, 8.5), layout="constrained")
+    panels = figure.subplots(len(TITLES), len(threads), squeeze=False, sharex=True, sharey="row")
+    handles: dict[str, Any] = {}
+    for line, (operator, title) in zip(panels, TITLES.items(), strict=True):
+        for panel, count in zip(line, threads, strict=True):
+            shown = {"operator": operator, "unroll": unroll, "threads": count}
+            own = sorted((r for r in rows if shown.items() <= r.items()), key=lambda r: r["n"])
+            for name, (colour, style) in STYLES.items():
+                found = [(r["n"], r["peers"][name]) for r in own if name in r["peers"]]
+                if not found:
+                    continue
+                middle = [peer["median"] for _, peer in found]
+                low = [p["median"] - p["quartiles"][0] for _, p in found]
+                high = [p["quartiles"][1] - p["median"] for _, p in found]
+                handles[name] = panel.errorbar(
+                    [n for n, _ in found], middle, (low, high), fmt=style, color=colour,
+                    lw=1.6, ms=5, capsize=2,
+                )  # fmt: skip
+            panel.set(xscale="log", yscale="log", xlim=(min(sizes) / 2, 2 * max(sizes)),
+                      xlabel="coordinates N", ylabel="ns per coordinate-step")  # fmt: skip
+            panel.label_outer()
+            panel.set_title(f"{title}, T = {unroll}, {count} thread{'s' * (count > 1)}")
+            panel.grid(alpha=0.3, which="both")
+    labels = [f"ours ({report['backend']})" if name == OURS else name for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=3, frameon=False)
+    counts = " and ".join(map(str, threads))
+    figure.suptitle(f"{report['cpu']}, {counts} thread{'s' * (threads != [1])}, "
+                    f"torch {report['torch']}, float32")  # fmt: skip
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
+    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))

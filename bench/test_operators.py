@@ -1,0 +1,67 @@
+"""pytest-benchmark of the operators and their peers: `pytest bench --benchmark-only`.
+
+One thread. The names of the groups say operator, N and T; `extra_info` has ns per coordinate-step.
+`bench/operators.py` clocks all peers of a row in turn and is fairer on a noisy machine.
+"""
+
+import gc
+
+import pytest
+import torch
+
+from bench import peers
+from bench.case import Unavailable, make_case
+from l2l_ref import engine
+from l2l_ref.errors import InputError
+
+pytest.importorskip("pytest_benchmark")
+
+SIZES, UNROLLS = (1000, 10_000, 100_000), (1, 20)
+OTHERS = ("nn.LSTMCell", "nn.LSTM", "torch.compile", peers.FLOOR)
+
+
+def backends() -> list[str]:
+    """Those that this installation has."""
+    found = ["reference"]
+    try:
+        engine.resolve("fused")
+    except InputError:
+        return found
+    return [*found, "fused"]
+
+
+def names(operator: str) -> list[str]:
+    """What runs an operator here."""
+    others = [n for n in OTHERS if n in peers.builders(operator, "reference")]
+    return [*backends(), *others]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("steps", UNROLLS)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(
+    "operator, name", [(operator, name) for operator in peers.OPERATORS for name in names(operator)]
+)
+def test_operator(benchmark, operator: str, name: str, n: int, steps: int):
+    case = make_case(n, steps)
+    backend = name if name in engine.BACKENDS else "reference"
+    key = peers.OURS if name in engine.BACKENDS else name
+    try:
+        peer = peers.builders(operator, backend)[key](case)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    reference = peers.builders(operator, "reference")["reference"](case)
+    expected = reference.run() if operator == "meta_gradient" else None
+    peers.check(operator, case, name, peer, expected)
+    gc.collect()
+    benchmark.group = f"{operator} N={n} T={steps}"
+    benchmark.pedantic(peer.run, rounds=5, warmup_rounds=1)
+    if benchmark.stats:
+        benchmark.extra_info["ns_per_coordinate_step"] = peer.scale * benchmark.stats.stats.median

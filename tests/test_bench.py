@@ -1,0 +1,107 @@
+"""The benchmarks in miniature: that they run, agree with the reference and write what they say."""
+
+import json
+
+import pytest
+import torch
+
+from bench import memory, operators, output, peers, timing, transfer_step
+from bench.case import flops, make_case
+from l2l_ref.errors import InputError
+
+FORMS = [{}, {"odd": True, "theta_input": True}]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_operators_in_miniature(tmp_path, capsys, monkeypatch, form):
+    monkeypatch.setattr(peers, "SIDE", 256)  # a floor that takes no time
+    flags = ["--" + name.replace("_", "-") for name in form]
+    arguments = ["--quick", "--no-compile", "--no-memory", "--threads", "1", "--sizes", "50", "2e2"]
+    operators.main([*arguments, *flags, "--out", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out" / "operators.json").read_text())
+    assert len(report["rows"]) == 2 * 2 * 2  # operators, sizes, unrolls
+    for row in report["rows"]:
+        expected = {"ours", "nn.LSTM", "reference", "sgemm floor"}
+        expected |= {"nn.LSTMCell"} if row["operator"] == "step" else set()
+        assert row["peers"].keys() == expected and not row["unavailable"]
+        for peer in row["peers"].values():
+            low, high = peer["quartiles"]
+            assert 0 < low <= peer["median"] <= high
+        assert row["ratios"].keys() == expected - {"ours"}
+    assert (tmp_path / "out" / "operators.png").stat().st_size > 10_000
+    assert str(tmp_path) not in json.dumps(report)
+    assert "ns per coordinate-step" in capsys.readouterr().out
+
+
+def test_operations_of_the_plain_form():
+    assert flops(make_case(1, 1).meta) == 9960
+
+
+def test_a_peer_that_differs_is_caught():
+    case = make_case(20, 2)
+    peer = peers.builders("meta_gradient", "reference")["reference"](case)
+    result = peer.run()
+    peers.check("meta_gradient", case, "itself", peer, result)
+    with pytest.raises(AssertionError, match="itself differs"):
+        peers.check("meta_gradient", case, "itself", peer, 1.01 * result)
+    step = peers.step_with(lambda theta, *rest, **form: theta.add_(0.01), case)
+    with pytest.raises(AssertionError, match="adder differs"):
+        peers.check("step", case, "adder", step, None)
+
+
+def test_blocks_add_up(monkeypatch):
+    case = make_case(37, 3, odd=True)
+    whole = peers.meta_gradient_lstm(case).run()
+    monkeypatch.setattr(peers, "overfills", lambda needed: needed > 1e5)
+    peer = peers.meta_gradient_lstm(case)
+    assert "blocks" in peer.note
+    torch.testing.assert_close(peer.run(), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_a_peer():
+    found = memory.peak_extra("nn.LSTM", "meta_gradient", 5000, 5, "reference", {})
+    assert 10e6 < found["bytes"] < 200e6  # about 2 kB for each of 25,000 coordinate-steps
+
+
+def test_interleaved_rounds():
+    calls = []
+    samples = timing.interleave({"a": lambda: calls.append("a"), "b": lambda: None}, seconds=0)
+    assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3} and calls
+    assert timing.summary([1.0, 2.0, 4.0], 10)["median"] == 20
+
+
+def test_transfer_step_in_miniature(tmp_path):
+    arguments = ["--quick", "--steps", "1", "--batch-size", "8", "--out", str(tmp_path)]
+    transfer_step.main(arguments)
+    report = json.loads((tmp_path / "transfer_step.json").read_text())
+    assert [row["optimizee"] for row in report["rows"]] == ["mlp", "convnet"]
+    for row in report["rows"]:
+        assert len(row["methods"]) == 4 and row["ratios"]["Adam (PGD-7)"] == 1
+        assert all(method["median"] > 0 for method in row["methods"].values())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sizes", "0"], "whole number"),
+        (["--sizes", "1.5"], "whole number"),
+        (["--threads", "100000"], "cores"),
+        (["--seconds", "nan"], "seconds"),
+        (["--backend", "other"], "other"),
+        (["--what"], "--what"),
+    ],
+)
+def test_bad_arguments(arguments, message, monkeypatch, capsys):
+    with pytest.raises(InputError, match=message):
+        operators.main(arguments)
+    monkeypatch.setattr("sys.argv", ["operators.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        output.run_as_script("operators.py", operators.main)
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
