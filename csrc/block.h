@@ -195,9 +195,12 @@ struct Block {
   }
 
  private:
+  // A whole run of lanes: vector moves, where memcpy would start a string instruction each time.
   template <int64_t n>
-  static void copy(T* to, const T* from) {  // n is known: a few vector moves
-    std::memcpy(to, from, n * sizeof(T));
+  static void copy(T* to, const T* from) {
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < n; lane += width<T>)
+      store(to + lane, load<vec_t<T>>(from + lane));
   }
 };
 
