@@ -20,7 +20,7 @@ from l2l_ref.config import Config
 from l2l_ref.errors import InputError
 from l2l_ref.files import replace_with
 from l2l_ref.meta_train import Episode, MetaSettings, meta_train, new_meta_optimizers
-from l2l_ref.optimizer import LearnedOptimizer
+from l2l_ref.optimizer import LearnedOptimizer, flatten_
 
 VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and grid settings
 TRANSFER, NOT = "transfer", "not"  # the two kinds of φ: meta-trained under attack, or clean
@@ -208,10 +208,10 @@ def warmup(number: int, length: float) -> float:
 
 
 def learned(phi: nn.ModuleDict, backend: str, model: nn.Module) -> LearnedOptimizer:
-    """φ as the optimizer of a model: one parameter group for each φ-group."""
+    """φ as the optimizer of a model: one parameter group, of one vector, for each φ-group."""
     groups = problems.phi_groups(model).items()
     return LearnedOptimizer(
-        [{"params": params, "meta_optimizer": phi[name]} for name, params in groups],
+        [{"params": [flatten_(params)], "meta_optimizer": phi[name]} for name, params in groups],
         backend=backend,
     )
 

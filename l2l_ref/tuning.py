@@ -12,6 +12,7 @@ from torch import nn
 
 from l2l_ref import attacks, evaluate
 from l2l_ref.config import Config, grid_points, with_grid
+from l2l_ref.optimizer import flatten_
 from l2l_ref.task import TRANSFER, Fold, Parts, Reporter, Task, learn, learned
 from l2l_ref.transfer import Method, train
 
@@ -29,12 +30,12 @@ DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
 
 def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
-    return torch.optim.Adam(model.parameters(), lr=lr)
+    return torch.optim.Adam([flatten_(model.parameters())], lr=lr)
 
 
 def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Plain gradient descent, Eq. 2."""
-    return torch.optim.SGD(model.parameters(), lr=lr)
+    return torch.optim.SGD([flatten_(model.parameters())], lr=lr)
 
 
 def candidates(config: Config) -> dict[str, dict[str, Method]]:
