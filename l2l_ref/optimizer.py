@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from l2l_ref import engine
 from l2l_ref.equations import MAX_P, Form
@@ -74,7 +73,7 @@ class MetaOptimizer(nn.Module):
 
     def phi(self) -> Tensor:
         """All weights as one vector [P], differentiable: what the operators take."""
-        return parameters_to_vector(self.parameters())
+        return torch.cat([weight.reshape(-1) for weight in self.parameters()])
 
     def init_state(self, coordinates: int) -> Tensor:
         """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
