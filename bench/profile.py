@@ -40,9 +40,9 @@ BATCHES, REST = "batches", "everything else"
 ROWS = (OPTIMIZEE, CRAFTING, LSTM, ATTACKS, OPTIMIZERS, BATCHES, REST)
 PHASES = ("meta-training", "tuning", "transfer", "recording", "judging", "between")
 SHORT = {
-    "mnist": "--steps 20 --episodes 35 --seeds 3 --eval-samples 400",
+    "mnist": "--steps 50 --episodes 14 --seeds 1 --eval-samples 1000",
     "cifar10": "--steps 3 --unroll 3 --episodes 8 --seeds 5 --folds 1 --eval-samples 10",
-    "quadratic": "--steps 20 --episodes 50 --seeds 3",
+    "quadratic": "--steps 50 --episodes 20 --seeds 1",
 }
 
 
