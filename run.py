@@ -11,12 +11,14 @@ from pathlib import Path
 from l2l_ref import cli, engine, experiment, report
 from l2l_ref.config import must_match
 from l2l_ref.errors import InputError
+from l2l_ref.heap import keep_freed_memory
 from l2l_ref.task import prepare
 
 
 def main(arguments: list[str]) -> None:
     """Parse, meta-train, transfer, compare, report."""
     config = cli.parse(arguments)
+    keep_freed_memory()
     out = cli.new_folder(config)
     task = prepare(config)
     backend = engine.resolve(config.backend, task.device)

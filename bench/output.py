@@ -38,14 +38,13 @@ def count(text: str) -> int:
 
 def machine(backend: str) -> dict[str, Any]:
     """Date, hardware, versions, and the backend with what it says of its build."""
-    build_info = getattr(engine, "build_info", None)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "backend": engine.resolve(backend),
-        "build": build_info() if build_info else None,
+        "build": engine.build_info() if engine.resolve(backend) == "fused" else None,
     }
 
 

@@ -41,7 +41,7 @@ def builders(
         compiled: with `torch.compile`.
         whole: it compiles the graph of a whole unroll instead of one update.
     """
-    ours = engine.operators(backend)
+    ours = engine.operators(backend, torch.empty(1, 2, 1, 1))  # all cases: float32 on the CPU
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),

@@ -30,13 +30,15 @@ ATTACKS = ("none", "fgsm", "pgd")
 def untouched(model: Callable) -> Iterator[None]:
     """Gives `model` back with its modes, buffers, `.grad` and `requires_grad` as they were.
 
+    Inside, its parameters are frozen: whoever runs backward pays for the input's gradient alone.
+
     Args:
         model: an `nn.Module`. Other callables pass through: nothing is known of what they hide.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [(m, m.training) for m in modules]
     buffers = [(m._buffers, k, b) for m in modules for k, b in m._buffers.items() if b is not None]
-    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None and p.is_leaf]
     grads = [(p, p.requires_grad, p.grad) for p in parameters]
     try:
         # Batch-norm writes into copies. To switch `track_running_stats` off would change what
@@ -44,7 +46,7 @@ def untouched(model: Callable) -> Iterator[None]:
         for owner, name, buffer in buffers:
             owner[name] = buffer.clone()
         for p in parameters:
-            p.grad = None  # else a `backward` would accumulate into the caller's tensor
+            p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
         yield
     finally:
         for m, training in modes:
@@ -60,8 +62,9 @@ def leaves_no_trace(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Args:
         attack: `(model, x, y, **options) -> x_adv`. It meets the model in its current mode (in
-            training mode batch-norm normalises by the batch, but its statistics stay), x detached
-            and gradients enabled, and may call `backward`, `eval` or `requires_grad_` at will.
+            training mode batch-norm normalises by the batch, but its statistics stay), parameters
+            frozen, x detached and gradients enabled, and may call `backward`, `eval` or
+            `requires_grad_` at will.
     Returns:
         The same callable; model, x and the grad mode stay as they were, and x_adv is detached.
     """
@@ -163,17 +166,19 @@ def _step(model, x_adv: Tensor, x: Tensor, y: Tensor, eps: float, step_size: flo
     # A sum, not a mean, so that one sample's gradient does not depend on the batch size.
     loss = F.cross_entropy(model(x_adv), y, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, x_adv)
-    return _project(x_adv.detach() + step_size * gradient.sign(), x, eps)
+    return _project_(gradient.sign().mul_(step_size).add_(x_adv.detach()), x, eps)
 
 
-def _project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
-    return (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+def _project_(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
+    """x + clamp(x_adv - x, ±eps), clamped to [0, 1]; in place, as fresh memory costs more."""
+    return x_adv.sub_(x).clamp_(-eps, eps).add_(x).clamp_(0, 1)
 
 
 def _uniform_in_ball(x: Tensor, eps: float, generator: Generator | None) -> Tensor:
     device = x.device if generator is None else generator.device
     noise = torch.empty(x.shape, dtype=x.dtype, device=device)
-    return _project(x + noise.uniform_(-eps, eps, generator=generator).to(x.device), x, eps)
+    noise.uniform_(-eps, eps, generator=generator)
+    return _project_(noise.to(x.device).add_(x), x, eps)
 
 
 def _check(eps: float, steps: int = 1, step_size: float | None = None, restarts: int = 1) -> None:

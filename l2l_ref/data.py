@@ -41,7 +41,9 @@ class ImageSet:
 
     def batch(self, index: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """The samples at `index` (int64 [b]): x of `dtype` [b, c, h, w] in [0, 1], y int64 [b]."""
-        return self.images[index].to(dtype) / 255, self.labels[index]
+        index = index.to(self.labels.device)
+        x = self.images.index_select(0, index).to(dtype).div_(255)  # bytes travel, floats stay
+        return x, self.labels.index_select(0, index)
 
     def subset(self, index: Tensor) -> "ImageSet":
         """A copy of the samples at `index` (int64 [b]), in that order."""

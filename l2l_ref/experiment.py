@@ -21,7 +21,7 @@ from l2l_ref.meta_train import read_checkpoint
 from l2l_ref.optimizer import MetaOptimizer
 from l2l_ref.problems import phi_groups
 from l2l_ref.task import NOT, TRANSFER, Fold, Parts, Reporter, Task, folds, learn, learned, stream
-from l2l_ref.transfer import Method, train
+from l2l_ref.transfer import Method
 
 PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
 FORMAT = "l2l_ref φ 1"
@@ -147,17 +147,9 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
     """Train one optimizee and judge it: its curve, its accuracies and how it ended."""
     c = task.config
     labels = ("transfer", fold.number, seed)
-    model = task.draw(*labels)
+    half = fold.meta if method.half == "meta" else fold.transfer
     probe = None if task.images is None else task.test(c.curve_samples)
-    curve = train(
-        model,
-        method,
-        task.batches(fold.meta if method.half == "meta" else fold.transfer, *labels),
-        loss=task.problem.loss,
-        attack=task.attack(eps, *labels),
-        steps=c.steps,
-        record=task.recorder(probe, eps, *labels),
-    )
+    model, curve = task.train(method, half, probe, eps, *labels)
     result = {**asdict(curve), "end": "diverged" if curve.diverged else "ok"}
     if task.images is not None:
         sample = task.test(c.eval_samples)

@@ -91,51 +91,53 @@ def truncated_unrolls(
     Yields:
         {φ-group: dφ [P]} and the losses [T].
     """
-    groups = phi_groups(episode.model)
-    thetas = {name: flatten_(params) for name, params in groups.items()}
+    groups = phi_groups(episode.model).items()
+    thetas = {name: flatten_(params) for name, params in groups}
     states = {name: meta_optimizers[name].init_state(len(t)) for name, t in thetas.items()}
     ops = {name: engine.operators(backend, state) for name, state in states.items()}
-    flat_params = [param for params in groups.values() for param in params]
-    counts = [len(params) for params in groups.values()]
+    forms = {name: meta_optimizers[name].form for name in thetas}
+    # Gradients of the loss that judges and of the one that φ reads: [T+1, N], row t at θ_t.
+    rows = min(settings.unroll, settings.steps) + 1
+    judged = {name: theta.new_empty(rows, len(theta)) for name, theta in thetas.items()}
+    read = judged
+    if settings.read_alpha != settings.alpha:
+        read = {name: torch.empty_like(record) for name, record in judged.items()}
 
-    def gradient(alpha: float, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def differentiate(alpha: float, x: Tensor, y: Tensor, records: dict, t: int) -> Tensor:
+        """The loss of Eq. 6; writes its gradient into row `t` of `records`."""
+        for theta in thetas.values():
+            theta.grad.zero_()
         loss = robust_loss(problem.loss, episode.model, x, y, attack=episode.attack, alpha=alpha)
-        grads = iter(torch.autograd.grad(loss, flat_params))
-        parts = ([next(grads).reshape(-1) for _ in range(count)] for count in counts)
-        return loss.detach(), dict(zip(groups, map(torch.cat, parts), strict=True))
+        loss.backward()
+        for name, theta in thetas.items():
+            records[name][t] = theta.grad
+        return loss.detach()
 
-    def evaluate() -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """The judging loss on the next batch, the gradient that φ reads, and that loss's own."""
+    def evaluate(t: int) -> Tensor:
+        """The judging loss on the next batch; writes row `t` of all records."""
         x, y = next(episode.batches)
-        loss, judged = gradient(settings.alpha, x, y)
-        if settings.read_alpha == settings.alpha:
-            return loss, judged, judged
-        return loss, gradient(settings.read_alpha, x, y)[1], judged
+        loss = differentiate(settings.alpha, x, y, judged, t)
+        if read is not judged:
+            differentiate(settings.read_alpha, x, y, read, t)
+        return loss
 
-    _, read, _ = evaluate()
+    evaluate(0)
     for start in range(0, settings.steps, settings.unroll):
         length = min(settings.unroll, settings.steps - start)
-        first = {name: (thetas[name].clone(), states[name].clone()) for name in groups}
-        phis = {name: meta_optimizers[name].phi().detach() for name in groups}
-        reads = {name: theta.new_empty(length, len(theta)) for name, theta in thetas.items()}
-        judgements = {name: torch.empty_like(rows) for name, rows in reads.items()}
+        first = {name: (thetas[name].clone(), states[name].clone()) for name in thetas}
+        phis = {name: meta_optimizers[name].phi().detach() for name in thetas}
         losses = []
         for t in range(length):
             for name, theta in thetas.items():
-                reads[name][t] = read[name]
-                form = meta_optimizers[name].form
-                ops[name].theta_step_(theta, read[name], states[name], phis[name], **form)
-            loss, read, judged = evaluate()
-            losses.append(loss)
-            for name in groups:
-                judgements[name][t] = judged[name]
+                ops[name].theta_step_(theta, read[name][t], states[name], phis[name], **forms[name])
+            losses.append(evaluate(t + 1))
         dphis = {}
         for name, (theta, state) in first.items():
-            cotangents = update_cotangents(judgements[name])
-            form = meta_optimizers[name].form
+            cotangents = update_cotangents(judged[name][1 : length + 1])
             dphis[name] = ops[name].unroll_meta_gradient(
-                theta, reads[name], state, cotangents, phis[name], **form
+                theta, read[name][:length], state, cotangents, phis[name], **forms[name]
             )
+            read[name][0] = read[name][length]  # where the next unroll begins
         yield dphis, torch.stack(losses)
 
 

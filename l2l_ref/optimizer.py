@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from l2l_ref import engine
 from l2l_ref.equations import MAX_P, Form
@@ -74,7 +73,7 @@ class MetaOptimizer(nn.Module):
 
     def phi(self) -> Tensor:
         """All weights as one vector [P], differentiable: what the operators take."""
-        return parameters_to_vector(self.parameters())
+        return torch.cat([weight.reshape(-1) for weight in self.parameters()])
 
     def init_state(self, coordinates: int) -> Tensor:
         """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
@@ -163,13 +162,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if any(param.grad.is_sparse for param in params):
             raise InputError("a gradient is sparse: LearnedOptimizer takes dense gradients only")
         meta_optimizer = group["meta_optimizer"]
-        theta = torch.cat([param.reshape(-1) for param in params])
-        gradient = torch.cat([param.grad.reshape(-1) for param in params])
+        theta, gradient = joined(params), joined([param.grad for param in params])
         state = self._joint_state(index, meta_optimizer, params)
         step_ = engine.operators(group["backend"], state).theta_step_
         step_(theta, gradient, state, meta_optimizer.phi(), **meta_optimizer.form)
-        parts = theta.split([param.numel() for param in params])
-        torch._foreach_copy_(params, [t.view_as(p) for t, p in zip(parts, params, strict=True)])
+        if theta is not params[0]:
+            parts = theta.split([param.numel() for param in params])
+            torch._foreach_copy_(params, [t.view_as(p) for t, p in zip(parts, params, strict=True)])
 
     def _joint_state(self, index: int, meta: MetaOptimizer, params: list[Tensor]) -> Tensor:
         """The states of `params` side by side, [L, 2, H, M], as the operators want them.
@@ -212,13 +211,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group.update(kept)  # the base class knows only what was saved
 
 
-def flatten_(params: Iterable[Tensor]) -> Tensor:
-    """Move parameters onto one vector [N], which they view from then on; returns the vector.
+def joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors on one axis [N]: a copy, or the one tensor itself where that is a vector."""
+    if len(tensors) == 1 and tensors[0].ndim == 1 and tensors[0].is_contiguous():
+        return tensors[0]
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
-    An in-place operator on the vector then changes the model itself.
+
+def flatten_(params: Iterable[Tensor]) -> Tensor:
+    """Move parameters onto one vector θ [N] and their gradients onto θ.grad [N]; returns θ.
+
+    From then on a parameter views its part of θ, and its `.grad` the same part of θ.grad, to which
+    `backward` adds. So any optimizer trains the whole as one tensor: `SGD([theta], lr)`. Zero
+    θ.grad in place, `zero_grad(set_to_none=False)`, for None would cut the tie. A parameter that
+    the loss does not reach has a gradient of zero. θ itself takes part in no graph.
     """
     params = list(params)
     theta = torch.cat([param.detach().reshape(-1) for param in params])
-    for param, view in zip(params, theta.split([p.numel() for p in params]), strict=True):
-        param.data = view.view_as(param)
+    theta.grad = torch.zeros_like(theta)
+    sizes = [param.numel() for param in params]
+    for param, data, grad in zip(params, theta.split(sizes), theta.grad.split(sizes), strict=True):
+        param.data, param.grad = data.view_as(param), grad.view_as(param)
     return theta

@@ -61,6 +61,18 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 20), nn.ReLU(), nn.Linear(20, 10))
 
 
+class ChannelsLast(nn.Sequential):
+    """A sequence that lays out its images with the channels innermost, where it runs on a CPU.
+
+    The same function up to rounding; convolution and pooling are faster in this layout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
 def convnet() -> nn.Module:
     """Three 3×3 convolutions with batch-norm, then 32 linear units (paper, section 4.2).
 
@@ -70,7 +82,7 @@ def convnet() -> nn.Module:
     for channels in (3, 16, 16):
         layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
         layers += [nn.MaxPool2d(2)]
-    return nn.Sequential(
+    return ChannelsLast(
         *layers, nn.Flatten(), nn.Linear(16 * 4 * 4, 32), nn.ReLU(), nn.Linear(32, 10)
     )
 

@@ -20,7 +20,8 @@ from l2l_ref.config import Config
 from l2l_ref.errors import InputError
 from l2l_ref.files import replace_with
 from l2l_ref.meta_train import Episode, MetaSettings, meta_train, new_meta_optimizers
-from l2l_ref.optimizer import LearnedOptimizer
+from l2l_ref.optimizer import LearnedOptimizer, flatten_
+from l2l_ref.transfer import Curve, Method, train
 
 VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and grid settings
 TRANSFER, NOT = "transfer", "not"  # the two kinds of φ: meta-trained under attack, or clean
@@ -143,6 +144,32 @@ class Task:
         x, y = images.batch(torch.arange(count))
         return partial(evaluate.losses, x=x, y=y, attack=self.attack(eps, "record", *labels))
 
+    def train(
+        self,
+        method: Method,
+        images: data.ImageSet | None,
+        probe: data.ImageSet | None,
+        eps: float,
+        *labels: Any,
+        every: int = 1,
+    ) -> tuple[nn.Module, Curve]:
+        """A fresh optimizee that `method` has trained on `images`, and its curve on `probe`.
+
+        θ₀, batches and attacks come from streams of `labels`: the same for every method.
+        """
+        model = self.draw(*labels)
+        curve = train(
+            model,
+            method,
+            self.batches(images, *labels),
+            loss=self.problem.loss,
+            attack=self.attack(eps, *labels),
+            steps=self.config.steps,
+            record=self.recorder(probe, eps, *labels),
+            every=every,
+        )
+        return model, curve
+
 
 def learn(
     task: Task,
@@ -208,10 +235,10 @@ def warmup(number: int, length: float) -> float:
 
 
 def learned(phi: nn.ModuleDict, backend: str, model: nn.Module) -> LearnedOptimizer:
-    """φ as the optimizer of a model: one parameter group for each φ-group."""
+    """φ as the optimizer of a model: one parameter group, of one vector, for each φ-group."""
     groups = problems.phi_groups(model).items()
     return LearnedOptimizer(
-        [{"params": params, "meta_optimizer": phi[name]} for name, params in groups],
+        [{"params": [flatten_(params)], "meta_optimizer": phi[name]} for name, params in groups],
         backend=backend,
     )
 

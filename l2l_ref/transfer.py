@@ -78,17 +78,16 @@ def train(
         every: record after every so many updates; before the first and after the last always.
     """
     optimizer = method.optimizer(model)
-    params = list(model.parameters())
-    device = params[0].device
+    device = next(model.parameters()).device
     recorded, recordings, times = [0], [record(model)], []
     for step in range(1, steps + 1):
         begin = now(device)
         x, y = next(batches)
         objective = robust_loss(loss, model, x, y, attack=attack, alpha=method.alpha)
-        if method.l1:
-            objective = objective + method.l1 * sum(param.abs().sum() for param in params)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # what `flatten_` made stays in place
         objective.backward()
+        if method.l1:
+            add_l1_gradient(optimizer, method.l1)
         optimizer.step()
         times.append(now(device) - begin)
         if step % every == 0 or step == steps:
@@ -96,6 +95,16 @@ def train(
             recordings.append(record(model))
     clean, attacked = (torch.stack(column).tolist() for column in zip(*recordings, strict=True))
     return Curve(recorded, clean, attacked, 1e3 * statistics.median(times))
+
+
+@torch.no_grad()
+def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
+    """Add the gradient of weight·Σ|θ|, which is weight·sign θ, to that of each parameter."""
+    for group in optimizer.param_groups:
+        for theta in group["params"]:
+            if theta.grad is None:
+                theta.grad = torch.zeros_like(theta)
+            theta.grad.add_(theta.sign(), alpha=weight)
 
 
 def now(device: torch.device) -> float:

@@ -12,8 +12,9 @@ from torch import nn
 
 from l2l_ref import attacks, evaluate
 from l2l_ref.config import Config, grid_points, with_grid
+from l2l_ref.optimizer import flatten_
 from l2l_ref.task import TRANSFER, Fold, Parts, Reporter, Task, learn, learned
-from l2l_ref.transfer import Method, train
+from l2l_ref.transfer import Method
 
 # Candidates of the baselines: learning rates from low to high, and weights of the L1 norm.
 ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -29,12 +30,12 @@ DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
 
 def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
-    return torch.optim.Adam(model.parameters(), lr=lr)
+    return torch.optim.Adam([flatten_(model.parameters())], lr=lr)
 
 
 def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Plain gradient descent, Eq. 2."""
-    return torch.optim.SGD(model.parameters(), lr=lr)
+    return torch.optim.SGD([flatten_(model.parameters())], lr=lr)
 
 
 def candidates(config: Config) -> dict[str, dict[str, Method]]:
@@ -94,12 +95,9 @@ def validate(task: Task, method: Method, fold: Fold, eps: float) -> tuple[bool, 
     losses, collapses = [], []
     for seed in range(task.config.tune_seeds):
         labels = ("tune", fold.number, seed)
-        model = task.draw(*labels)
-        curve = train(
-            model, method, task.batches(fold.fit, *labels),
-            loss=task.problem.loss, attack=task.attack(eps, *labels), steps=task.config.steps,
-            record=task.recorder(fold.validation, eps, *labels), every=task.config.steps,
-        )  # fmt: skip
+        model, curve = task.train(
+            method, fold.fit, fold.validation, eps, *labels, every=task.config.steps
+        )
         loss = curve.attacked[-1]
         losses.append(loss if math.isfinite(loss) else math.inf)
         if fold.validation is not None:

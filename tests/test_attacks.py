@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -302,6 +303,41 @@ def test_leaves_no_trace_when_it_raises(grads):
     with pytest.raises(IndexError):
         fgsm(model, x, y + 99, eps=0.1)
     assert snapshot(model) == before and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_crafting_differentiates_the_input_alone(fails):
+    model, (x, y) = norms_net(), images()
+    model[3].bias.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    seen = []
+
+    def attack(model, x, y):
+        x.requires_grad_()
+        F.cross_entropy(model(x), y).backward()
+        seen.extend((p.requires_grad, p.grad) for p in model.parameters())
+        if fails:
+            raise KeyError("half way")
+        return x + 0.1 * x.grad.sign()
+
+    with pytest.raises(KeyError) if fails else nullcontext():
+        leaves_no_trace(attack)(model, x, y)
+    assert seen == [(False, None)] * len(flags)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert flags.count(False) == 1
+
+
+def test_parameters_that_are_computed_need_no_freezing():
+    """As in meta-learning, where a layer's weight may be the output of something else."""
+    model, source = nn.Linear(3, 2), torch.rand(2, 3, requires_grad=True)
+    del model.weight
+    model._parameters["weight"] = source * 2
+    x, y = torch.rand(4, 3), torch.arange(4) % 2
+    plain = nn.Linear(3, 2)
+    plain.load_state_dict({"weight": 2 * source.detach(), "bias": model.bias.detach()})
+    assert torch.equal(fgsm(model, x, y, eps=0.1), fgsm(plain, x, y, eps=0.1))
+    F.cross_entropy(model(x), y).backward()
+    assert source.grad.abs().sum() > 0
 
 
 @every_attack

@@ -1,6 +1,9 @@
 """The benchmarks in miniature: that they run, agree with the reference and write what they say."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from bench import memory, operators, output, peers, timing, transfer_step
 from bench.case import flops, make_case
 from l2l_ref.errors import InputError
 
+ROOT = Path(__file__).parents[1]
 FORMS = [{}, {"odd": True, "theta_input": True}]
 
 
@@ -105,3 +109,20 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         output.run_as_script("operators.py", operators.main)
     assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_profile(tmp_path):
+    arguments = "--dataset quadratic --steps 4 --unroll 2 --episodes 2 --seeds 1 --device cpu"
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "profile.py", *arguments.split(), "--out", tmp_path],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (file,) = tmp_path.iterdir()
+    seconds = json.loads(file.read_text())["seconds"]
+    assert {"meta-training", "tuning", "transfer"} <= seconds.keys()
+    for phase in ("meta-training", "transfer"):
+        for what in ("LSTM", "optimizee: forward, backward", "everything else"):
+            assert seconds[phase][what] > 0
+    assert "LSTM" not in seconds["tuning"]  # where the baselines are
+    last = done.stdout.split("\nall")[1].splitlines()[0]
+    assert last.split()[-2:] == ["100.0", "100.0"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from l2l_ref import equations
 from l2l_ref.errors import InputError
-from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer
+from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer, flatten_
 from l2l_ref.problems import make as make_problem
 from l2l_ref.problems import phi_groups
 
@@ -46,6 +46,33 @@ def test_step_is_the_equation_on_one_flat_axis(odd):
         equations.theta_step_(theta, gradient, state, meta.phi(), **meta.form)
         optimizer.step()
         assert torch.equal(weights(model), theta)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.Adam(params, lr=0.01),
+        lambda params: LearnedOptimizer(params, phi(odd=True, theta_input=True)),
+    ],
+    ids=["sgd", "adam", "learned"],
+)
+def test_one_vector_trains_like_the_parameters(make):
+    model, flat = net(), net()
+    theta = flatten_(flat.parameters())
+    optimizer, flat_optimizer = make(model.parameters()), make([theta])
+    start = weights(model)
+    for t in range(5):
+        for m, o in ((model, optimizer), (flat, flat_optimizer)):
+            o.zero_grad(set_to_none=False)
+            backward(m, seed=t)
+            o.step()
+        for p, q in zip(model.parameters(), flat.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert not torch.equal(start, weights(model))
+    torch.testing.assert_close(weights(flat), weights(model))
+    assert torch.equal(theta, weights(flat))
+    assert torch.equal(theta.grad, torch.cat([p.grad.flatten() for p in flat.parameters()]))
 
 
 def test_phi_zeroed_leaves_theta_unchanged():

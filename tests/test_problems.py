@@ -1,5 +1,7 @@
 """The optimizees: their sizes, their θ₀, and the quadratics against their definition."""
 
+import copy
+
 import pytest
 import torch
 
@@ -43,6 +45,24 @@ def test_theta0_has_pytorchs_default_spread():
     convnet = problems.make("cifar10").draw(generator())
     assert convnet[0].weight.abs().max().item() == pytest.approx(27**-0.5, rel=0.05)
     assert (convnet[1].weight == 1).all() and (convnet[1].bias == 0).all()
+
+
+def test_the_layout_of_images_changes_nothing_but_speed():
+    model = problems.make("cifar10").draw(generator()).double()
+    plain = torch.nn.Sequential(*copy.deepcopy(model))
+    x, y = torch.rand(8, 3, 32, 32, generator=generator(1)).double(), torch.arange(8)
+    results = []
+    for m in (model, plain):
+        leaf = x.clone().requires_grad_()
+        loss = problems.cross_entropy(m, leaf, y)
+        results.append((loss, *torch.autograd.grad(loss, [leaf, *m.parameters()]), *m.buffers()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    seen = []
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(x)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_quadratic_is_its_definition():

@@ -8,7 +8,7 @@ import torch
 
 from l2l_ref import cli, experiment, tuning
 from l2l_ref.task import Parts, Reporter, folds, learn, prepare, stream, warmup
-from l2l_ref.transfer import Method
+from l2l_ref.transfer import Method, train
 from l2l_ref.tuning import sgd
 
 QUIET = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
@@ -56,7 +56,7 @@ def test_methods_of_a_seed_share_theta0_and_batches(task, monkeypatch):
         seen.append([*(p.detach().clone() for p in model.parameters()), x, y])
         raise StopIteration
 
-    monkeypatch.setattr(experiment, "train", spy)
+    monkeypatch.setattr("l2l_ref.task.train", spy)
     for method in (Method("a", partial(sgd, 0.1)), Method("b", partial(sgd, 0.2), alpha=0.0)):
         for seed in (0, 1):
             with pytest.raises(StopIteration):
@@ -111,7 +111,7 @@ def test_bad_ends_are_marked(task):
 def test_each_method_trains_on_its_half(task, monkeypatch, half):
     (fold,) = folds(task.config, task.images)
     used = set()
-    original = experiment.train
+    original = train
 
     def spy(model, method, batches, **options):
         def watched():
@@ -121,7 +121,7 @@ def test_each_method_trains_on_its_half(task, monkeypatch, half):
 
         return original(model, method, watched(), **options)
 
-    monkeypatch.setattr(experiment, "train", spy)
+    monkeypatch.setattr("l2l_ref.task.train", spy)
     experiment.run_method(task, Method("a", partial(sgd, 0.1), half=half), fold, 0.1, 0)
     assert used and used <= pictures(getattr(fold, half))
 

@@ -67,6 +67,22 @@ def test_l1_pulls_to_zero():
     close(curve.clean, by_hand(0.01, (1.0, 3.0, 2.0), l1=0.7))
 
 
+def test_l1_reaches_parameters_that_the_loss_does_not():
+    class Unused(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model = Unused(1, 1)
+    nn.init.constant_(model.bias, -1.0)
+    method = Method("", lambda m: torch.optim.SGD(m.parameters(), lr=0.1), l1=0.5)
+    batches = iter([(torch.ones(1, 1), torch.zeros(1, 1))] * 2)
+    train(
+        model, method, batches, loss=square, attack=attacks.none, steps=2,
+        record=lambda m: (torch.zeros(()), torch.zeros(())),
+    )  # fmt: skip
+    close(model.bias.item(), -0.9)
+
+
 def test_adam_takes_its_learning_rate():
     model, _, _ = run(Method("", partial(adam, 0.1)), steps=1)
     close(model.weight.item(), 1.9)  # Adam's first step has the length of its rate

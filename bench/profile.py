@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""Where the time of a run goes: a tenth of one, or less, under a clock.
+
+python bench/profile.py --recipe robust --attack pgd
+
+Takes the options of run.py; the defaults shorten every part of a run by about the same factor. The
+seconds go to profile-<dataset>-<attack>-<recipe>-<backend>.json in `--out` (runs/bench).
+"""
+
+import json
+import shlex
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, wraps
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+# The folder of this file holds a `profile`, as does the standard library, which torch needs.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+from l2l_ref import attacks, cli, data, engine, evaluate, experiment, report, tuning  # noqa: E402
+from l2l_ref.errors import InputError  # noqa: E402
+from l2l_ref.files import replace_with  # noqa: E402
+from l2l_ref.heap import keep_freed_memory  # noqa: E402
+from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
+from l2l_ref.task import Reporter, Task, prepare  # noqa: E402
+from l2l_ref.transfer import now  # noqa: E402
+
+OPTIMIZEE, CRAFTING = "optimizee: forward, backward", "attacks: forward, backward"
+LSTM, ATTACKS, OPTIMIZERS = "LSTM", "attacks: steps, projections", "optimizers without the LSTM"
+BATCHES, REST = "batches", "everything else"
+ROWS = (OPTIMIZEE, CRAFTING, LSTM, ATTACKS, OPTIMIZERS, BATCHES, REST)
+PHASES = ("meta-training", "tuning", "transfer", "recording", "judging", "between")
+SHORT = {
+    "mnist": "--steps 50 --episodes 14 --seeds 1 --eval-samples 1000",
+    "cifar10": "--steps 3 --unroll 3 --episodes 8 --seeds 5 --folds 1 --eval-samples 10",
+    "quadratic": "--steps 50 --episodes 20 --seeds 1",
+}
+
+
+class Clock:
+    """Wall time by (phase, what the program does): the innermost range counts, alone."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+        self.stack, self.since = [("between", REST)], now(device)
+
+    def lap(self) -> None:
+        """Give the time since the last lap to the range that is open."""
+        time = now(self.device)
+        self.seconds[self.stack[-1]] += time - self.since
+        self.since = time
+
+    def timed(self, function: Callable, what: str = "", phase: str = "") -> Callable:
+        """`function` with its calls in a range; what is not named stays as it is outside."""
+
+        @wraps(function)
+        def wrapper(*args, **options):
+            self.lap()
+            outer_phase, outer = self.stack[-1]
+            inner = what or outer
+            if outer == LSTM:  # the reference runs autograd, too
+                inner = LSTM
+            elif inner == OPTIMIZEE and outer == ATTACKS:
+                inner = CRAFTING
+            self.stack.append((phase or outer_phase, inner))
+            try:
+                return function(*args, **options)
+            finally:
+                self.lap()
+                self.stack.pop()
+
+        return wrapper
+
+
+def instrument(clock: Clock, task: Task) -> Task:
+    """Put ranges around what is called in a run, for as long as this program lives."""
+
+    def patch(owner: Any, *names: str, **ranges: str) -> None:
+        for name in names:
+            setattr(owner, name, clock.timed(getattr(owner, name), **ranges))
+
+    patch(experiment, "learn", phase="meta-training")
+    patch(tuning, "baselines", phase="tuning")
+    patch(experiment, "run_method", phase="transfer")
+    patch(evaluate, "losses", phase="recording")
+    patch(evaluate, "robust_accuracy", phase="judging")
+    patch(torch.autograd, "backward", "grad", what=OPTIMIZEE)
+    patch(F, "cross_entropy", what=OPTIMIZEE)
+    patch(attacks, "fgsm", "pgd", what=ATTACKS)
+    patch(data.ImageSet, "batch", what=BATCHES)
+    for optimizer in (torch.optim.Adam, torch.optim.SGD, LearnedOptimizer):
+        patch(optimizer, "step", "zero_grad", what=OPTIMIZERS)
+
+    endless, run_by = data.batches, engine.operators
+    data.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
+
+    @cache
+    def timed_operators(module: ModuleType) -> SimpleNamespace:
+        names = ("theta_step_", "theta_step", "unroll_meta_gradient")
+        return SimpleNamespace(**{name: clock.timed(getattr(module, name), LSTM) for name in names})
+
+    engine.operators = lambda *args: timed_operators(run_by(*args))
+
+    def build() -> nn.Module:
+        model = task.problem.build()
+        patch(model, "forward", what=OPTIMIZEE)
+        return model
+
+    return replace(task, problem=replace(task.problem, build=build))
+
+
+def table(seconds: dict[tuple[str, str], float]) -> str:
+    """Per cent: a row for what is done, a column for when; the last column is without the LSTM."""
+    phases = [phase for phase in PHASES if any(key[0] == phase for key in seconds)]
+    rows = {what: [seconds.get((phase, what), 0.0) for phase in phases] for what in ROWS}
+    total, lstm = sum(seconds.values()), sum(rows[LSTM])
+    rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    header = "".join(f"{name:>14}" for name in (*phases, "all", "no LSTM"))
+    lines = [f"{'% of wall time':<30}{header}"]
+    for what, row in rows.items():
+        cells = [100 * cell / total for cell in (*row, sum(row))]
+        without = {LSTM: 0.0, "all": total - lstm}.get(what, sum(row))
+        cells.append(100 * without / (total - lstm))
+        lines.append(f"{what:<30}" + "".join(f"{cell:14.1f}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Run, print the table, write the JSON."""
+    dataset = cli.parse(arguments).dataset
+    config = cli.parse([*SHORT[dataset].split(), *arguments])
+    config = replace(config, tune_seeds=1)
+    keep_freed_memory()
+    task = prepare(config)
+    backend = engine.resolve(config.backend, task.device)
+    environment = report.environment(task, backend)
+    torch.optim.SGD([torch.zeros(1)]).zero_grad()  # the first one imports half of PyTorch
+    quiet = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
+    clock = Clock(task.device)
+    with tempfile.TemporaryDirectory() as folder:
+        experiment.run(instrument(clock, task), Path(folder), quiet)
+    clock.lap()
+    command = shlex.join(["python", "bench/profile.py", *arguments])
+    total = sum(clock.seconds.values())
+    print(f"{command}: {total:.1f} s, backend {backend}, {environment['device']}\n")
+    print(table(clock.seconds))
+    by_phase: dict[str, dict[str, float]] = {}
+    for (phase, what), spent in clock.seconds.items():
+        by_phase.setdefault(phase, {})[what] = spent
+    saved = {"command": command, "environment": environment, "seconds": by_phase}
+    out = Path(config.out or "runs/bench")
+    path = out / f"profile-{config.dataset}-{config.attack}-{config.recipe}-{backend}.json"
+    cli.make_folder(out)
+    replace_with(path, lambda partial: partial.write_text(json.dumps(saved, indent=1)))
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"bench/profile.py: {error}", file=sys.stderr)
+        sys.exit(2)

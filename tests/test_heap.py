@@ -1,0 +1,45 @@
+"""Freed memory stays with the process."""
+
+import ctypes
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2l_ref import heap
+
+GIVEN_BACK = """
+import sys, torch
+from l2l_ref.heap import keep_freed_memory
+assert sys.argv[1] == "default" or keep_freed_memory()
+resident = lambda: int(open("/proc/self/statm").read().split()[1])  # pages of 4 KiB
+blocks = [torch.zeros(2**20) for _ in range(16)]  # 64 MiB in blocks of 4
+held = resident()
+blocks.clear()
+print((held - resident()) / 2**14)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_freed_memory_stays():
+    def given_back(how: str) -> float:
+        """The share of freed memory that goes back to the system."""
+        command = [sys.executable, "-c", GIVEN_BACK, how]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        return float(done.stdout)
+
+    assert given_back("kept") < 0.1 and given_back("default") > 0.9
+
+
+@pytest.mark.parametrize("library", [object(), OSError("none")])
+def test_another_c_library_is_left_alone(monkeypatch, library):
+    def load(name):
+        if isinstance(library, Exception):
+            raise library
+        return library
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert heap.keep_freed_memory() is False
