@@ -142,7 +142,7 @@ struct Eq5 {
   // The derivative with respect to g, from those with respect to the two numbers.
   template <class V>
   V backward(V g, V d_log_size, V d_direction) const {
-    return magnitude(g) >= smallest ? d_log_size / (p * g) : d_direction * slope;
+    return magnitude(g) >= smallest ? d_log_size / p / g : d_direction * slope;  // p·g overflows
   }
 };
 
