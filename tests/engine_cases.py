@@ -141,7 +141,7 @@ def error(actual: Tensor, reference: Tensor) -> float:
     if actual.numel() == 0:
         return 0.0
     difference = (actual.double() - reference.double()).abs().max()
-    return float(difference / reference.abs().max().clamp(min=1e-300))
+    return float(difference / reference.double().abs().max().clamp(min=1e-300))
 
 
 def expect_close(actual, reference, tolerance: float) -> None:
