@@ -8,9 +8,9 @@ READY  := .venv/.ready-$(EXTRAS)
 PY     := .venv/bin/python
 SETUP  := $(READY)
 
-GOALS  := $(filter setup run test lint,$(MAKECMDGOALS))
+GOALS  := $(filter setup run test lint sanitize,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-NEEDS  := $(if $(filter test,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff)
+NEEDS  := $(if $(filter test sanitize,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
   ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
   ifneq ($(ACTIVE_PY),)
@@ -41,6 +41,16 @@ clean: ## remove what was built and cached; keeps .venv, runs/ and data/
 
 distclean: clean ## clean, and remove .venv
 	rm -rf .venv
+
+SANITIZED := build/sanitized
+RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
+
+.PHONY: sanitize
+sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
+	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
+	  "$(PY)" -m pytest -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
+	  -k "not TestCompile and not TestMemory" $(wildcard tests/test_engine*.py) $(ARGS)
 
 # The stamp comes last, so an interrupted set-up is taken up again by the next make.
 $(READY): pyproject.toml setup.py

@@ -81,9 +81,7 @@ def _(theta, gradient, state, phi, d_next_theta, d_next_state, **form):
 
 @torch.library.register_fake("l2l_ref::unroll_meta_gradient")
 def _(theta, gradients, state, cotangents, phi, **form):
-    _check_devices(
-        theta=theta, gradients=gradients, state=state, cotangents=cotangents, phi=phi
-    )
+    _check_devices(theta=theta, gradients=gradients, state=state, cotangents=cotangents, phi=phi)
     return torch.empty_like(phi)
 
 

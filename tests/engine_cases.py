@@ -51,9 +51,7 @@ def covering(sizes, hidden=(20, 1, 5, 8, 16, 32, 33), steps=(1,), rounds=2) -> l
             at = i + turn * (len(sizes) + 1)
             theta_input, odd = FORMS[(at + turn) % 4]
             layers, units = 1 + (at + turn) % 3, hidden[at % len(hidden)]
-            cases.append(
-                Case(n, layers, units, theta_input, odd, steps[at % len(steps)], seed=at)
-            )
+            cases.append(Case(n, layers, units, theta_input, odd, steps[at % len(steps)], seed=at))
     return cases
 
 

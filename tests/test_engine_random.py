@@ -42,9 +42,7 @@ def expect_same(actual, reference, dtype, least):
         assert a.shape == r.shape and a.dtype == r.dtype
         finite = r.isfinite()
         size = max(least, float(r[finite].abs().max())) if finite.any() else least
-        torch.testing.assert_close(
-            a, r, rtol=RTOL[dtype], atol=ATOL[dtype] * size, equal_nan=True
-        )
+        torch.testing.assert_close(a, r, rtol=RTOL[dtype], atol=ATOL[dtype] * size, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
