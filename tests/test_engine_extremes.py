@@ -81,6 +81,27 @@ class TestExtremeGradients:
 
 
 @everywhere
+def test_the_edge_of_eq_5_is_on_the_log_side(level, fused, dtype):
+    """There the direction is exactly 1, where e^p·g is 1 but for a bit: one unit whose gate is that
+    bit, g = tanh(w·(direction - 1)) with a large w, tells them apart."""
+    case, tell = Case(4, 1, 1), 0.01 / torch.finfo(dtype).eps
+    phi = torch.zeros(22, dtype=dtype)
+    w_ih, _, b_ih, _, head_weight, _ = equations.unpack(phi, equations.phi_shapes(1, 1, 2))
+    w_ih[2, 1], b_ih[2], head_weight[0, 0] = tell, -tell, 1.0
+    seen = 0
+    for p in torch.arange(1, 60, 0.25).tolist():
+        at, slope = (torch.tensor(math.exp(x), dtype=dtype) for x in (-p, p))
+        below = at * (1 - 8 * torch.finfo(dtype).eps)
+        given = arguments(case, dtype) | {"phi": phi, "state": torch.zeros(1, 2, 1, 4, dtype=dtype)}
+        given["gradient"] = torch.stack((at, torch.nextafter(at, 2 * at), below, below / 2))
+        u, _, _ = run_update(fused, case._replace(p=p), given)
+        if at * slope != 1:
+            assert (u != 0).tolist() == [False, False, True, True]
+            seen += 1
+    assert seen > 10
+
+
+@everywhere
 @pytest.mark.parametrize("value", [1e3, -1e3, 1e30, -1e30, inf, -inf, nan])
 class TestExtremeTensors:
     @pytest.mark.parametrize("row", [0, 1], ids=["h", "c"])
