@@ -48,8 +48,9 @@ RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -pr
 .PHONY: sanitize
 sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
 	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
-	  "$(PY)" -m pytest -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
+	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
 	  -k "not TestCompile and not TestMemory" $(wildcard tests/test_engine*.py) $(ARGS)
 
 # The stamp comes last, so an interrupted set-up is taken up again by the next make.

@@ -5,6 +5,8 @@ The reference runs in float64 on the same float32 numbers. Float64 is held to 1e
 large ones.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from engine_cases import (
@@ -153,6 +155,22 @@ def test_threads_do_not_change_a_bit(level, fused, dtype, theta_input, odd):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def test_calls_from_several_python_threads_do_not_meet(level, fused):
+    """Each thread has scratch memory of its own, whatever the sizes that come by."""
+    cases = [Case(300 + 50 * i, 1 + i % 3, 5 + 4 * i, odd=i % 2 == 0, steps=2) for i in range(8)]
+
+    def everything(case):
+        given = arguments(case, torch.float32)
+        runs = (run_update, run_unroll, run_gradients)
+        return [result for run in runs for result in run(fused, case, given)]
+
+    alone = [everything(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(everything, cases * 3))
+    for one, other in zip(alone * 3, together, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_a_coordinate_does_not_know_its_neighbours(level, fused):
