@@ -24,6 +24,10 @@ from engine_cases import (
 from l2l_ref.optimizer import MetaOptimizer
 
 forms = pytest.mark.parametrize("theta_input, odd", FORMS)
+glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="needs glibc's mallinfo2",
+)
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))),
     reason="no C++ compiler for torch.compile",
@@ -210,12 +214,28 @@ class TestMemory:
         assert "l2l_ref::theta_step_" in events
         assert [e.key for e in events.values() if e.cpu_memory_usage or e.key == "[memory]"] == []
 
-    @pytest.mark.skipif(
-        sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
-        reason="needs glibc's mallinfo2",
-    )
-    def test_nor_anything_else_once_it_is_warm(self, level, fused):
-        """The heap is the same before and after, whichever operator: nothing leaks."""
+    @glibc
+    def test_nor_scratch_once_it_is_warm(self, level, fused):
+        """Were every allocation of a page or more mapped anew, new scratch would fault."""
+        case = Case(1000, 2, 20, True, True)
+        inputs = take(case, STEP, torch.float32)
+        resource = pytest.importorskip("resource")
+        mmap_threshold, default = -3, 128 * 1024
+        ctypes.CDLL(None).mallopt(mmap_threshold, 4096)
+        try:
+            for _ in range(5):
+                fused.theta_step_(*inputs, **case.form)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(200):
+                fused.theta_step_(*inputs, **case.form)
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        finally:
+            ctypes.CDLL(None).mallopt(mmap_threshold, default)
+        assert faults < 200  # a packed φ alone would be six pages a step
+
+    @glibc
+    def test_nothing_leaks(self, level, fused):
+        """The heap is the same before and after, whichever operator."""
 
         class Heap(ctypes.Structure):
             _fields_ = [
