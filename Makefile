@@ -13,9 +13,9 @@ SETUP  := $(READY)
 # would fetch torch a second time.
 BUILD_NEEDS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 
-GOALS  := $(filter setup run test lint,$(MAKECMDGOALS))
+GOALS  := $(filter setup run test lint sanitize,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-NEEDS  := $(if $(filter test,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff)
+NEEDS  := $(if $(filter test sanitize,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
   ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
   ifneq ($(ACTIVE_PY),)
@@ -46,6 +46,17 @@ clean: ## remove what was built and cached; keeps .venv, runs/ and data/
 
 distclean: clean ## clean, and remove .venv
 	rm -rf .venv
+
+SANITIZED := build/sanitized
+RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
+
+.PHONY: sanitize
+sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
+	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
+	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
+	  -k "not TestCompile and not TestMemory" $(wildcard tests/test_engine*.py) $(ARGS)
 
 # For an active environment. Without a compiler it says so, once, and the reference runs.
 build/.engine%: setup.py $(wildcard csrc/*)

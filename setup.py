@@ -3,6 +3,7 @@
 Without a C++ compiler or without torch the package installs all the same and runs on the reference.
 """
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ OPTIMIZED = (
     "-std=c++17 -O3 -g0 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
     "-Wno-unknown-pragmas -fvisibility=hidden".split()
 )
+SANITIZED = []
+if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
+    OPTIMIZED = [flag for flag in OPTIMIZED if flag not in ("-O3", "-g0")]
+    SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
+    OPTIMIZED += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZED]
 X86 = platform.machine() == "x86_64" and sys.platform == "linux"
 LEVELS = {"baseline": []}  # the kernels, compiled once for each instruction set
 if X86:
@@ -49,6 +55,7 @@ class BuildEngine(build_ext):
             *([("L2L_X86", None)] if X86 else []),
         ]
         extension.extra_compile_args += OPTIMIZED
+        extension.extra_link_args += SANITIZED
         try:
             for level, flags in LEVELS.items():
                 extension.extra_objects += self.compiler.compile(

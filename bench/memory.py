@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -75,7 +75,7 @@ struct Fit<double> {
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };
 
-// 2^y: 0 (or, in the general form, 2^-126) at -inf, inf at inf.
+// 2^y: 0 (or, in the general form, 2^-126) at -inf, inf at inf (from 2^127.5 on, there).
 template <class V>
 inline V exp2(V y) {
   auto [n, r] = split(y);
@@ -142,7 +142,7 @@ struct Eq5 {
   // The derivative with respect to g, from those with respect to the two numbers.
   template <class V>
   V backward(V g, V d_log_size, V d_direction) const {
-    return magnitude(g) >= smallest ? d_log_size / (p * g) : d_direction * slope;
+    return magnitude(g) >= smallest ? d_log_size / p / g : d_direction * slope;  // p·g overflows
   }
 };
 

@@ -129,6 +129,7 @@ T* kept_memory(size_t size) {
   thread_local std::unique_ptr<Memory<T>> memory;
   thread_local size_t room = 0;
   if (size > room) {
+    room = 0;  // should there be no memory
     memory.reset();
     memory = std::make_unique<Memory<T>>(size);
     room = size;

@@ -9,11 +9,15 @@
 #include <type_traits>
 #include <utility>
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
+#ifndef __clang__  // GCC 12 warns of its own header
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #endif
 
 namespace L2L_LEVEL {
@@ -110,8 +114,8 @@ inline V greater(V a, V b) {
   return a > b ? a : b;
 }
 
-// y = n + r with n whole and |r| <= 1/2; `pow2(f, n)` = f·2^n. The general form takes |y| <= 128
-// (float) or 1024 (double) and f in [1/√2, √2], or f = 1.
+// y = n + r with n whole and |r| <= 1/2; `pow2(f, n)` = f·2^n. The general form keeps n within
+// [-126, 128] (float) or [-1022, 1024] (double), where 2^n has an exponent of its own or is inf.
 template <class V>
 struct Split {
   V n, r;
@@ -134,9 +138,10 @@ inline Split<V> split(V y) {
 template <class V>
 inline V pow2(V f, V n) {
   using I = integers_t<V>;
-  constexpr scalar_t<V> magic = scalar_t<V>(3) * (int64_t(1) << (mantissa_bits<V> - 1));
-  I shifted = bit_cast<I>(n + magic) << mantissa_bits<V>;
-  return bit_cast<V>(bit_cast<I>(f) + shifted);
+  constexpr scalar_t<V> magic =
+      scalar_t<V>(3) * (int64_t(1) << (mantissa_bits<V> - 1)) + exponent_bias<V>;
+  // A product, so that a NaN in f stays one: an integer added to its bits could make it a number.
+  return f * bit_cast<V>(bit_cast<I>(n + magic) << mantissa_bits<V>);
 }
 
 #if defined(__has_builtin)

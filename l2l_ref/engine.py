@@ -2,7 +2,6 @@
 
 import warnings
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -64,12 +63,19 @@ def operators(backend: str, state: Tensor) -> ModuleType:
         resolved = _fall_back(
             backend, f"does not serve {state.shape[2]} hidden units, only up to {MAX_HIDDEN}"
         )
-    return equations if resolved == "reference" else import_module("l2l_ref.fused")
+    return equations if resolved == "reference" else _fused()
 
 
 def build_info() -> dict[str, Any] | None:
     """How the extension was built and which kernels run here; None where there is none."""
-    return import_module("l2l_ref.fused").build_info() if built() else None
+    return _fused().build_info() if built() else None
+
+
+def _fused() -> ModuleType:
+    """Imported only where it is wanted, and by a statement that torch.compile can follow."""
+    from l2l_ref import fused
+
+    return fused
 
 
 def _fall_back(backend: str, why: str) -> str:

@@ -53,23 +53,35 @@ def unroll_meta_gradient(
         return _ops.unroll_meta_gradient(theta, gradients, state, cotangents, phi, **form)
 
 
+def _check_devices(**tensors: Tensor) -> None:
+    """One tensor on "meta" among others brings a call here, which would return without a word."""
+    device = tensors["theta"].device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise RuntimeError(f"{name} is on {tensor.device}, theta on {device}: move one")
+
+
 @torch.library.register_fake("l2l_ref::theta_step_")
 def _(theta, gradient, state, phi, **form):
-    pass
+    _check_devices(theta=theta, gradient=gradient, state=state, phi=phi)
 
 
 @torch.library.register_fake("l2l_ref::theta_step")
 def _(theta, gradient, state, phi, **form):
+    _check_devices(theta=theta, gradient=gradient, state=state, phi=phi)
     return torch.empty_like(theta), torch.empty_like(state)
 
 
 @torch.library.register_fake("l2l_ref::theta_step_backward")
 def _(theta, gradient, state, phi, d_next_theta, d_next_state, **form):
-    return tuple(torch.empty_like(x) for x in (theta, gradient, state, phi))
+    inputs = {"theta": theta, "gradient": gradient, "state": state, "phi": phi}
+    _check_devices(**inputs, d_next_theta=d_next_theta, d_next_state=d_next_state)
+    return tuple(map(torch.empty_like, inputs.values()))
 
 
 @torch.library.register_fake("l2l_ref::unroll_meta_gradient")
 def _(theta, gradients, state, cotangents, phi, **form):
+    _check_devices(theta=theta, gradients=gradients, state=state, cotangents=cotangents, phi=phi)
     return torch.empty_like(phi)
 
 

@@ -1,12 +1,13 @@
 """Shared fixtures: small data, and where the real data is."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from l2l_ref import data, stand_in
+from l2l_ref import data, engine, stand_in
 
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
 
@@ -42,3 +43,23 @@ def real_data_dir() -> Path:
     if not (folder / "MNIST" / "raw").is_dir():
         pytest.skip("no real MNIST: set L2L_DATA_DIR to a folder that torchvision can read")
     return folder
+
+
+@pytest.fixture
+def fused():
+    """The module `l2l_ref.fused`; the test skips where the extension is not built."""
+    if not engine.built():
+        pytest.skip(f"the fused engine is not built: {engine.BUILD}")
+    return import_module("l2l_ref.fused")
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def level(request, fused):
+    """The name of the kernels in use: the test runs once with each that this machine has."""
+    info = fused.build_info()
+    if request.param not in info["kernels"]:
+        pytest.skip(f"no {request.param} kernels in this build or on this machine")
+    _engine = import_module("l2l_ref._engine")
+    _engine.use_level(request.param)
+    yield request.param
+    _engine.use_level(info["kernel"])

@@ -1,0 +1,148 @@
+"""What the tests of the fused engine share: problems of every shape, and what they are held to."""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l2l_ref import equations
+
+DTYPES = (torch.float32, torch.float64)
+FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
+
+
+class Case(NamedTuple):
+    """A problem: N coordinates, L layers of H units, T steps, and the form of the update."""
+
+    n: int
+    layers: int = 2
+    hidden: int = 20
+    theta_input: bool = False
+    odd: bool = False
+    steps: int = 1
+    p: float = 10.0
+    output_scale: float = 0.1
+    seed: int = 0
+
+    @property
+    def form(self) -> equations.Form:
+        """The keyword arguments of every operator."""
+        names = ("p", "output_scale", "theta_input", "odd")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """[L, 2, H, M]."""
+        return self.layers, 2, self.hidden, self.n * (2 if self.odd else 1)
+
+    def id(self) -> str:
+        """A readable name of the test."""
+        form = ("θ" if self.theta_input else "") + ("odd" if self.odd else "plain")
+        return f"N{self.n}-L{self.layers}-H{self.hidden}-T{self.steps}-{form}"
+
+
+def covering(sizes, hidden=(20, 1, 5, 8, 16, 32, 33), steps=(1,), rounds=2) -> list[Case]:
+    """Every size `rounds` times; layers, units, steps and forms take turns beside it."""
+    cases = []
+    for turn in range(rounds):
+        for i, n in enumerate(sizes):
+            at = i + turn * (len(sizes) + 1)
+            theta_input, odd = FORMS[(at + turn) % 4]
+            layers, units = 1 + (at + turn) % 3, hidden[at % len(hidden)]
+            cases.append(Case(n, layers, units, theta_input, odd, steps[at % len(steps)], seed=at))
+    return cases
+
+
+def by_id(case) -> str:
+    """For pytest's `ids`."""
+    return case.id() if isinstance(case, Case) else str(case).removeprefix("torch.")
+
+
+def phi(case: Case, dtype=torch.float64) -> Tensor:
+    """Random weights, all of them, biases and head included. [P]"""
+    generator = torch.Generator().manual_seed(100 + case.seed)
+    inputs = 3 if case.theta_input else 2
+    size = sum(map(math.prod, equations.phi_shapes(case.layers, case.hidden, inputs)))
+    return (torch.randn(size, generator=generator) * case.hidden**-0.5).to(dtype)
+
+
+def arguments(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
+    """What all operators take, and what some take more. Float32 numbers, whatever the dtype, so
+    that both meet the same problem."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def gradients(*shape):  # on both sides of e^-p and far from it
+        return normal(*shape) * 10 ** (10 * torch.rand(*shape, generator=generator) - 8)
+
+    tensors = {
+        "theta": 0.3 * normal(case.n),  # so that clamp(10·θ, ±5) clamps some
+        "gradient": gradients(case.n),
+        "state": normal(*case.state_shape),
+        "phi": phi(case),
+        "gradients": gradients(case.steps, case.n),
+        "cotangents": normal(case.steps, case.n),
+        "d_next_theta": normal(case.n),
+        "d_next_state": normal(*case.state_shape),
+    }
+    tensors["state"][:, 0].tanh_()  # h is in ±1
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+STEP = ("theta", "gradient", "state", "phi")
+UNROLL = ("theta", "gradients", "state", "cotangents", "phi")
+BACKWARD = (*STEP, "d_next_theta", "d_next_state")
+
+
+def run_update(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """theta_step_ of a module on copies: u [N], h and c [L, H, M]."""
+    theta, gradient, state, phi = (given[name] for name in STEP)
+    after, state = torch.zeros_like(theta), state.clone()
+    if case.theta_input:
+        after = theta.clone()
+    start = after.clone()
+    assert module.theta_step_(after, gradient, state, phi, **case.form) is None
+    return after - start, state[:, 0], state[:, 1]
+
+
+def run_gradients(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """theta_step's results and derivatives: θ + u, state, then by theta, gradient (times its size,
+    as they span many powers of ten), state and phi."""
+    inputs = [given[name].clone().requires_grad_() for name in STEP]
+    outputs = module.theta_step(*inputs, **case.form)
+    d_theta, d_gradient, d_state, d_phi = torch.autograd.grad(
+        outputs, inputs, (given["d_next_theta"], given["d_next_state"])
+    )
+    size = given["gradient"].abs().clamp(min=math.exp(-case.p))
+    results = (*outputs, d_theta, d_gradient * size, d_state, d_phi)
+    return tuple(result.detach() for result in results)
+
+
+def run_unroll(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor]:
+    """unroll_meta_gradient: dφ."""
+    return (module.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form),)
+
+
+@cache
+def expected(run, case: Case, dtype=torch.float64) -> tuple[Tensor, ...]:
+    """What the reference says, by default in float64 whatever is tested."""
+    return run(equations, case, arguments(case, dtype))
+
+
+def error(actual: Tensor, reference: Tensor) -> float:
+    """The largest difference, in units of the largest element of the reference."""
+    assert actual.shape == reference.shape
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.double() - reference.double()).abs().max()
+    return float(difference / reference.double().abs().max().clamp(min=1e-300))
+
+
+def expect_close(actual, reference, tolerance: float) -> None:
+    """Every tensor within `tolerance` of the reference, in units of its largest element."""
+    errors = [error(*pair) for pair in zip(actual, reference, strict=True)]
+    assert all(e <= tolerance for e in errors), errors

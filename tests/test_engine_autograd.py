@@ -1,0 +1,273 @@
+"""The fused operators as PyTorch's: derivatives, opcheck, torch.compile, versions, memory."""
+
+import ctypes
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import (
+    BACKWARD,
+    FORMS,
+    STEP,
+    UNROLL,
+    Case,
+    arguments,
+    expect_close,
+    run_gradients,
+    run_unroll,
+    run_update,
+)
+
+from l2l_ref.optimizer import MetaOptimizer
+
+forms = pytest.mark.parametrize("theta_input, odd", FORMS)
+glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="needs glibc's mallinfo2",
+)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))),
+    reason="no C++ compiler for torch.compile",
+)
+OPERATORS = {
+    "theta_step_": STEP,
+    "theta_step": STEP,
+    "theta_step_backward": BACKWARD,
+    "unroll_meta_gradient": UNROLL,
+}
+
+
+def take(case: Case, names, dtype=torch.float64, requires_grad=()) -> list[torch.Tensor]:
+    """Those arguments of a case."""
+    given = arguments(case, dtype)
+    return [given[name].requires_grad_(name in requires_grad) for name in names]
+
+
+class TestDerivatives:
+    @forms
+    @pytest.mark.parametrize("layers", [1, 2])
+    def test_gradcheck(self, level, fused, layers, theta_input, odd):
+        case = Case(3, layers, 3, theta_input, odd, p=2.0)
+        inputs = take(case, STEP, requires_grad=STEP)
+        assert torch.autograd.gradcheck(lambda *a: fused.theta_step(*a, **case.form), inputs)
+
+    @forms
+    def test_gradgradcheck(self, fused, theta_input, odd):
+        case = Case(2, 2, 2, theta_input, odd, p=2.0)
+        inputs = take(case, STEP, requires_grad=STEP)
+        assert torch.autograd.gradgradcheck(
+            lambda *a: fused.theta_step(*a, **case.form), inputs, nondet_tol=0.0
+        )
+
+    @pytest.mark.parametrize("name", STEP)
+    def test_only_what_is_asked_for(self, fused, name):
+        """With one input that requires a gradient, and with only one output used."""
+        case = Case(5, 2, 4, True, True)
+        every = take(case, STEP, requires_grad=STEP)
+        one = take(case, STEP, requires_grad=[name])
+        at = STEP.index(name)
+        for output in (0, 1):
+            (expected,) = torch.autograd.grad(
+                fused.theta_step(*every, **case.form)[output].square().sum(), every[at]
+            )
+            fused.theta_step(*one, **case.form)[output].square().sum().backward()
+            torch.testing.assert_close(one[at].grad, expected)
+            one[at].grad = None
+        assert all(x.grad is None for x in one)
+
+    def test_through_several_steps(self, fused):
+        """Autograd through an unroll of fused steps is the closed form."""
+        case = Case(9, 2, 5, odd=True, steps=4)
+        given = arguments(case)
+        phi, state = given["phi"].clone().requires_grad_(), given["state"]
+        theta, total = given["theta"], 0.0
+        for gradient, cotangent in zip(given["gradients"], given["cotangents"], strict=True):
+            after, state = fused.theta_step(theta, gradient, state, phi, **case.form)
+            total = total + ((after - theta) * cotangent).sum()
+            theta = after
+        expected = torch.autograd.grad(total, phi)
+        expect_close(run_unroll(fused, case, given), expected, 1e-10)
+
+    def test_results_require_nothing_without_need(self, fused):
+        case = Case(5)
+        assert not any(x.requires_grad for x in fused.theta_step(*take(case, STEP), **case.form))
+        with torch.no_grad():
+            inputs = take(case, STEP, requires_grad=STEP)
+            outputs = fused.theta_step(*inputs, **case.form)
+        assert not any(x.requires_grad for x in outputs)
+
+
+class TestRegistration:
+    @forms
+    @pytest.mark.parametrize("name", OPERATORS)
+    def test_opcheck(self, fused, name, theta_input, odd):
+        case = Case(5, 2, 3, theta_input, odd, steps=2)
+        operator = getattr(torch.ops.l2l_ref, name).default
+        differentiable = name in ("theta_step", "theta_step_backward")
+        names = OPERATORS[name]
+        inputs = take(case, names, torch.float32, names if differentiable else ())
+        torch.library.opcheck(operator, tuple(inputs), case.form)
+
+    def test_every_operator_is_checked(self, fused):
+        assert set(OPERATORS) <= set(dir(torch.ops.l2l_ref))
+
+    @pytest.mark.parametrize("name, at", [("theta", 0), ("state", 2)])
+    def test_autograd_notices_a_tensor_changed_in_place(self, fused, name, at):
+        case = Case(5, 2, 3)
+        inputs = take(case, STEP)
+        versions = [x._version for x in inputs]
+        factor = torch.ones_like(inputs[at], requires_grad=True)
+        saved = (factor * inputs[at]).sum()
+        fused.theta_step_(*inputs, **case.form)
+        changed = [x._version > before for x, before in zip(inputs, versions, strict=True)]
+        assert changed == [True, False, True, False]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.backward()
+
+    def test_a_step_saved_for_backward_is_guarded_too(self, fused):
+        case = Case(5, 2, 3)
+        inputs = take(case, STEP, requires_grad=["phi"])
+        after, _ = fused.theta_step(*inputs, **case.form)
+        fused.theta_step_(*inputs, **case.form)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            after.sum().backward()
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+class TestCompile:
+    """Whole graphs, compiled without a break; then with another N and another form."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def check(self, fused, run, **functions):
+        class Compiled:
+            """A module like `fused` whose functions are compiled."""
+
+        for name in functions:
+            function = torch.compile(getattr(fused, name), fullgraph=True)
+            setattr(Compiled, name, staticmethod(function))
+        for case in (
+            Case(5, 2, 3, steps=2),
+            Case(70, 2, 3, steps=2),
+            Case(6, 1, 4, True, True, steps=3),
+        ):
+            given = arguments(case, torch.float32)
+            assert all(map(torch.equal, run(Compiled, case, given), run(fused, case, given)))
+
+    def test_theta_step_in_place(self, fused):
+        self.check(fused, run_update, theta_step_=True)
+
+    def test_theta_step_and_its_gradients(self, fused):
+        self.check(fused, run_gradients, theta_step=True)
+
+    def test_unroll_meta_gradient(self, fused):
+        self.check(fused, run_unroll, unroll_meta_gradient=True)
+
+    def test_in_the_middle_of_a_graph(self, fused):
+        case = Case(5, 2, 3)
+
+        def two_steps(theta, gradient, state, phi):
+            theta, state = theta * 1, state * 1
+            for _ in range(2):
+                fused.theta_step_(theta, gradient + theta, state, phi, **case.form)
+            return theta + 1, state
+
+        inputs = take(case, STEP, torch.float32)
+        actual = torch.compile(two_steps, fullgraph=True)(*inputs)
+        expect_close(actual, two_steps(*inputs), 1e-6)
+
+    @pytest.mark.parametrize("backend", ["auto", "fused"])
+    def test_meta_optimizer(self, fused, backend):
+        """Dynamo follows a module with an nn.LSTM in it only with allow_rnn."""
+        meta = MetaOptimizer(hidden_size=4, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.ones_(meta.head.weight)
+        inputs = torch.zeros(5), torch.linspace(-1, 1, 5), meta.init_state(5)
+        with torch._dynamo.config.patch(allow_rnn=True):
+            compiled = torch.compile(meta, fullgraph=True)
+            theta, state = compiled(*inputs, backend=backend)
+        theta.square().sum().backward()
+        actual = [theta.detach(), state.detach(), *(p.grad.clone() for p in meta.parameters())]
+        meta.zero_grad()
+        theta, state = meta(*inputs, backend=backend)
+        theta.square().sum().backward()
+        expected = [theta.detach(), state.detach(), *(p.grad for p in meta.parameters())]
+        expect_close(actual, expected, 1e-6)
+        assert expected[-2].abs().sum() > 0
+
+
+class TestMemory:
+    def test_a_step_in_place_allocates_no_tensors(self, level, fused):
+        case = Case(1000, 2, 20, True, True)
+        inputs = take(case, STEP, torch.float32)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            fused.theta_step_(*inputs, **case.form)
+        events = {event.key: event for event in profile.key_averages()}
+        assert "l2l_ref::theta_step_" in events
+        assert [e.key for e in events.values() if e.cpu_memory_usage or e.key == "[memory]"] == []
+
+    @glibc
+    def test_nor_scratch_once_it_is_warm(self, level, fused):
+        """Were some MB mapped anew in every step, each of them would fault."""
+        case = Case(10, 1, 256)  # a packed φ of 2 MB
+        inputs = take(case, STEP, torch.float32)
+        resource = pytest.importorskip("resource")
+        mmap_threshold, default = -3, 128 * 1024
+        ctypes.CDLL(None).mallopt(mmap_threshold, default)  # and keep it there
+        for _ in range(5):
+            fused.theta_step_(*inputs, **case.form)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(50):
+            fused.theta_step_(*inputs, **case.form)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 25
+
+    @glibc
+    def test_nothing_leaks(self, level, fused):
+        """The heap is the same before and after, whichever operator."""
+
+        class Heap(ctypes.Structure):
+            _fields_ = [
+                (name, ctypes.c_size_t)
+                for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()
+                + ["fordblks", "keepcost"]
+            ]
+
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+        mallinfo2.restype = Heap
+
+        def in_use():
+            heap = mallinfo2()
+            return heap.uordblks + heap.hblkhd
+
+        case = Case(1000, 2, 20, True, True, steps=3)
+        given = arguments(case, torch.float32)
+        for run in (run_update, run_unroll, run_gradients):
+            for _ in range(3):
+                run(fused, case, given)
+            before = in_use()
+            for _ in range(30):
+                run(fused, case, given)
+            assert in_use() - before < 30_000  # a φ alone is 21 kB a call
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+    def test_a_thousand_steps_do_not_grow_the_process(self, fused):
+        case = Case(5000, 2, 20)
+        inputs = take(case, STEP, torch.float32)
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1])
+
+        for _ in range(10):
+            fused.theta_step_(*inputs, **case.form)
+        before = resident()
+        for _ in range(1000):
+            fused.theta_step_(*inputs, **case.form)
+        assert resident() - before < 250  # pages of 4 kB

@@ -1,0 +1,217 @@
+"""Who runs: engine.py chooses as it says, and nobody who uses it can tell who ran."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from l2l_ref import attacks, engine, equations, problems
+from l2l_ref.errors import InputError
+from l2l_ref.meta_train import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
+from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer
+
+
+@pytest.fixture(autouse=True)
+def warns_anew():
+    """The one warning is given anew in each test."""
+    engine._warn.cache_clear()
+
+
+@pytest.fixture
+def not_built(monkeypatch):
+    monkeypatch.setattr(engine, "built", lambda: False)
+
+
+def state(hidden=20, dtype=torch.float32, device="cpu"):
+    return torch.zeros(2, 2, hidden, 3, dtype=dtype, device=device)
+
+
+def make_phi(dtype=torch.float32, **settings) -> MetaOptimizer:
+    generator = torch.Generator().manual_seed(0)
+    meta = MetaOptimizer(generator=generator, **settings)
+    for weight in meta.head.parameters():
+        nn.init.normal_(weight, generator=generator)
+    return meta.to(dtype)
+
+
+class TestChoice:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("backend", ["auto", "fused"])
+    def test_fused_where_it_serves(self, fused, backend, dtype, recwarn):
+        assert engine.resolve(backend) == "fused"
+        assert engine.operators(backend, state(dtype=dtype)) is fused
+        assert engine.operators(backend, state(hidden=256)) is fused
+        assert len(recwarn) == 0
+
+    def test_reference_on_demand(self, recwarn):
+        assert engine.resolve("reference") == "reference"
+        assert engine.operators("reference", state()) is equations
+        assert len(recwarn) == 0
+
+    @pytest.mark.parametrize(
+        "given, words",
+        [
+            (state(dtype=torch.bfloat16), "torch.bfloat16, only float32 and float64"),
+            (state(dtype=torch.float16), "torch.float16"),
+            (state(hidden=300), "300 hidden units, only up to 256"),
+            (state(hidden=257), "257 hidden units"),
+            (state(device="meta"), "does not run on meta"),
+        ],
+    )
+    def test_what_it_does_not_serve(self, fused, given, words):
+        with pytest.warns(UserWarning, match=words):
+            assert engine.operators("auto", given) is equations
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once is enough
+            assert engine.operators("auto", given) is equations
+            assert engine.operators("reference", given) is equations
+        with pytest.raises(InputError, match=words + ".*or use backend 'reference'"):
+            engine.operators("fused", given)
+
+    def test_not_built(self, not_built):
+        with pytest.warns(UserWarning, match="needs the compiled extension.*build_ext --inplace"):
+            assert engine.resolve("auto") == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert engine.resolve("auto") == "reference"
+            assert engine.operators("auto", state()) is equations
+        with pytest.raises(InputError, match="'fused' needs the compiled extension"):
+            engine.resolve("fused")
+        with pytest.raises(InputError, match="'fused' needs the compiled extension"):
+            LearnedOptimizer([nn.Parameter(torch.zeros(2))], make_phi(), backend="fused")
+        assert engine.build_info() is None
+
+    def test_unknown(self):
+        with pytest.raises(InputError, match="'cuda' is unknown: choose one of auto, reference"):
+            engine.resolve("cuda")
+
+    def test_build_info(self, level, fused):
+        info = engine.build_info()
+        assert info["kernel"] == level and level in info["kernels"]
+        assert info["kernels"][-1] == "baseline" and info["compiler"]
+        assert [int(n) for n in info["stable_abi"].split(".")] <= [
+            int(n) for n in torch.__version__.split("+")[0].split(".")[:2]
+        ]
+
+
+def train(backend, dtype=torch.float32, steps=10, pause=lambda model, optimizer: None, **settings):
+    """A small net trained by a random φ; returns its parameters and the optimizer."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)).to(dtype)
+    for param in model.parameters():
+        nn.init.normal_(param, generator=generator)
+    x = torch.randn(16, 6, generator=generator).to(dtype)
+    optimizer = LearnedOptimizer(model.parameters(), make_phi(dtype, **settings), backend=backend)
+    for t in range(steps):
+        if t == steps // 2:
+            model, optimizer = pause(model, optimizer) or (model, optimizer)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.arange(16) % 2).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer
+
+
+class TestWhoeverRuns:
+    """The same results with either backend."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"odd": True, "theta_input": True}, {"num_layers": 1, "hidden_size": 5, "p": 3.0}],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_learned_optimizer(self, fused, dtype, settings):
+        (a, _), (b, _) = (train(backend, dtype, **settings) for backend in ("fused", "reference"))
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert not torch.equal(a, train("fused", dtype, steps=0)[0])
+
+    @pytest.mark.parametrize("first, then", [("fused", "reference"), ("reference", "fused")])
+    def test_a_state_dict_goes_from_one_to_the_other(self, fused, first, then):
+        def change(model, optimizer):
+            other = LearnedOptimizer(
+                model.parameters(), optimizer.defaults["meta_optimizer"], backend=then
+            )
+            other.load_state_dict(optimizer.state_dict())
+            return model, other
+
+        a, optimizer = train(first, torch.float64, odd=True, pause=change)
+        assert optimizer.param_groups[0]["backend"] == then
+        torch.testing.assert_close(a, train(then, torch.float64, odd=True)[0], rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+    )
+    def test_a_copy_continues_alike(self, fused, copied):
+        a, _ = train("fused", pause=lambda *both: copied(both))
+        assert torch.equal(a, train("fused")[0])
+
+    def test_inference_mode(self, fused):
+        """A step under inference_mode changes the parameters as one under no_grad."""
+        results = []
+        for mode in (torch.inference_mode, torch.no_grad):
+            param = nn.Parameter(torch.linspace(-1, 1, 5))
+            optimizer = LearnedOptimizer([param], make_phi(), backend="fused")
+            for _ in range(3):
+                param.grad = param.detach().square()
+                with mode():
+                    optimizer.step()
+            results.append(param.detach().clone())
+        assert torch.equal(*results)
+        assert not torch.equal(results[0], torch.linspace(-1, 1, 5))
+
+    def test_a_phi_moved_to_another_dtype(self, fused):
+        meta = make_phi(torch.float64)
+        param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        param.grad = torch.ones_like(param)
+        LearnedOptimizer([param], meta, backend="fused").step()
+        assert param.dtype == torch.float64 and (param != 1).all()
+
+    def test_bfloat16_runs_on_the_reference(self, fused):
+        with pytest.warns(UserWarning, match="bfloat16"):
+            a, _ = train("auto", torch.bfloat16)
+        assert torch.equal(a, train("reference", torch.bfloat16)[0])
+        with pytest.raises(InputError, match="bfloat16"):
+            train("fused", torch.bfloat16)
+
+    @pytest.mark.parametrize("settings", [{}, {"odd": True, "theta_input": True}])
+    def test_meta_optimizer_forward(self, fused, settings):
+        results = []
+        for backend in ("fused", "reference"):
+            meta = make_phi(torch.float64, **settings)
+            theta, state = torch.linspace(-1, 1, 7).double(), meta.init_state(7)
+            gradient = torch.linspace(-2, 2, 7).double().requires_grad_()
+            for _ in range(3):
+                theta, state = meta(theta, gradient, state, backend=backend)
+            theta.square().sum().backward()
+            grads = [p.grad for p in meta.parameters()]
+            results.append([theta.detach(), state.detach(), gradient.grad, *grads])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        assert all(x.abs().sum() > 0 for x in results[0][:-1])
+
+    @pytest.mark.parametrize("settings", [{}, {"odd": True, "theta_input": True}])
+    def test_truncated_unrolls(self, fused, settings):
+        def generator(seed):
+            return torch.Generator().manual_seed(seed)
+
+        def unrolls(backend):
+            problem = problems.make("quadratic", batch_size=8)
+            phi = new_meta_optimizers(problem, generator(1), "cpu", **settings)
+            for meta in phi.values():
+                nn.init.normal_(meta.head.weight, generator=generator(2))
+            batches = problems.quadratics(8, generator(3))
+            episode = Episode(problem.draw(generator(4)), batches, attacks.none)
+            plan = MetaSettings(episodes=1, steps=12, unroll=5, read_alpha=1.0, alpha=1.0)
+            for dphis, losses in truncated_unrolls(problem, episode, phi, plan, backend):
+                yield *dphis.values(), losses
+
+        pairs = list(zip(unrolls("fused"), unrolls("reference"), strict=True))
+        assert [len(a[-1]) for a, _ in pairs] == [5, 5, 2]
+        for a, b in pairs:
+            torch.testing.assert_close(a[-1], b[-1], rtol=1e-4, atol=0)
+            for actual, expected in zip(a[:-1], b[:-1], strict=True):
+                assert expected.norm() > 0
+                assert (actual - expected).norm() <= 1e-3 * expected.norm()

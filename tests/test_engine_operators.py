@@ -1,0 +1,237 @@
+"""The fused operators against their twins in `equations.py`, for every kernel of the build.
+
+The reference runs in float64 on the same float32 numbers. Float64 is held to 1e-10 and float32 to
+1e-5 of the result's own size: of its largest element, as a single element can be a difference of
+large ones.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from engine_cases import (
+    DTYPES,
+    FORMS,
+    STEP,
+    UNROLL,
+    Case,
+    arguments,
+    by_id,
+    covering,
+    error,
+    expect_close,
+    expected,
+    run_gradients,
+    run_unroll,
+    run_update,
+)
+
+from l2l_ref import equations
+
+# Vectors are of 2 to 16 lanes, blocks of 64 (32 in the odd form); up to 64 segments of blocks.
+SIZES = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1000)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# Through 100 steps, or summed over thousands of coordinates, float32 keeps a digit less; it must
+# then be as good as the float32 reference, which loses it too.
+LONG = 1e-4
+
+
+def expect_as_good_as_the_reference(run, case, dtype, actual):
+    """Within TOLERANCE, or in float32 within LONG and no worse than twice the reference's error."""
+    reference = expected(run, case)
+    if dtype == torch.float64:
+        return expect_close(actual, reference, TOLERANCE[dtype])
+    own = expected(run, case, torch.float32)
+    for a, r, o in zip(actual, reference, own, strict=True):
+        assert error(a, r) <= max(TOLERANCE[dtype], min(LONG, 2 * error(o, r)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
+class TestAgainstTheReference:
+    @pytest.mark.parametrize("case", covering(SIZES, rounds=3), ids=by_id)
+    def test_theta_step_in_place(self, level, fused, case, dtype):
+        actual = run_update(fused, case, arguments(case, dtype))
+        assert all(a.dtype == dtype for a in actual)
+        expect_close(actual, expected(run_update, case), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("case", covering(SIZES, rounds=2), ids=by_id)
+    def test_theta_step_and_its_gradients(self, level, fused, case, dtype):
+        actual = run_gradients(fused, case, arguments(case, dtype))
+        expect_close(actual, expected(run_gradients, case), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("case", covering(SIZES, steps=(1, 5, 20, 3)), ids=by_id)
+    def test_unroll_meta_gradient(self, level, fused, case, dtype):
+        actual = run_unroll(fused, case, arguments(case, dtype))
+        expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
+
+    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    def test_unroll_of_100_steps(self, level, fused, dtype, theta_input, odd):
+        case = Case(65, 2, 20, theta_input, odd, steps=100)
+        actual = run_unroll(fused, case, arguments(case, dtype))
+        expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
+
+
+@pytest.mark.parametrize("theta_input, odd", FORMS)
+def test_the_networks_own_size(fused, theta_input, odd):
+    """784-20-10 has 15,910 weights."""
+    case = Case(15910, 2, 20, theta_input, odd)
+    given = arguments(case, torch.float32)
+    expect_close(run_update(fused, case, given), expected(run_update, case), 1e-5)
+    case = case._replace(steps=3)
+    given = arguments(case, torch.float32)
+    actual = run_unroll(fused, case, given)
+    expect_as_good_as_the_reference(run_unroll, case, torch.float32, actual)
+
+
+def test_a_million_coordinates(fused):
+    """Equal to the same operator on chunks, and the chunks to the reference."""
+    case, chunk = Case(10**6, 1, 5, odd=True, steps=2), 20_000
+    given = arguments(case, torch.float32)
+    u, h, c = run_update(fused, case, given)
+    total = torch.zeros_like(given["phi"], dtype=torch.float64)
+    for start in range(0, case.n, chunk):
+        part = slice(start, start + chunk)
+
+        def cut(x, part=part):
+            return x.unflatten(-1, (2, case.n))[..., part].flatten(-2)
+
+        some = {name: given[name][..., part].double() for name in given if name != "phi"}
+        some |= {"state": cut(given["state"]).double(), "phi": given["phi"].double()}
+        few = case._replace(n=chunk)
+        reference = run_update(equations, few, some)
+        expect_close((u[part], cut(h), cut(c)), reference, 1e-5)
+        total += run_unroll(equations, few, some)[0]
+    expect_close(run_unroll(fused, case, given), (total,), 1e-5)
+
+
+def test_long_sums_keep_their_digits(level, fused):
+    """20,000 blocks that are all alike have 20,000 times the dφ of one: partial sums in float32
+    are added in float64 often enough that rounding, here always the same way, does not pile up."""
+    case, times = Case(64, 1, 3), 20_000
+
+    def alike(count):
+        given = arguments(case, torch.float32)
+        return {
+            name: x if name == "phi" else x[..., :1].expand(*x.shape[:-1], count).contiguous()
+            for name, x in given.items()
+        }
+
+    (one,) = run_unroll(fused, case, alike(case.n))
+    (many,) = run_unroll(fused, case._replace(n=case.n * times), alike(case.n * times))
+    torch.testing.assert_close(many.double() / times, one.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("theta_input, odd", FORMS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_trajectory_of_100_steps(level, fused, layers, theta_input, odd):
+    """φ reads gradients that depend on θ, so errors feed back. Both dtypes stay near the float64
+    reference, and float32 as near as the float32 reference, in root mean square: a coordinate that
+    sits where its gradient changes sign multiplies whatever error it has."""
+    case = Case(33, layers, 20, theta_input, odd, output_scale=0.02)
+
+    def run(module, dtype):
+        given = arguments(case, dtype)
+        theta, state, phi = given["theta"], torch.zeros_like(given["state"]), 0.6 * given["phi"]
+        path = []
+        for t in range(100):
+            gradient = (theta - 0.1) * given["gradient"] * (1 + t % 3)
+            module.theta_step_(theta, gradient, state, phi, **case.form)
+            path.append(theta.clone())
+        return torch.stack(path), state
+
+    def rms(actual, reference):
+        return float((actual.double() - reference).norm() / reference.norm())
+
+    reference = run(equations, torch.float64)
+    assert (reference[0][-1] - reference[0][0]).abs().max() > 0.005
+    expect_close(run(fused, torch.float64), reference, 1e-11)
+    actual, own = run(fused, torch.float32), run(equations, torch.float32)
+    expect_close(actual, reference, 1e-4)
+    for a, r, o in zip(actual, reference, own, strict=True):
+        assert rms(a, r) <= 1e-7 + 4 * rms(o, r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
+@pytest.mark.parametrize("theta_input, odd", FORMS)
+def test_threads_do_not_change_a_bit(level, fused, dtype, theta_input, odd):
+    """Nor does another run."""
+    case = Case(3000, 2, 8, theta_input, odd, steps=3)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 1):
+            torch.set_num_threads(count)
+            given = arguments(case, dtype)
+            results.append(
+                (
+                    *run_update(fused, case, given),
+                    *run_unroll(fused, case, given),
+                    *run_gradients(fused, case, given),
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_calls_from_several_python_threads_do_not_meet(level, fused):
+    """Each thread has scratch memory of its own, whatever the sizes that come by."""
+    cases = [Case(300 + 50 * i, 1 + i % 3, 5 + 4 * i, odd=i % 2 == 0, steps=2) for i in range(8)]
+
+    def everything(case):
+        given = arguments(case, torch.float32)
+        runs = (run_update, run_unroll, run_gradients)
+        return [result for run in runs for result in run(fused, case, given)]
+
+    alone = [everything(case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(everything, cases * 3))
+    for one, other in zip(alone * 3, together, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_coordinate_does_not_know_its_neighbours(level, fused):
+    """The same bits alone as among others, wherever it lies in a block."""
+    case = Case(100, 2, 5, True, True)
+    given = arguments(case, torch.float32)
+    u, h, c = run_update(fused, case, given)
+    for at in (0, 1, 31, 32, 63, 99):
+        some = {name: given[name][at : at + 1] for name in ("theta", "gradient")}
+        some |= {"state": given["state"][..., [at, at + 100]].contiguous(), "phi": given["phi"]}
+        alone = run_update(fused, case._replace(n=1), some)
+        assert torch.equal(alone[0], u[at : at + 1])
+        assert torch.equal(alone[1], h[..., [at, at + 100]])
+        assert torch.equal(alone[2], c[..., [at, at + 100]])
+
+
+def test_the_inputs_are_left_alone(level, fused):
+    """theta_step_ writes theta and state and nothing else; the others write nothing."""
+    case = Case(70, 2, 5, True, True, steps=3)
+    given = arguments(case)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    run_gradients(fused, case, given)
+    run_unroll(fused, case, given)
+    fused.theta_step_(*(given[name] for name in STEP), **case.form)
+    changed = {name for name in given if not torch.equal(given[name], before[name])}
+    assert changed == {"theta", "state"}
+
+
+def test_no_steps_have_no_gradient(level, fused):
+    case = Case(9, steps=0)
+    given = arguments(case)
+    (d_phi,) = run_unroll(fused, case, given)
+    assert torch.equal(d_phi, torch.zeros_like(given["phi"]))
+    assert not fused.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form).any()
+
+
+def test_an_unroll_may_start_with_weights_that_require_gradients(level, fused):
+    """dφ is a number, not a graph."""
+    case = Case(9, steps=2)
+    given = arguments(case)
+    given["phi"].requires_grad_()
+    (d_phi,) = run_unroll(fused, case, given)
+    assert not d_phi.requires_grad
+
+
+def test_every_kernel_of_the_build_is_tested(fused):
+    assert set(fused.build_info()["kernels"]) <= {"avx512", "avx2", "baseline"}

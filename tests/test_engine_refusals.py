@@ -1,0 +1,150 @@
+"""What the fused operators cannot take raises a RuntimeError that names it; nothing crashes."""
+
+import pytest
+import torch
+from engine_cases import BACKWARD, STEP, UNROLL, Case, arguments
+
+OPERATORS = {
+    "theta_step_": STEP,
+    "theta_step": STEP,
+    "theta_step_backward": BACKWARD,
+    "unroll_meta_gradient": UNROLL,
+}
+CASE = Case(6, 2, 4, odd=True, steps=3)
+
+
+def every_other(x):
+    """The same shape and numbers, a stride of 2 in the last axis."""
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+DEFECTS = {
+    "float64": torch.Tensor.double,
+    "float16": torch.Tensor.half,
+    "bfloat16": torch.Tensor.bfloat16,
+    "integers": torch.Tensor.long,
+    "complex": lambda x: x.to(torch.complex64),
+    "bool": torch.Tensor.bool,
+    "0-dim": lambda x: torch.tensor(1.0),
+    "empty": lambda x: x.flatten()[:0],
+    "one axis more": lambda x: x[None],
+    "one element more": lambda x: torch.cat((x, x[..., :1]), dim=-1),
+    "one row more": lambda x: torch.cat((x, x[:1])),
+    "every other element": every_other,
+    "broadcast": lambda x: torch.zeros(1).expand(x.shape),
+    "meta": lambda x: x.to("meta"),
+}
+# Where θ differs from the rest, the rest may be named; the state says how many layers φ has, and
+# `gradients` how many steps.
+EITHER = {"float64", "one element more", "one row more", "empty", "meta"}
+OTHERS = {"state": "phi", "gradients": "cotangents"}
+
+
+def call(name, given, **form):
+    operator = getattr(torch.ops.l2l_ref, name)
+    return operator(*(given[argument] for argument in OPERATORS[name]), **CASE.form | form)
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize(
+    "name, argument", [(name, argument) for name in OPERATORS for argument in OPERATORS[name]]
+)
+def test_a_wrong_tensor_is_named(fused, name, argument, defect):
+    given = arguments(CASE, torch.float32)
+    call(name, given)
+    before = given["theta"].clone(), given["state"].clone()
+    bad = given | {argument: DEFECTS[defect](given[argument])}
+    words = argument
+    if argument == "theta" and defect in EITHER:
+        words = "|".join(OPERATORS[name])
+    if argument in OTHERS and defect == "one row more":
+        words = OTHERS[argument]
+    with pytest.raises(RuntimeError, match=rf"\b({words})\b") as raised:
+        call(name, bad)
+    assert not isinstance(raised.value, NotImplementedError)
+    assert torch.equal(given["theta"], before[0]) and torch.equal(given["state"], before[1])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+class TestWhateverTheOperator:
+    @pytest.mark.parametrize("p", [0.0, -1.0, 80.5, float("inf"), float("nan")])
+    def test_p_out_of_range(self, fused, name, p):
+        with pytest.raises(RuntimeError, match="p is .*: it must be above 0 and at most 80"):
+            call(name, arguments(CASE, torch.float32), p=p)
+
+    @pytest.mark.parametrize("form", [{"theta_input": True}, {"odd": False}])
+    def test_a_form_that_the_tensors_do_not_fit(self, fused, name, form):
+        with pytest.raises(RuntimeError, match="(phi|state) has shape .*, expected"):
+            call(name, arguments(CASE, torch.float32), **form)
+
+    @pytest.mark.parametrize(
+        "shape", [(0, 2, 4, 12), (2, 2, 0, 12), (2, 1, 4, 12), (2, 3, 4, 12), (2, 4, 12)]
+    )
+    def test_a_state_of_another_layout(self, fused, name, shape):
+        given = arguments(CASE, torch.float32) | {"state": torch.zeros(shape)}
+        with pytest.raises(RuntimeError, match="(state|phi) has shape .*, expected"):
+            call(name, given)
+
+    def test_too_many_units(self, fused, name):
+        given = arguments(CASE, torch.float32) | {"state": torch.zeros(2, 2, 257, 12)}
+        with pytest.raises(RuntimeError, match="state has 257 units, .* at most 256"):
+            call(name, given)
+
+    def test_a_sparse_tensor(self, fused, name):
+        given = arguments(CASE, torch.float32)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            call(name, given | {"theta": given["theta"].to_sparse()})
+
+    def test_no_coordinates_still_need_a_phi_that_fits(self, fused, name):
+        case = CASE._replace(n=0)
+        given = arguments(case, torch.float32)
+        call(name, given)
+        with pytest.raises(RuntimeError, match="phi has shape"):
+            call(name, given | {"phi": given["phi"][1:]})
+
+
+@pytest.mark.parametrize("argument", ["gradients", "cotangents"])
+def test_steps_that_differ(fused, argument):
+    """`gradients` says how many steps there are."""
+    given = arguments(CASE, torch.float32)
+    given[argument] = given[argument][:2]
+    with pytest.raises(RuntimeError, match="cotangents has shape"):
+        call("unroll_meta_gradient", given)
+
+
+@pytest.mark.parametrize("hidden", [255, 256])
+def test_as_many_units_as_promised(fused, hidden):
+    case = Case(3, 1, hidden, steps=1)
+    given = arguments(case, torch.float32)
+    results = fused.unroll_meta_gradient(*(given[n] for n in UNROLL), **case.form)
+    assert results.isfinite().all() and results.any()
+
+
+@pytest.mark.parametrize("argument", STEP)
+def test_the_functions_refuse_what_the_operators_refuse(fused, argument):
+    given = arguments(CASE, torch.float32)
+    given[argument] = every_other(given[argument])
+    for function in (fused.theta_step_, fused.theta_step):
+        with pytest.raises(RuntimeError, match=f"{argument} is not contiguous: pass {argument}"):
+            function(*(given[name] for name in STEP), **CASE.form)
+
+
+def test_a_wrong_keyword_is_refused(fused):
+    given = arguments(CASE, torch.float32)
+    tensors = [given[name] for name in STEP]
+    form = {**CASE.form}
+    del form["odd"]
+    for wrong in (form, CASE.form | {"scale": 1.0}):
+        with pytest.raises((RuntimeError, TypeError)):
+            fused.theta_step_(*tensors, **wrong)
+
+
+def test_a_gradient_in_an_arbitrary_layout_gets_its_derivative(fused):
+    """Cotangents come from autograd in any layout."""
+    case = Case(4, 1, 3)
+    tensors = [arguments(case)[name].requires_grad_() for name in STEP]
+    theta, state = fused.theta_step(*tensors, **case.form)
+    grads = torch.autograd.grad((theta.sum(), state.transpose(2, 3).square().sum()), tensors)
+    assert all(g.isfinite().all() for g in grads)
