@@ -25,6 +25,7 @@ from bench.timing import interleave, summary
 from l2l_ref import attacks, data, engine, problems, stand_in
 from l2l_ref.config import RECIPES
 from l2l_ref.errors import InputError
+from l2l_ref.heap import keep_freed_memory
 from l2l_ref.meta_train import new_meta_optimizers
 from l2l_ref.task import learned
 from l2l_ref.transfer import Method, train
@@ -42,14 +43,14 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--dataset", choices=tuple(EPS), nargs="+", default=list(EPS))
     top.add_argument("--threads", type=count, default=1, metavar="K", help="threads (1)")
     top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="φ's (auto)")
-    top.add_argument("--steps", type=count, metavar="N", help="a call of `train` (20)")
+    top.add_argument("--steps", type=count, metavar="N", help="a call of `train` (100)")
     top.add_argument("--batch-size", type=count, default=128, metavar="N", help="samples (128)")
     top.add_argument("--seconds", type=float, metavar="S", help="clocked for each model (20)")
     top.add_argument("--quick", action="store_true", help="few steps, few rounds")
     top.add_argument("--data-dir", metavar="DIR", help="real images; without it, the stand-in")
     top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
     options = top.parse_args(arguments)
-    options.steps = options.steps or (3 if options.quick else 20)
+    options.steps = options.steps or (3 if options.quick else 100)
     if options.seconds is None:
         options.seconds = 0.1 if options.quick else 20.0
     if not 0 <= options.seconds < float("inf"):
@@ -128,6 +129,7 @@ def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
     make_folder(options.out)
+    keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
     about = machine(options.backend)
     print(f"{about['cpu']}, torch {about['torch']}, {about['backend']} backend, threads: "
