@@ -24,7 +24,10 @@ ifneq ($(and $(GOALS),$(ACTIVE)),)
   endif
 endif
 
-.PHONY: help run test lint setup clean distclean
+SANITIZED := build/sanitized
+RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
+
+.PHONY: help run test lint sanitize setup clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +41,13 @@ test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,test ad
 lint: $(SETUP) ## ruff
 	"$(PY)" -m ruff check .
 
+sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
+	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
+	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
+	  -k "not TestCompile and not TestMemory" $(wildcard tests/test_engine*.py) $(ARGS)
+
 setup: $(SETUP) ## only set up; PYTHON=python3.12 chooses the interpreter of a new .venv
 
 clean: ## remove what was built and cached; keeps .venv, runs/ and data/
@@ -46,17 +56,6 @@ clean: ## remove what was built and cached; keeps .venv, runs/ and data/
 
 distclean: clean ## clean, and remove .venv
 	rm -rf .venv
-
-SANITIZED := build/sanitized
-RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
-
-.PHONY: sanitize
-sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
-	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
-	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
-	  -k "not TestCompile and not TestMemory" $(wildcard tests/test_engine*.py) $(ARGS)
 
 # For an active environment. Without a compiler it says so, once, and the reference runs.
 build/.engine%: setup.py $(wildcard csrc/*)

@@ -37,6 +37,8 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--sizes", type=count, nargs="+", metavar="N",
                      help="coordinates (1e3 1e4 16384 1e5 1e6; up to 1e7)")  # fmt: skip
     top.add_argument("--unroll", type=count, nargs="+", metavar="T", help="steps (1 20)")
+    top.add_argument("--most", type=count, default=2_000_000, metavar="K",
+                     help="no row of more coordinate-steps, N·T (2e6: a minute or two)")  # fmt: skip
     top.add_argument("--threads", type=count, nargs="+", metavar="K", help="threads (1 2)")
     top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="ours (auto)")
     top.add_argument("--odd", action="store_true", help="the odd form of φ")
@@ -184,7 +186,7 @@ def main(arguments: list[str]) -> None:
     for threads in options.threads:
         for operator in peers.OPERATORS:
             for steps in options.unroll:
-                for n in options.sizes:
+                for n in (n for n in options.sizes if n * steps <= options.most):
                     rows.append(measure(operator, n, steps, threads, options))
                     print(line(rows[-1]), flush=True)
     report = {**about, "rows": rows, "speedups": speedups(rows)}

@@ -75,7 +75,8 @@ struct Fit<double> {
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };
 
-// 2^y: 0 (or, in the general form, 2^-126) at -inf, inf at inf (from 2^127.5 on, there).
+// 2^y: 0 at -inf, inf at inf. The general form knows no subnormal numbers: 0 below 2^-126.5, and
+// inf from 2^127.5 on.
 template <class V>
 inline V exp2(V y) {
   auto [n, r] = split(y);

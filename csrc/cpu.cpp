@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <string>
@@ -29,14 +31,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- which kernels ----
-
-const Level* best() {
-  return levels().front();
-}
-
-const Level*& active() {
-  static const Level* level = best();
+std::atomic<const Level*>& active() {
+  static std::atomic<const Level*> level = levels().front();
   return level;
 }
 
@@ -56,7 +52,7 @@ std::vector<const Level*> levels() {
   return here;
 }
 
-const Level& level() { return *active(); }
+const Level& level() { return *active().load(); }
 
 bool use_level(const std::string& name) {
   for (const Level* level : levels())
@@ -78,7 +74,7 @@ std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 }
 
 void check_like(const Tensor& theta, const Tensor& tensor, const char* name,
-                const std::vector<int64_t>& sizes) {
+                std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, where theta is");
   STD_TORCH_CHECK(tensor.scalar_type() == theta.scalar_type(), name,
                   " and theta differ in dtype: all tensors of a call share one");
@@ -86,7 +82,7 @@ void check_like(const Tensor& theta, const Tensor& tensor, const char* name,
       tensor.sizes().size() == sizes.size() &&
           std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin()),
       name, " has shape ", text(tensor.sizes()), ", expected ",
-      text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size())));
+      text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())));
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous: pass ", name,
                   ".contiguous()");
 }
@@ -166,11 +162,12 @@ void run_step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
 // its own, and the sums are added in order: the same bits whatever the threads.
 template <class T>
 void run_backward(const Shape& shape, Backward<T> call, const Tensor& phi, T* d_phi) {
-  constexpr int64_t max_segments = 64;
+  constexpr int64_t sums_bytes = 32 << 20;
   const Kernels<T>& kernels = level().kernels<T>();
   const T* packed = pack(kernels, shape, phi);
   const int64_t block = kernels.block(shape), blocks = ceil_div(shape.coordinates, block);
-  const int64_t segments = std::min(blocks, max_segments), size = shape.phi();
+  const int64_t size = shape.phi(), fitting = sums_bytes / int64_t(size * sizeof(double));
+  const int64_t segments = std::min<int64_t>(blocks, std::clamp<int64_t>(fitting, 8, 64));
   std::vector<double> sums(segments * size, 0.0);
   torch::stable::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
     const Memory<T> scratch(kernels.backward_scratch(shape, call.steps));

@@ -115,7 +115,7 @@ inline V greater(V a, V b) {
 }
 
 // y = n + r with n whole and |r| <= 1/2; `pow2(f, n)` = f·2^n. The general form keeps n within
-// [-126, 128] (float) or [-1022, 1024] (double), where 2^n has an exponent of its own or is inf.
+// [-127, 128] (float) or [-1023, 1024] (double), where 2^n is 0 at one end and inf at the other.
 template <class V>
 struct Split {
   V n, r;
@@ -130,7 +130,7 @@ inline Split<V> split(V y) {
   using T = scalar_t<V>;
   constexpr T limit = exponent_bias<V> + 1;
   y = lesser(all<V>(limit), y);
-  y = greater(all<V>(2 - limit), y);
+  y = greater(all<V>(1 - limit), y);
   constexpr T magic = T(3) * (int64_t(1) << (mantissa_bits<V> - 1));  // adding it rounds to whole
   V n = (y + magic) - magic;
   return {n, y - n};
