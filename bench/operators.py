@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> Any:
                      help="coordinates (1e3 1e4 16384 1e5 1e6; up to 1e7)")  # fmt: skip
     top.add_argument("--unroll", type=count, nargs="+", metavar="T", help="steps (1 20)")
     top.add_argument("--most", type=count, default=2_000_000, metavar="K",
-                     help="no row of more coordinate-steps, N·T (2e6: a minute or two)")  # fmt: skip
+                     help="no row of more coordinate-steps, N·T (2e6)")  # fmt: skip
     top.add_argument("--threads", type=count, nargs="+", metavar="K", help="threads (1 2)")
     top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="ours (auto)")
     top.add_argument("--odd", action="store_true", help="the odd form of φ")

@@ -21,19 +21,20 @@ TITLES = {"step": "θ-step in place", "meta_gradient": "meta-gradient, forward i
 
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Draw ns per coordinate-step over N into the PNG at `path`: a line a peer, a panel for each
-    operator and number of threads, at the longest unroll; bars are quartiles."""
+    operator and number of threads: steps one by one, unrolls at their longest; bars are
+    quartiles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, threads = report["rows"], report["threads"]
-    unroll = max(row["unroll"] for row in rows)
-    sizes = [row["n"] for row in rows]
+    unrolls = [row["unroll"] for row in rows]
+    at = {"step": min(unrolls), "meta_gradient": max(unrolls)}
     figure = Figure(figsize=(4.8 * len(threads) + 1.5, 8.5), layout="constrained")
-    panels = figure.subplots(len(TITLES), len(threads), squeeze=False, sharex=True, sharey="row")
+    panels = figure.subplots(len(TITLES), len(threads), squeeze=False, sharey="row")
     handles: dict[str, Any] = {}
     for line, (operator, title) in zip(panels, TITLES.items(), strict=True):
         for panel, count in zip(line, threads, strict=True):
-            shown = {"operator": operator, "unroll": unroll, "threads": count}
+            shown = {"operator": operator, "unroll": at[operator], "threads": count}
             own = sorted((r for r in rows if shown.items() <= r.items()), key=lambda r: r["n"])
             for name, (colour, style) in STYLES.items():
                 found = [(r["n"], r["peers"][name]) for r in own if name in r["peers"]]
@@ -46,11 +47,10 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                     [n for n, _ in found], middle, (low, high), fmt=style, color=colour,
                     lw=1.6, ms=5, capsize=2,
                 )  # fmt: skip
-            panel.set(xscale="log", yscale="log", xlim=(min(sizes) / 2, 2 * max(sizes)),
-                      xlabel="coordinates N", ylabel="ns per coordinate-step")  # fmt: skip
-            panel.label_outer()
-            panel.set_title(f"{title}, T = {unroll}, {count} thread{'s' * (count > 1)}")
+            panel.set(xscale="log", yscale="log", xlabel="coordinates N")
+            panel.set_title(f"{title}, T = {at[operator]}, {count} thread{'s' * (count > 1)}")
             panel.grid(alpha=0.3, which="both")
+        line[0].set_ylabel("ns per coordinate-step")
     labels = [f"ours ({report['backend']})" if name == OURS else name for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=3, frameon=False)
     counts = " and ".join(map(str, threads))
