@@ -36,13 +36,15 @@ class BuildEngine(build_ext):
     """build_ext, with csrc/kernels.cpp compiled for every one of LEVELS and one line of report."""
 
     def build_extensions(self):
+        (extension,) = self.extensions
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build
         if sys.platform == "win32":
             return self.report("not built, it needs GCC or Clang")
         try:
             import torch
         except ImportError as error:
             return self.report(f"not built, torch is not there at build time ({error})")
-        (extension,) = self.extensions
+        extension.optional = False  # else what fails below would only be a warning
         major, minor = STABLE_ABI.split(".")
         home = Path(torch.__file__).parent
         extension.include_dirs += [str(home / "include"), *pybind11_include()]
@@ -63,12 +65,20 @@ class BuildEngine(build_ext):
                     output_dir=str(Path(self.build_temp) / level),
                     macros=[("L2L_LEVEL", level)],
                     extra_preargs=OPTIMIZED + flags,
-                    depends=extension.depends,
                 )
             super().build_extensions()
         except (BaseError, CCompilerError, OSError) as error:
             return self.report(f"not built, the C++ compiler failed ({error})")
+        finally:
+            extension.optional = True
         self.report(f"built with torch {torch.__version__}, kernels: {', '.join(LEVELS)}")
+
+    def copy_extensions_to_source(self):
+        """Where nothing was built, nothing that was built before stays."""
+        (extension,) = self.extensions
+        if not Path(self.build_lib, self.get_ext_filename(extension.name)).exists():
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def report(self, what):
         print(f"l2l_ref: the fused engine is {what}", file=sys.stderr)

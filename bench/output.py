@@ -18,13 +18,6 @@ from l2l_ref.files import replace_with
 from l2l_ref.report import processor
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors."""
-
-    def error(self, message: str):
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
 def count(text: str) -> int:
     """A whole number of at least 1, also as 1e6."""
     try:
@@ -52,20 +45,6 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write `report`, whole or not at all."""
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     replace_with(path, lambda partial: partial.write_text(text))
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder`, before anything is measured in vain.
-
-    Raises:
-        InputError: the file system says no.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
-        ) from None
 
 
 def command(script: str, arguments: list[str]) -> str:

@@ -7,8 +7,6 @@ Takes the options of run.py; the defaults shorten every part of a run by about t
 seconds go to profile-<dataset>-<attack>-<recipe>-<backend>.json in `--out` (runs/bench).
 """
 
-import json
-import shlex
 import sys
 import tempfile
 from collections import defaultdict
@@ -26,9 +24,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
+from bench.output import command, run_as_script, write_json  # noqa: E402
 from l2l_ref import attacks, cli, data, engine, evaluate, experiment, report, tuning  # noqa: E402
-from l2l_ref.errors import InputError  # noqa: E402
-from l2l_ref.files import replace_with  # noqa: E402
 from l2l_ref.heap import keep_freed_memory  # noqa: E402
 from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
 from l2l_ref.task import Reporter, Task, prepare  # noqa: E402
@@ -149,24 +146,20 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         experiment.run(instrument(clock, task), Path(folder), quiet)
     clock.lap()
-    command = shlex.join(["python", "bench/profile.py", *arguments])
+    line = command("profile.py", arguments)
     total = sum(clock.seconds.values())
-    print(f"{command}: {total:.1f} s, backend {backend}, {environment['device']}\n")
+    print(f"{line}: {total:.1f} s, backend {backend}, {environment['device']}\n")
     print(table(clock.seconds))
     by_phase: dict[str, dict[str, float]] = {}
     for (phase, what), spent in clock.seconds.items():
         by_phase.setdefault(phase, {})[what] = spent
-    saved = {"command": command, "environment": environment, "seconds": by_phase}
+    saved = {"command": line, "environment": environment, "seconds": by_phase}
     out = Path(config.out or "runs/bench")
     path = out / f"profile-{config.dataset}-{config.attack}-{config.recipe}-{backend}.json"
     cli.make_folder(out)
-    replace_with(path, lambda partial: partial.write_text(json.dumps(saved, indent=1)))
+    write_json(path, saved)
     print(f"\n{path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"bench/profile.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_as_script("bench/profile.py", main)

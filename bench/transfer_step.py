@@ -20,9 +20,10 @@ if __name__ == "__main__":  # its folder holds a `profile`, as does the standard
 
 import torch
 
-from bench.output import Parser, command, count, machine, make_folder, run_as_script, write_json
+from bench.output import command, count, machine, run_as_script, write_json
 from bench.timing import interleave, summary
 from l2l_ref import attacks, data, engine, problems, stand_in
+from l2l_ref.cli import Parser, make_folder
 from l2l_ref.config import RECIPES
 from l2l_ref.errors import InputError
 from l2l_ref.heap import keep_freed_memory
@@ -34,7 +35,7 @@ from l2l_ref.tuning import adam
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.textures}
 FORM = ("output_scale", "theta_input", "odd")  # the settings of φ among those of a recipe
-REFERENCE = "Adam (PGD-7)"  # the ratios are over its time
+OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 
 
 def parse(arguments: list[str]) -> Any:
@@ -77,7 +78,7 @@ def methods(problem: problems.Problem, backend: str) -> dict[str, Method]:
         label = f"L2L-Transfer ({recipe})"
         result[label] = Method(label, partial(learned, phi, backend))
     result["Adam (clean)"] = Method("Adam (clean)", partial(adam, 1e-3))
-    result[REFERENCE] = Method(REFERENCE, partial(adam, 1e-3), alpha=0.0)
+    result[OPPONENT] = Method(OPPONENT, partial(adam, 1e-3), alpha=0.0)
     return result
 
 
@@ -103,7 +104,7 @@ def runner(
 
 
 def measure(dataset: str, options: Any) -> dict[str, Any]:
-    """One model: milliseconds a step of every method, and REFERENCE's time over each."""
+    """One model: milliseconds a step of every method, and OPPONENT's time over each."""
     problem = problems.make(dataset)
     train_set, source = images(dataset, options)
     runs = {}
@@ -114,7 +115,7 @@ def measure(dataset: str, options: Any) -> dict[str, Any]:
         runs[name]()
     samples = interleave(runs, options.seconds)
     times = {name: summary(values, 1e3 / options.steps) for name, values in samples.items()}
-    opponent = times[REFERENCE]["median"]
+    opponent = times[OPPONENT]["median"]
     return {
         "dataset": dataset,
         "data": source,
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> None:
     about = machine(options.backend)
     print(f"{about['cpu']}, torch {about['torch']}, {about['backend']} backend, threads: "
           f"{options.threads}, batches of {options.batch_size}\n")  # fmt: skip
-    print(f"{'model':<20}{'method':<24}{f'{REFERENCE} / it':>18}   ms per step [quartiles]")
+    print(f"{'model':<20}{'method':<24}{f'{OPPONENT} / it':>18}   ms per step [quartiles]")
     rows = []
     for dataset in options.dataset:
         row = measure(dataset, options)

@@ -1,7 +1,7 @@
 // The derivative of an unroll, back through time, one block of coordinates at a time.
 //
-// A block goes forward keeping what its backward reads, all in cache, then back. dφ is summed over
-// the block's lanes by register tiles that put the gate rows in the vector's lanes, for which the
+// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and T = 20; it grows
+// with T), then back. dφ is summed over the block's lanes by register tiles that put the gate rows in the vector's lanes, for which the
 // gates' derivatives are transposed.
 #pragma once
 

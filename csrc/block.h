@@ -62,7 +62,6 @@ struct Packed {
     Arena<T> arena{memory};
     const int64_t gates = 4 * shape.hidden;
     head = arena.take(shape.hidden + 1);
-    start = arena.used;
     for (int64_t layer = 0; layer < shape.layers && layer < 2; ++layer) {
       const int64_t before = arena.used, F = shape.width(layer);
       first[layer].forward = arena.take(gates * (1 + F + shape.hidden));
@@ -80,7 +79,7 @@ struct Packed {
 
  private:
   Layer first[2] = {};
-  int64_t start, stride = 0;
+  int64_t stride = 0;
 };
 
 // w [rows, columns] -> [ceil(columns / 4)][rows][4], zeros beyond.

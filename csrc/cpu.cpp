@@ -100,7 +100,7 @@ Shape check(const Tensor& theta, const Tensor& state, const Tensor& phi, double 
   Shape shape{theta.size(0), state.size(0), state.size(2), {p, output_scale, theta_input, odd}};
   STD_TORCH_CHECK(shape.hidden <= max_hidden, "state has ", shape.hidden,
                   " units, the fused kernels take at most ", max_hidden);
-  STD_TORCH_CHECK(p > 0 && p <= 80, "p is ", p, ": it must be above 0 and at most 80");
+  STD_TORCH_CHECK(p > 0 && p <= max_p, "p is ", p, ": it must be above 0 and at most ", max_p);
   check_like(theta, theta, "theta", {shape.coordinates});
   check_like(theta, state, "state", {shape.layers, 2, shape.hidden, shape.states()});
   check_like(theta, phi, "phi", {shape.phi()});
@@ -118,7 +118,7 @@ struct Memory {  // 64-byte aligned, uninitialised
   T* const at;
 };
 
-// A thread's memory, kept from call to call: an in-place step allocates nothing.
+// A thread's memory, kept from call to call and never shrunk: a warm in-place step allocates nothing.
 enum class Use { packed, scratch };
 template <class T, Use>
 T* kept_memory(size_t size) {
@@ -134,9 +134,18 @@ T* kept_memory(size_t size) {
 }
 
 template <class T>
+const T* in(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* out(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
 const T* pack(const Kernels<T>& kernels, const Shape& shape, const Tensor& phi) {
   T* packed = kept_memory<T, Use::packed>(kernels.packed_size(shape));
-  kernels.pack(shape, static_cast<const T*>(phi.const_data_ptr()), packed);
+  kernels.pack(shape, in<T>(phi), packed);
   return packed;
 }
 
@@ -162,7 +171,7 @@ void run_step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
 // its own, and the sums are added in order: the same bits whatever the threads.
 template <class T>
 void run_backward(const Shape& shape, Backward<T> call, const Tensor& phi, T* d_phi) {
-  constexpr int64_t sums_bytes = 32 << 20;
+  constexpr int64_t sums_bytes = 32 << 20;  // as many as fit, but 8 for the threads' sake
   const Kernels<T>& kernels = level().kernels<T>();
   const T* packed = pack(kernels, shape, phi);
   const int64_t block = kernels.block(shape), blocks = ceil_div(shape.coordinates, block);
@@ -183,15 +192,6 @@ void run_backward(const Shape& shape, Backward<T> call, const Tensor& phi, T* d_
     for (int64_t segment = 0; segment < segments; ++segment) sum += sums[segment * size + i];
     d_phi[i] = T(sum);
   }
-}
-
-template <class T>
-const T* in(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* out(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 // Calls f(T()) with the dtype of theta.

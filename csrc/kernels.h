@@ -10,7 +10,8 @@
 
 namespace l2l {
 
-constexpr int64_t max_hidden = 256;
+constexpr int64_t max_hidden = 256;  // engine.MAX_HIDDEN
+constexpr double max_p = 80;         // equations.MAX_P
 
 struct Form {
   double p, output_scale;

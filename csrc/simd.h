@@ -1,7 +1,6 @@
-// One vector type for every instruction set: V is a GCC/Clang vector of W lanes, or plain T (W = 1).
-//
-// All arithmetic of cell.h is written with operators that mean the same for both: +, *, <, select.
-// What has an instruction of its own on a wider machine is specialised here and nowhere else.
+// One vector type for every instruction set: V is a GCC/Clang vector, cell.h is written with its
+// operators. What has an instruction of its own on a wider machine is specialised here and nowhere
+// else.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +25,6 @@ template <class T, int W>
 struct Vec {
   typedef T type __attribute__((vector_size(W * sizeof(T))));
 };
-template <class T>
-struct Vec<T, 1> {
-  using type = T;
-};
 
 // The integer of a float's size.
 template <class T>
@@ -44,17 +39,12 @@ struct Bits<double> {
 };
 
 template <class V>
-struct Traits;  // scalar, integers (as wide as V), width
+struct Traits;  // scalar, and integers as wide as V
 template <class T, int W>
 struct TraitsOf {
   using scalar = T;
   using integers = typename Vec<typename Bits<T>::type, W>::type;
-  static constexpr int width = W;
 };
-template <>
-struct Traits<float> : TraitsOf<float, 1> {};
-template <>
-struct Traits<double> : TraitsOf<double, 1> {};
 template <>
 struct Traits<Vec<float, 4>::type> : TraitsOf<float, 4> {};
 template <>
@@ -98,10 +88,7 @@ inline To bit_cast(From from) {
 // Integers as floating-point numbers.
 template <class V>
 inline V whole(integers_t<V> n) {
-  if constexpr (Traits<V>::width == 1)
-    return V(n);
-  else
-    return __builtin_convertvector(n, V);
+  return __builtin_convertvector(n, V);
 }
 
 // The right operand where either is NaN, as in x86's minps and maxps.
@@ -160,26 +147,24 @@ inline void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, i..
 // Rows and columns of a square of W vectors change places.
 template <class V, int W>
 inline void transpose_square(V (&m)[W]) {
-  if constexpr (W > 1) {
 #ifdef L2L_SHUFFLE
-    // log2(W) perfect shuffles of the rows: each interleaves row i with row i + W/2.
-    for (int stage = 1; stage < W; stage *= 2) {
-      V next[W];
+  // log2(W) perfect shuffles of the rows: each interleaves row i with row i + W/2.
+  for (int stage = 1; stage < W; stage *= 2) {
+    V next[W];
 #pragma GCC unroll 8
-      for (int i = 0; i < W / 2; ++i)
-        interleave(m[i], m[i + W / 2], next[2 * i], next[2 * i + 1],
-                   std::make_integer_sequence<int, W>());
-      std::memcpy(m, next, sizeof next);
-    }
-#else
-    for (int i = 0; i < W; ++i)
-      for (int j = 0; j < i; ++j) {
-        const auto x = m[i][j];
-        m[i][j] = m[j][i];
-        m[j][i] = x;
-      }
-#endif
+    for (int i = 0; i < W / 2; ++i)
+      interleave(m[i], m[i + W / 2], next[2 * i], next[2 * i + 1],
+                 std::make_integer_sequence<int, W>());
+    std::memcpy(m, next, sizeof next);
   }
+#else
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < i; ++j) {
+      const auto x = m[i][j];
+      m[i][j] = m[j][i];
+      m[j][i] = x;
+    }
+#endif
 }
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors, so that there is one way to fail."""
 
     def error(self, message: str):
-        raise InputError(f"{message} (see run.py --help)")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def number(text: str) -> float:

