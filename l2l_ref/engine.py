@@ -88,4 +88,4 @@ def _fall_back(backend: str, why: str) -> str:
 
 @cache
 def _warn(why: str) -> None:
-    warnings.warn(f"the reference runs the LSTM, as the fused engine {why}", stacklevel=2)
+    warnings.warn(f"the reference runs the LSTM, as the fused engine {why}", stacklevel=4)
