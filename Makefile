@@ -44,7 +44,6 @@ lint: $(SETUP) ## ruff
 	"$(PY)" -m ruff check .
 
 sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
-	@rm -f $(SANITIZED)/lib/l2l_ref/_engine*.so
 	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \

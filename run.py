@@ -5,12 +5,10 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
 import shlex
-import sys
 from pathlib import Path
 
 from l2l_ref import cli, engine, experiment, report
 from l2l_ref.config import must_match
-from l2l_ref.errors import InputError
 from l2l_ref.heap import keep_freed_memory
 from l2l_ref.task import prepare
 
@@ -39,12 +37,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; --resume continues")
+    cli.run_as_script("run.py", main, "stopped; --resume continues")

@@ -20,11 +20,11 @@ import torch
 
 from bench import memory, peers, plot
 from bench.case import Unavailable, flops, make_case
-from bench.output import command, count, machine, run_as_script, write_json
+from bench.output import command, count, machine, write_json
 from bench.peers import FLOOR, OURS
 from bench.timing import interleave, summary
 from l2l_ref import engine
-from l2l_ref.cli import Parser, make_folder
+from l2l_ref.cli import Parser, make_folder, run_as_script
 from l2l_ref.errors import InputError
 
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement

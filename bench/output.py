@@ -1,11 +1,9 @@
-"""What the commands share: parsing, where they ran, their files and exit codes."""
+"""What the commands share: numbers as options, where they ran, their files."""
 
 import argparse
 import json
 import platform
 import shlex
-import sys
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 
 from l2l_ref import engine
-from l2l_ref.errors import InputError
 from l2l_ref.files import replace_with
 from l2l_ref.report import processor
 
@@ -51,16 +48,3 @@ def command(script: str, arguments: list[str]) -> str:
     """The command line that made a result, without the folders of this machine."""
     shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
     return shlex.join(["python", f"bench/{script}", *shown])
-
-
-def run_as_script(name: str, main: Callable[[list[str]], None]) -> None:
-    """Run `main` on the command line; an InputError is one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")

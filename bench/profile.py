@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from bench.output import command, run_as_script, write_json  # noqa: E402
+from bench.output import command, write_json  # noqa: E402
 from l2l_ref import attacks, cli, data, engine, evaluate, experiment, report, tuning  # noqa: E402
 from l2l_ref.heap import keep_freed_memory  # noqa: E402
 from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
@@ -162,4 +162,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_as_script("bench/profile.py", main)
+    cli.run_as_script("bench/profile.py", main)

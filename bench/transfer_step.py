@@ -20,10 +20,10 @@ if __name__ == "__main__":  # its folder holds a `profile`, as does the standard
 
 import torch
 
-from bench.output import command, count, machine, run_as_script, write_json
+from bench.output import command, count, machine, write_json
 from bench.timing import interleave, summary
 from l2l_ref import attacks, data, engine, problems, stand_in
-from l2l_ref.cli import Parser, make_folder
+from l2l_ref.cli import Parser, make_folder, run_as_script
 from l2l_ref.config import RECIPES
 from l2l_ref.errors import InputError
 from l2l_ref.heap import keep_freed_memory

@@ -1,6 +1,8 @@
-"""The command line: its options, the Config that they make, and the folder that a run gets."""
+"""The command line: its options, the Config they make, a run's folder, how a program ends."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -204,3 +206,18 @@ def make_folder(folder: Path) -> None:
         raise InputError(
             f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
         ) from None
+
+
+def run_as_script(
+    name: str, main: Callable[[list[str]], None], interrupted: str = "stopped"
+) -> None:
+    """Run `main` on the command line; an InputError is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"\n{interrupted}")

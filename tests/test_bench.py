@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, operators, output, peers, timing, transfer_step
+from bench import memory, operators, peers, timing, transfer_step
 from bench.case import flops, make_case
+from l2l_ref import cli
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
         operators.main(arguments)
     monkeypatch.setattr("sys.argv", ["operators.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        output.run_as_script("operators.py", operators.main)
+        cli.run_as_script("operators.py", operators.main)
     assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
