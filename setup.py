@@ -97,7 +97,7 @@ setup(
     ext_modules=[
         Extension(
             "l2l_ref._engine",
-            ["csrc/module.cpp", "csrc/cpu.cpp"],
+            ["csrc/module.cpp", "csrc/cpu.cpp", "csrc/emulated.cpp"],
             depends=["csrc/kernels.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
             language="c++",
             optional=True,

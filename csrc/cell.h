@@ -1,5 +1,6 @@
-// The arithmetic of one coordinate, written once for any vector type V (see simd.h): the functions,
-// Eq. 5, and the LSTM cell with its backward. Its twin in PyTorch is l2l_ref/equations.py.
+// The arithmetic of one coordinate, written once for any vector type V (simd.h) and for plain numbers,
+// as a thread of a GPU works on them (scalar.h): the functions, Eq. 5, and the LSTM cell with its
+// backward. Its twin in PyTorch is l2l_ref/equations.py.
 //
 // Gates arrive scaled: the weights of i, f, o are packed times -log2(e), those of g times
 // 2·log2(e). Then sigmoid(x) = 1 / (1 + 2^y) and tanh(x) = (2^y - 1) / (2^y + 1), with no product
@@ -7,9 +8,13 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
+#include "kernels.h"
+#ifdef L2L_SCALAR
+#include "scalar.h"
+#else
 #include "simd.h"
+#endif
 
 namespace L2L_LEVEL {
 
@@ -18,11 +23,15 @@ constexpr double sigmoid_scale = -log2_e, tanh_scale = 2 * log2_e;
 constexpr double theta_scale = 10, theta_clamp = 5;  // φ's third input is clamp(10·θ, ±5)
 
 // Horner's rule; the coefficients are minimax fits, the relative error beside each.
+template <class T, int n>
+struct Coefficients {
+  T of[n];
+};
 template <class V, class T, int n>
-inline V polynomial(const T (&c)[n], V x) {
-  V sum = all<V>(c[n - 1]);
+L2L_INLINE V polynomial(Coefficients<T, n> c, V x) {
+  V sum = all<V>(c.of[n - 1]);
 #pragma GCC unroll 16
-  for (int i = n - 2; i >= 0; --i) sum = sum * x + c[i];
+  for (int i = n - 2; i >= 0; --i) sum = sum * x + c.of[i];
   return sum;
 }
 
@@ -31,96 +40,94 @@ struct Fit;
 template <>
 struct Fit<float> {
   // 2^r, |r| <= 1/2: 1.4e-7
-  static constexpr float exp2[] = {1.0f,         0.69314697f,   0.2402212f,
-                                   0.055507133f, 0.0096755413f, 0.0013276473f};
+  static L2L_INLINE constexpr Coefficients<float, 6> exp2() {
+    return {{1.0f, 0.69314697f, 0.2402212f, 0.055507133f,
+             0.0096755413f, 0.0013276473f}};
+  }
   // (2^r - 1) / r: 1.1e-8
-  static constexpr float exp2m1[] = {0.69314718f,  0.24022649f,   0.055503573f,
-                                     0.0096182376f, 0.0013390736f, 0.00015403512f};
+  static L2L_INLINE constexpr Coefficients<float, 6> exp2m1() {
+    return {{0.69314718f, 0.24022649f, 0.055503573f, 0.0096182376f,
+             0.0013390736f, 0.00015403512f}};
+  }
   // 2·atanh(√z) / √z, z <= 0.0295: 6.9e-10
-  static constexpr float log[] = {2.0f, 0.66666816f, 0.39974743f, 0.29927052f};
+  static L2L_INLINE constexpr Coefficients<float, 4> log() {
+    return {{2.0f, 0.66666816f, 0.39974743f, 0.29927052f}};
+  }
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
 };
 template <>
 struct Fit<double> {
   // 3.1e-18
-  static constexpr double exp2[] = {1.0,
-                                    0.6931471805599453,
-                                    0.24022650695910155,
-                                    0.055504108664819925,
-                                    0.009618129107588335,
-                                    0.0013333558146789923,
-                                    0.00015403530462514432,
-                                    1.5252733489988525e-05,
-                                    1.32154330896764e-06,
-                                    1.0178198021671931e-07,
-                                    7.074105613508143e-09,
-                                    4.435282706957277e-10};
+  static L2L_INLINE constexpr Coefficients<double, 12> exp2() {
+    return {{1.0, 0.6931471805599453, 0.24022650695910155,
+             0.055504108664819925, 0.009618129107588335, 0.0013333558146789923,
+             0.00015403530462514432, 1.5252733489988525e-05, 1.32154330896764e-06,
+             1.0178198021671931e-07, 7.074105613508143e-09, 4.435282706957277e-10}};
+  }
   // 2.3e-19
-  static constexpr double exp2m1[] = {0.6931471805599453,     0.24022650695910072,
-                                      0.055504108664821625,   0.009618129107628437,
-                                      0.001333355814640663,   0.00015403530393466168,
-                                      1.5252733841278434e-05, 1.3215486721358577e-06,
-                                      1.0178057169304503e-07, 7.054932271604157e-09,
-                                      4.45580485154588e-10,   2.5678429104123612e-11};
+  static L2L_INLINE constexpr Coefficients<double, 12> exp2m1() {
+    return {{0.6931471805599453, 0.24022650695910072, 0.055504108664821625,
+             0.009618129107628437, 0.001333355814640663, 0.00015403530393466168,
+             1.5252733841278434e-05, 1.3215486721358577e-06, 1.0178057169304503e-07,
+             7.054932271604157e-09, 4.45580485154588e-10, 2.5678429104123612e-11}};
+  }
   // 7.7e-21
-  static constexpr double log[] = {2.0,
-                                   0.6666666666666666,
-                                   0.4000000000000759,
-                                   0.2857142856879206,
-                                   0.22222222680735929,
-                                   0.18181773448107766,
-                                   0.15387173128658563,
-                                   0.13248496224926834,
-                                   0.1326446979650844};
+  static L2L_INLINE constexpr Coefficients<double, 9> log() {
+    return {{2.0, 0.6666666666666666, 0.4000000000000759,
+             0.2857142856879206, 0.22222222680735929, 0.18181773448107766,
+             0.15387173128658563, 0.13248496224926834, 0.1326446979650844}};
+  }
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };
 
 // 2^y: 0 at -inf, inf at inf. The general form knows no subnormal numbers: 0 below 2^-126.5, and
 // inf from 2^127.5 on.
+#ifndef L2L_SCALAR
 template <class V>
-inline V exp2(V y) {
+L2L_INLINE V exp2(V y) {
   auto [n, r] = split(y);
-  return pow2(polynomial(Fit<scalar_t<V>>::exp2, r), n);
+  return pow2(polynomial(Fit<scalar_t<V>>::exp2(), r), n);
 }
+#endif
 
 // 2^y - 1, accurate near 0. y must not overflow.
 template <class V>
-inline V exp2m1(V y) {
+L2L_INLINE V exp2m1(V y) {
   auto [n, r] = split(y);
   V power = pow2(all<V>(1), n);
-  return power * (r * polynomial(Fit<scalar_t<V>>::exp2m1, r)) + (power - 1);
+  return power * (r * polynomial(Fit<scalar_t<V>>::exp2m1(), r)) + (power - 1);
 }
 
 // sigmoid(x) = 1 / sigmoid_divisor(y), y = sigmoid_scale·x.
 template <class V>
-inline V sigmoid_divisor(V y) {
+L2L_INLINE V sigmoid_divisor(V y) {
   return 1 + exp2(y);
 }
 
 // tanh(x) = t / (t + 2) with t = tanh_numerator(y), y = tanh_scale·x.
 template <class V>
-inline V tanh_numerator(V y) {
+L2L_INLINE V tanh_numerator(V y) {
   constexpr scalar_t<V> saturated = 2 * mantissa_bits<V> + 4;  // tanh is 1 long before
   return exp2m1(lesser(all<V>(saturated), y));
 }
 
 // log(x) for normal x > 0; inf and NaN stay what they are.
 template <class V>
-inline V log(V x) {
+L2L_INLINE V log(V x) {
   using T = scalar_t<V>;
   using I = integers_t<V>;
   constexpr int shift = mantissa_bits<V>;
   const I root_half = bit_cast<I>(all<V>(T(0.70710678118654752)));
   I n = (bit_cast<I>(x) - root_half) >> shift;  // x = m·2^n, m in [1/√2, √2)
-  V m = bit_cast<V>(bit_cast<I>(x) - (n << shift)), power = whole<V>(n);
+  V m = bit_cast<V>(bit_cast<I>(x) - (shifted<V>(n, shift))), power = whole<V>(n);
   V s = (m - 1) / (m + 1);
   V y = power * Fit<T>::ln2_high +
-        (power * Fit<T>::ln2_low + s * polynomial(Fit<T>::log, V(s * s)));
-  return x < all<V>(std::numeric_limits<T>::infinity()) ? y : x;
+        (power * Fit<T>::ln2_low + s * polynomial(Fit<T>::log(), V(s * s)));
+  return x < all<V>(T(INFINITY)) ? y : x;
 }
 
 template <class V>
-inline V magnitude(V x) {
+L2L_INLINE V magnitude(V x) {
   using I = integers_t<V>;
   return bit_cast<V>(bit_cast<I>(x) & ~bit_cast<I>(all<V>(-scalar_t<V>(0))));
 }
@@ -133,7 +140,7 @@ struct Eq5 {
   explicit Eq5(double p_) : p(T(p_)), smallest(T(std::exp(-p_))), slope(T(std::exp(p_))) {}
 
   template <class V>
-  void forward(V g, V& log_size, V& direction) const {
+  L2L_INLINE void forward(V g, V& log_size, V& direction) const {
     V size = magnitude(g);
     auto large = size >= smallest;
     log_size = large ? log(size) / p : all<V>(-1);
@@ -142,18 +149,18 @@ struct Eq5 {
 
   // The derivative with respect to g, from those with respect to the two numbers.
   template <class V>
-  V backward(V g, V d_log_size, V d_direction) const {
+  L2L_INLINE V backward(V g, V d_log_size, V d_direction) const {
     return magnitude(g) >= smallest ? d_log_size / p / g : d_direction * slope;  // p·g overflows
   }
 };
 
 template <class V>
-inline V clamped_theta(V theta) {
+L2L_INLINE V clamped_theta(V theta) {
   using T = scalar_t<V>;
   return greater(all<V>(T(-theta_clamp)), lesser(all<V>(T(theta_clamp)), T(theta_scale) * theta));
 }
 template <class V>
-inline V clamped_theta_backward(V theta, V d) {
+L2L_INLINE V clamped_theta_backward(V theta, V d) {
   using T = scalar_t<V>;
   V size = magnitude(V(T(theta_scale) * theta));
   return size <= T(theta_clamp) ? T(theta_scale) * d : V{};
@@ -161,11 +168,11 @@ inline V clamped_theta_backward(V theta, V d) {
 
 // One unit of an LSTM layer: scaled gates and c -> the next c and h.
 template <class V>
-inline void cell(V i, V f, V g, V o, V& c, V& h) {
+L2L_INLINE void cell(V i, V f, V g, V o, V& c, V& h) {
   V t = tanh_numerator(g);
-  c = c / sigmoid_divisor(f) + t / (sigmoid_divisor(i) * (t + 2));
+  c = quotient(c, sigmoid_divisor(f)) + quotient(t, V(sigmoid_divisor(i) * (t + 2)));
   t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
-  h = t / (sigmoid_divisor(o) * (t + 2));
+  h = quotient(t, V(sigmoid_divisor(o) * (t + 2)));
 }
 
 // What the backward of a unit needs: the gates after their functions, and tanh of the next c.
@@ -174,14 +181,16 @@ struct Activations {
   V i, f, g, o, tanh_c;
 };
 template <class V>
-inline Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
+L2L_INLINE Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
   V t = tanh_numerator(g);
   Activations<V> a;
-  a.i = 1 / sigmoid_divisor(i), a.f = 1 / sigmoid_divisor(f), a.o = 1 / sigmoid_divisor(o);
-  a.g = t / (t + 2);
+  const V one = all<V>(1);
+  a.i = quotient(one, sigmoid_divisor(i)), a.f = quotient(one, sigmoid_divisor(f));
+  a.o = quotient(one, sigmoid_divisor(o));
+  a.g = quotient(t, V(t + 2));
   c = a.f * c + a.i * a.g;
   t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
-  a.tanh_c = t / (t + 2);
+  a.tanh_c = quotient(t, V(t + 2));
   h = a.o * a.tanh_c;
   return a;
 }
@@ -189,7 +198,7 @@ inline Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
 // Backward of a unit: dh and dc (of its results) and c (before) -> dc (before), and into `a` the
 // derivatives with respect to the unscaled gates.
 template <class V>
-inline void cell_backward(Activations<V>& a, V c, V dh, V& dc) {
+L2L_INLINE void cell_backward(Activations<V>& a, V c, V dh, V& dc) {
   V d = dc + dh * a.o * (1 - a.tanh_c * a.tanh_c);
   dc = d * a.f;
   a.o = dh * a.tanh_c * a.o * (1 - a.o);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "emulated.h"
 
 namespace avx512 {
 extern const l2l::Level level;
@@ -49,6 +50,7 @@ std::vector<const Level*> levels() {
     here.push_back(&avx2::level);
 #endif
   here.push_back(&baseline::level);
+  here.push_back(&emulated::level);
   return here;
 }
 
@@ -153,10 +155,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- the operators ----
 
+void check_taken(bool taken, const Shape& shape) {
+  STD_TORCH_CHECK(taken, shape.hidden, " units need more shared memory than the GPU has");
+}
+
 template <class T>
 void run_step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
   constexpr int64_t grain = 4;  // blocks: some 20 µs, worth waking a thread for
   const Kernels<T>& kernels = level().kernels<T>();
+  if (kernels.whole_step) return check_taken(kernels.whole_step(shape, call, in<T>(phi)), shape);
   const T* packed = pack(kernels, shape, phi);
   const int64_t block = kernels.block(shape);
   torch::stable::parallel_for(
@@ -173,6 +180,8 @@ template <class T>
 void run_backward(const Shape& shape, Backward<T> call, const Tensor& phi, T* d_phi) {
   constexpr int64_t sums_bytes = 32 << 20;  // as many as fit, but 8 for the threads' sake
   const Kernels<T>& kernels = level().kernels<T>();
+  if (kernels.whole_backward)
+    return check_taken(kernels.whole_backward(shape, call, in<T>(phi), d_phi), shape);
   const T* packed = pack(kernels, shape, phi);
   const int64_t block = kernels.block(shape), blocks = ceil_div(shape.coordinates, block);
   const int64_t size = shape.phi(), fitting = sums_bytes / int64_t(size * sizeof(double));

@@ -8,6 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define L2L_INLINE __host__ __device__ __forceinline__
+#else
+#define L2L_INLINE inline
+#endif
+
 namespace l2l {
 
 constexpr int64_t max_hidden = 256;  // engine.MAX_HIDDEN
@@ -22,10 +28,10 @@ struct Shape {
   int64_t coordinates, layers, hidden;  // N, L, H
   Form form;
 
-  int64_t inputs() const { return form.theta_input ? 3 : 2; }                    // F
-  int64_t width(int64_t layer) const { return layer ? hidden : inputs(); }       // what it reads
-  int64_t states() const { return form.odd ? 2 * coordinates : coordinates; }    // M
-  int64_t phi() const {                                                          // P
+  L2L_INLINE int64_t inputs() const { return form.theta_input ? 3 : 2; }                    // F
+  L2L_INLINE int64_t width(int64_t layer) const { return layer ? hidden : inputs(); }       // what it reads
+  L2L_INLINE int64_t states() const { return form.odd ? 2 * coordinates : coordinates; }    // M
+  L2L_INLINE int64_t phi() const {                                                          // P
     int64_t size = hidden + 1;
     for (int64_t layer = 0; layer < layers; ++layer)
       size += 4 * hidden * (width(layer) + hidden + 2);
@@ -64,6 +70,10 @@ struct Kernels {
                    int64_t end);
   // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
   bool (*function)(const char* name, const T* x, T* y, int64_t n);
+  // Instead of all but `function`, of the kernels that share their work out themselves: a whole call,
+  // with φ as it is [P]. False where they cannot take the shape.
+  bool (*whole_step)(const Shape&, const Step<T>&, const T* phi);
+  bool (*whole_backward)(const Shape&, const Backward<T>&, const T* phi, T* d_phi);
 };
 
 struct Level {

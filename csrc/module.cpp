@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu.h"
+#include "emulated.h"
 
 namespace py = pybind11;
 
@@ -76,6 +77,10 @@ PYBIND11_MODULE(_engine, m) {
       "the kernels that this machine can run and the one in use.");
   m.def("use_level", &use_level, py::arg("name"),
         "Use the kernels of another instruction set, one of build_info()['kernels'].");
+  m.def("emulate", &emulated::set_machine, py::arg("processors"), py::arg("shared_block"),
+        py::arg("shared_processor"),
+        "The GPU that the kernels 'emulated' imagine: its processors, and the bytes of shared memory "
+        "that a block of threads may have and that a processor has.");
   m.def("function", &function<float>, py::arg("name"), py::arg("x").noconvert(),
         "exp2, exp2m1, log, sigmoid or tanh as the kernels compute it: x [n] -> [n], float32 or "
         "float64.");

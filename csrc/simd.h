@@ -39,7 +39,7 @@ struct Bits<double> {
 };
 
 template <class V>
-struct Traits;  // scalar, and integers as wide as V
+struct Traits;  // the scalar type, and integers as wide as V
 template <class T, int W>
 struct TraitsOf {
   using scalar = T;
@@ -89,6 +89,16 @@ inline To bit_cast(From from) {
 template <class V>
 inline V whole(integers_t<V> n) {
   return __builtin_convertvector(n, V);
+}
+
+template <class V>
+inline V quotient(V a, V b) {
+  return a / b;
+}
+// Each whole number times 2^bits.
+template <class V>
+inline integers_t<V> shifted(integers_t<V> n, int bits) {
+  return n << bits;
 }
 
 // The right operand where either is NaN, as in x86's minps and maxps.

@@ -53,7 +53,7 @@ def fused():
     return import_module("l2l_ref.fused")
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["avx512", "avx2", "baseline", "emulated"])
 def level(request, fused):
     """The name of the kernels in use: the test runs once with each that this machine has."""
     info = fused.build_info()

@@ -1,0 +1,125 @@
+// The launches of gpu.h's kernels.
+#include "cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "gpu.h"
+
+namespace l2l::cuda {
+namespace {
+
+using namespace L2L_LEVEL;
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+Machine machine_of(int device) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device));
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
+
+struct Team {
+  int threads;
+
+  template <class F>
+  __device__ __forceinline__ void operator()(F f) const {
+    f(int(threadIdx.x));
+    __syncthreads();
+  }
+};
+
+constexpr int most_threads = most_warps * warp_lanes;
+
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+template <int C, class T>
+__global__ void __launch_bounds__(most_threads, blocks_each)
+    step_kernel(const __grid_constant__ StepArguments<T> arguments) {
+  L2L_LEVEL::step<C>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
+}
+
+template <int C, class T>
+__global__ void __launch_bounds__(most_threads, blocks_each)
+    backward_kernel(const __grid_constant__ BackwardArguments<T> arguments) {
+  L2L_LEVEL::backward<C>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
+}
+
+template <class T>
+__global__ void reduce_kernel(const double* sums, int64_t grid, int64_t size, T* to) {
+  const int64_t e = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (e < size) reduce(sums, grid, size, e, to);
+}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), const Plan& plan, const Arguments& arguments, void* stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(plan.shared)));
+  if (plan.grid > 0x7fffffff) throw std::runtime_error("too many coordinates for one launch");
+  kernel<<<unsigned(plan.grid), plan.warps * warp_lanes, plan.shared,
+           static_cast<cudaStream_t>(stream)>>>(arguments);
+  check(cudaGetLastError());
+}
+
+}  // namespace
+
+template <class T>
+bool step(const Shape& shape, const Step<T>& call, const T* phi, int device, void* stream) {
+  const Plan plan = plan_step<T>(shape, machine_of(device));
+  if (!plan.shared) return false;
+  if (!plan.grid) return true;
+  const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
+  with_width<step_width<T>>(plan.width, [&](auto width) {
+    launch(step_kernel<width, T>, plan, arguments, stream);
+  });
+  return true;
+}
+
+template <class T>
+Scratch backward_scratch(const Shape& shape, int64_t steps, int device) {
+  const Plan plan = plan_backward<T>(shape, machine_of(device));
+  return {plan.grid * layout_of<T>(shape, steps, plan).size, plan.grid * shape.phi()};
+}
+
+template <class T>
+bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi, T* elements,
+              double* doubles, int device, void* stream) {
+  const Plan plan = plan_backward<T>(shape, machine_of(device));
+  if (!plan.shared) return false;
+  const BackwardArguments<T> arguments = {
+      shape,    call,    phi, Eq5<T>(shape.form.p), layout_of<T>(shape, call.steps, plan),
+      elements, doubles, plan.grid};
+  if (plan.grid)
+    with_width<backward_width<T>>(plan.width, [&](auto width) {
+      launch(backward_kernel<width, T>, plan, arguments, stream);
+    });
+  constexpr int threads = 128;
+  reduce_kernel<<<unsigned(ceil_div<int64_t>(shape.phi(), threads)), threads, 0,
+                  static_cast<cudaStream_t>(stream)>>>(doubles, plan.grid, shape.phi(), d_phi);
+  check(cudaGetLastError());
+  return true;
+}
+
+template bool step(const Shape&, const Step<float>&, const float*, int, void*);
+template bool step(const Shape&, const Step<double>&, const double*, int, void*);
+template Scratch backward_scratch<float>(const Shape&, int64_t, int);
+template Scratch backward_scratch<double>(const Shape&, int64_t, int);
+template bool backward(const Shape&, const Backward<float>&, const float*, float*, float*, double*,
+                       int, void*);
+template bool backward(const Shape&, const Backward<double>&, const double*, double*, double*,
+                       double*, int, void*);
+
+}  // namespace l2l::cuda

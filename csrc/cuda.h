@@ -1,0 +1,28 @@
+// The CUDA kernels, without a header of CUDA or PyTorch: cuda.cu is compiled by nvcc, what calls it by
+// the C++ compiler. All pointers are to memory of `device`, which must be the current one; work is
+// queued on `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace l2l::cuda {
+
+// float and double. False where the shape needs more shared memory than the device has.
+template <class T>
+bool step(const Shape&, const Step<T>&, const T* phi, int device, void* stream);
+
+// What `backward` works in: elements of T, and doubles. Sizes of the device, not of the load on it.
+struct Scratch {
+  int64_t elements, doubles;
+};
+template <class T>
+Scratch backward_scratch(const Shape&, int64_t steps, int device);
+template <class T>
+bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements, double* doubles,
+              int device, void* stream);
+
+std::string versions();  // of the toolkit and the architectures compiled for
+
+}  // namespace l2l::cuda

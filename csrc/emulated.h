@@ -1,0 +1,16 @@
+// What module.cpp and cpu.cpp see of the GPU's kernels on the host.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace emulated {
+
+extern const l2l::Level level;
+
+// The GPU that is imagined: its processors, the bytes of shared memory that a block of threads may
+// have and that a processor has.
+void set_machine(int processors, int64_t shared_block, int64_t shared_processor);
+
+}  // namespace emulated

@@ -1,0 +1,42 @@
+// The functions of cell.h by their names, for the tests.
+#pragma once
+
+#include <cstring>
+
+#include "cell.h"
+
+namespace L2L_LEVEL {
+namespace {
+
+// y [n] = name(x [n]), in vectors of V; false for a name it does not know.
+template <class V>
+bool function(const char* name, const scalar_t<V>* x, scalar_t<V>* y, int64_t n) {
+  using T = scalar_t<V>;
+  constexpr int64_t width = sizeof(V) / sizeof(T);
+  V (*const table[])(V) = {
+      [](V v) { return exp2(v); },
+      [](V v) { return exp2m1(v); },
+      [](V v) { return log(v); },
+      [](V v) { return V(1 / sigmoid_divisor(V(T(sigmoid_scale) * v))); },
+      [](V v) {
+        v = tanh_numerator(V(T(tanh_scale) * v));
+        return V(v / (v + 2));
+      },
+  };
+  const char* const names[] = {"exp2", "exp2m1", "log", "sigmoid", "tanh"};
+  for (int i = 0; i < 5; ++i) {
+    if (std::strcmp(name, names[i])) continue;
+    for (int64_t at = 0; at < n; at += width) {
+      const int64_t count = n - at < width ? n - at : width;
+      V v = all<V>(1);
+      std::memcpy(&v, x + at, count * sizeof(T));
+      v = table[i](v);
+      std::memcpy(y + at, &v, count * sizeof(T));
+    }
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+}  // namespace L2L_LEVEL
