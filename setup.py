@@ -1,10 +1,17 @@
-"""Builds the extension l2l_ref._engine from csrc/; the metadata is in pyproject.toml.
+"""Builds the extensions of l2l_ref from csrc/; the metadata is in pyproject.toml.
 
-Without a C++ compiler or without torch the package installs all the same and runs on the reference.
+l2l_ref._engine runs on the CPU, l2l_ref._engine_cuda on a GPU. Without a C++ compiler or without
+torch the package installs all the same and runs on the reference; without a CUDA toolkit, on the
+CPU. USE_CUDA=0 leaves the CUDA half out, USE_CUDA=1 builds it even for another version of CUDA than
+torch's. TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses its architectures. L2L_VERBOSE=1 shows
+what nvcc says.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,24 +39,118 @@ if X86:
     )
 
 
+# A cubin serves the later GPUs of its generation: 8.0 also 8.6 and 8.9; PTX whatever follows.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+CPU, CUDA = "l2l_ref._engine", "l2l_ref._engine_cuda"
+
+
+class NotBuilt(Exception):
+    """Part of the engine is left out; the message says why."""
+
+
 class BuildEngine(build_ext):
-    """build_ext, with csrc/kernels.cpp compiled for every one of LEVELS and one line of report."""
+    """build_ext for both extensions, with one line of report about each.
+
+    csrc/kernels.cpp is compiled for every one of LEVELS, csrc/cuda.cu by nvcc. What cannot be built
+    is left out, and what was built earlier removed: the package then runs on what there is.
+    """
 
     def build_extensions(self):
-        (extension,) = self.extensions
-        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # of an earlier build
+        extensions, self.extensions = self.extensions, []
+        for extension in extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # an earlier build
+        failed = False
+        for extension in extensions:
+            what = "CUDA engine" if extension.name == CUDA else "fused engine"
+            try:
+                if failed:
+                    raise NotBuilt("it needs the other half")
+                done = (
+                    self.build_cuda(extension)
+                    if extension.name == CUDA
+                    else self.build_cpu(extension)
+                )
+                print(f"l2l_ref: the {what} is built with {done}", file=sys.stderr)
+            except (NotBuilt, BaseError, CCompilerError, OSError) as error:
+                failed = True
+                why = error if isinstance(error, NotBuilt) else f"the C++ compiler failed ({error})"
+                print(f"l2l_ref: the {what} is not built: {why}", file=sys.stderr)
+        self.extensions = extensions
+
+    def build_cpu(self, extension):
+        torch = self.prepare(extension)
+        extension.libraries += ["torch_cpu"]
+        for level, flags in LEVELS.items():
+            extension.extra_objects += self.compiler.compile(
+                ["csrc/kernels.cpp"],
+                output_dir=str(Path(self.build_temp) / level),
+                macros=[("L2L_LEVEL", level)],
+                extra_preargs=OPTIMIZED + flags,
+            )
+        self.build_extension(extension)
+        return f"torch {torch.__version__}, kernels: {', '.join(LEVELS)}"
+
+    def build_cuda(self, extension):
+        wish = os.environ.get("USE_CUDA", "")
+        if wish not in ("", "0", "1"):
+            raise NotBuilt(f"USE_CUDA is '{wish}', it must be 0, 1 or not set")
+        if wish == "0":
+            raise NotBuilt("USE_CUDA is 0")
+        torch = self.prepare(extension)
+        if torch.version.cuda is None and wish != "1":
+            raise NotBuilt("this torch is without CUDA (USE_CUDA=1 builds it all the same)")
+        nvcc, root = find_nvcc()
+        text = run([nvcc, "--version"])
+        release = re.search(r"release (\d+\.\d+)", text)
+        if release is None:
+            raise NotBuilt(f"{nvcc} does not say its version")
+        if wish != "1" and release[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+            raise NotBuilt(
+                f"nvcc is of CUDA {release[1]}, torch of {torch.version.cuda} (USE_CUDA=1 builds "
+                "it all the same)"
+            )
+        names, flags = architectures(run([nvcc, "--list-gpu-code"]))
+        target = Path(self.build_temp) / "cuda.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        said = run(
+            [nvcc, "-std=c++17", "-O3", "-t0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+            + ["-diag-suppress=1675", "-DL2L_SCALAR", "-DL2L_LEVEL=gpu"]  # 1675: GCC's pragmas
+            + [*flags, "-c", "csrc/cuda.cu", "-o", str(target)]
+        )
+        if os.environ.get("L2L_VERBOSE"):
+            print(said, file=sys.stderr)
+        spilled = {}  # what ptxas says of each kernel: its architecture, then its spills
+        for architecture, spills in re.findall(r"for 'sm_(\w+)'|(\d+) bytes spill", said):
+            if architecture:
+                current = architecture
+            else:
+                spilled[current] = spilled.get(current, 0) + int(spills)
+        extension.extra_objects += [str(target)]
+        extension.define_macros += [
+            ("USE_CUDA", None),
+            ("L2L_NVCC", f'"{release[1]}"'),
+            ("L2L_ARCHITECTURES", f'"{" ".join(names)}"'),
+            ("L2L_SPILLED", f'"{" ".join(f"sm_{k}:{v}" for k, v in spilled.items())}"'),
+        ]
+        extension.library_dirs += [str(root / "lib64"), str(root / "lib")]
+        # CUDA's own runtime goes in, so that torch's may be of another minor version.
+        extension.libraries += ["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"]
+        self.build_extension(extension)
+        return f"CUDA {release[1]} for {' '.join(names)}"
+
+    def prepare(self, extension):
+        """What both halves are compiled with; returns torch."""
         if sys.platform == "win32":
-            return self.report("not built, it needs GCC or Clang")
+            raise NotBuilt("it needs GCC or Clang")
         try:
             import torch
         except ImportError as error:
-            return self.report(f"not built, torch is not there at build time ({error})")
-        extension.optional = False  # else what fails below would only be a warning
+            raise NotBuilt(f"torch is not there at build time ({error})") from None
+        extension.optional = False  # else a failure would only be a warning
         major, minor = STABLE_ABI.split(".")
         home = Path(torch.__file__).parent
         extension.include_dirs += [str(home / "include"), *pybind11_include()]
         extension.library_dirs += [str(home / "lib")]
-        extension.libraries += ["torch_cpu"]
         extension.define_macros += [
             ("TORCH_TARGET_VERSION", f"0x{int(major):02x}{int(minor):02x}000000000000"),
             ("L2L_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -58,30 +159,60 @@ class BuildEngine(build_ext):
         ]
         extension.extra_compile_args += OPTIMIZED
         extension.extra_link_args += SANITIZED
-        try:
-            for level, flags in LEVELS.items():
-                extension.extra_objects += self.compiler.compile(
-                    ["csrc/kernels.cpp"],
-                    output_dir=str(Path(self.build_temp) / level),
-                    macros=[("L2L_LEVEL", level)],
-                    extra_preargs=OPTIMIZED + flags,
-                )
-            super().build_extensions()
-        except (BaseError, CCompilerError, OSError) as error:
-            return self.report(f"not built, the C++ compiler failed ({error})")
-        finally:
-            extension.optional = True
-        self.report(f"built with torch {torch.__version__}, kernels: {', '.join(LEVELS)}")
+        return torch
 
     def copy_extensions_to_source(self):
-        """Where nothing was built, nothing that was built before stays."""
-        (extension,) = self.extensions
-        if not Path(self.build_lib, self.get_ext_filename(extension.name)).exists():
-            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        """Only what was built is there to be copied."""
+        everything = self.extensions
+        self.extensions = [
+            extension
+            for extension in everything
+            if Path(self.build_lib, self.get_ext_filename(extension.name)).exists()
+        ]
         super().copy_extensions_to_source()
+        self.extensions = everything
 
-    def report(self, what):
-        print(f"l2l_ref: the fused engine is {what}", file=sys.stderr)
+
+def find_nvcc():
+    """nvcc and the root of its toolkit, of which what is on PATH may only be a wrapper."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home) / "bin"] if home else [*os.get_exec_path(), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(map(str, places)))
+    if nvcc is None:
+        where = f"in {places[0]}" if home else "on PATH"
+        raise NotBuilt(f"no CUDA toolkit: nvcc is not {where}; CUDA_HOME names a toolkit's folder")
+    top = re.search(r"#\$ TOP=(.*)", run([nvcc, "--dryrun", "-c", "any.cu"]))
+    return nvcc, Path(top[1].strip()) if top else Path(nvcc).resolve().parents[1]
+
+
+def architectures(known):
+    """Names of the GPU architectures to compile for, and nvcc's flags for them."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    names = wish or [n for n in ARCHITECTURES if f"sm_{n.replace('.', '')}\n" in known + "\n"]
+    if not wish:
+        names[-1] += "+PTX"
+    flags = []
+    for name in names:
+        if not (match := re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", name)):
+            raise NotBuilt(f"TORCH_CUDA_ARCH_LIST has '{name}', it takes names such as 8.0 9.0+PTX")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return names, flags
+
+
+def run(command):
+    """What a program of the toolkit says."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise NotBuilt(f"{command[0]} does not run ({error})") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        errors = [line for line in lines if "error" in line or "fatal" in line] or lines
+        raise NotBuilt(f"{command[0]} failed ({errors[0].strip()})")
+    return done.stdout + done.stderr
 
 
 def pybind11_include():
@@ -93,15 +224,23 @@ def pybind11_include():
     return [pybind11.get_include()]
 
 
+HEADERS = list(map(str, sorted(Path("csrc").glob("*.h"))))
 setup(
     ext_modules=[
         Extension(
-            "l2l_ref._engine",
+            CPU,
             ["csrc/module.cpp", "csrc/cpu.cpp", "csrc/emulated.cpp"],
-            depends=["csrc/kernels.cpp", *map(str, sorted(Path("csrc").glob("*.h")))],
+            depends=["csrc/kernels.cpp", *HEADERS],
             language="c++",
             optional=True,
-        )
+        ),
+        Extension(
+            CUDA,
+            ["csrc/cuda_module.cpp"],
+            depends=["csrc/cuda.cu", *HEADERS],
+            language="c++",
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildEngine},
 )

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "gpu.h"
 
@@ -64,6 +65,14 @@ __global__ void reduce_kernel(const double* sums, int64_t grid, int64_t size, T*
   if (e < size) reduce(sums, grid, size, e, to);
 }
 
+template <class T>
+__global__ void preprocess_kernel(const __grid_constant__ PreprocessArguments<T> arguments) {
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < arguments.call.size;
+       at += threads)
+    L2L_LEVEL::preprocess(arguments, at);
+}
+
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Plan& plan, const Arguments& arguments, void* stream) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -113,6 +122,17 @@ bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_ph
   return true;
 }
 
+template <class T>
+void preprocess(const Preprocess<T>& call, void* stream) {
+  constexpr int threads = 256;
+  constexpr int64_t most_blocks = 1 << 20;  // a thread then takes several elements
+  if (!call.size) return;
+  const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
+  const int64_t blocks = least(ceil_div<int64_t>(call.size, threads), most_blocks);
+  preprocess_kernel<<<unsigned(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
+  check(cudaGetLastError());
+}
+
 template bool step(const Shape&, const Step<float>&, const float*, int, void*);
 template bool step(const Shape&, const Step<double>&, const double*, int, void*);
 template Scratch backward_scratch<float>(const Shape&, int64_t, int);
@@ -121,5 +141,7 @@ template bool backward(const Shape&, const Backward<float>&, const float*, float
                        int, void*);
 template bool backward(const Shape&, const Backward<double>&, const double*, double*, double*,
                        double*, int, void*);
+template void preprocess(const Preprocess<float>&, void*);
+template void preprocess(const Preprocess<double>&, void*);
 
 }  // namespace l2l::cuda

@@ -3,8 +3,6 @@
 // queued on `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
 #pragma once
 
-#include <string>
-
 #include "kernels.h"
 
 namespace l2l::cuda {
@@ -23,6 +21,7 @@ template <class T>
 bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements, double* doubles,
               int device, void* stream);
 
-std::string versions();  // of the toolkit and the architectures compiled for
+template <class T>
+void preprocess(const Preprocess<T>&, void* stream);
 
 }  // namespace l2l::cuda

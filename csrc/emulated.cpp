@@ -74,8 +74,15 @@ bool backward_on_host(const Shape& shape, const Backward<T>& call, const T* phi,
 }
 
 template <class T>
+void preprocess_on_host(const l2l::Preprocess<T>& call, int64_t begin, int64_t end) {
+  const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
+  for (int64_t at = begin; at < end; ++at) preprocess(arguments, at);
+}
+
+template <class T>
 l2l::Kernels<T> kernels() {
   l2l::Kernels<T> table = {};
+  table.preprocess = preprocess_on_host<T>;
   table.whole_step = step_on_host<T>;
   table.whole_backward = backward_on_host<T>;
   table.function = function<T>;

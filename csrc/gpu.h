@@ -766,6 +766,22 @@ L2L_INLINE void reduce(const double* d_phi, int64_t grid, int64_t size, int64_t 
   to[e] = T(sum);
 }
 
+// Eq. 5 alone, for an element.
+template <class T>
+struct PreprocessArguments {
+  l2l::Preprocess<T> call;
+  Eq5<T> eq5;
+};
+template <class T>
+L2L_INLINE void preprocess(const PreprocessArguments<T>& a, int64_t at) {
+  const auto& call = a.call;
+  const T g = call.gradient[at];
+  if (call.d_result)
+    call.result[at] = a.eq5.backward(g, call.d_result[at], call.d_result[call.size + at]);
+  else
+    a.eq5.forward(g, call.result[at], call.result[call.size + at]);
+}
+
 // ---- launches ----
 
 struct Machine {

@@ -17,6 +17,7 @@ constexpr l2l::Kernels<T> kernels() {
             return size_t(BackwardScratch<T>(shape, steps, nullptr).arena.used);
           },
           backward<T>,
+          preprocess<T>,
           function<vec_t<T>>,
           nullptr,
           nullptr};

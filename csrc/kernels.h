@@ -55,6 +55,16 @@ struct Backward {
   T *d_theta, *d_gradient, *d_state;  // [N], [N], [L, 2, H, M]
 };
 
+// Eq. 5 alone: result [2, size] of gradient [size], or if d_result [2, size] is there the derivative
+// [size] with respect to gradient.
+template <class T>
+struct Preprocess {
+  double p;
+  int64_t size;
+  const T *gradient, *d_result;
+  T* result;
+};
+
 // `packed` is φ as `pack` lays it out, `scratch` is memory for one thread; their sizes are numbers
 // of elements.
 template <class T>
@@ -68,9 +78,10 @@ struct Kernels {
   size_t (*backward_scratch)(const Shape&, int64_t steps);
   void (*backward)(const Shape&, const Backward<T>&, const T* packed, T* scratch, int64_t begin,
                    int64_t end);
+  void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
   // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
   bool (*function)(const char* name, const T* x, T* y, int64_t n);
-  // Instead of all but `function`, of the kernels that share their work out themselves: a whole call,
+  // Instead of all before `preprocess`, of the kernels that share their work out themselves: a whole call,
   // with φ as it is [P]. False where they cannot take the shape.
   bool (*whole_step)(const Shape&, const Step<T>&, const T* phi);
   bool (*whole_backward)(const Shape&, const Backward<T>&, const T* phi, T* d_phi);

@@ -58,6 +58,8 @@ STABLE_TORCH_LIBRARY(l2l_ref, m) {
   m.def(
       "unroll_meta_gradient(Tensor theta, Tensor gradients, Tensor state, Tensor cotangents, "
       "Tensor phi, " L2L_FORM ") -> Tensor");
+  m.def("preprocess(Tensor gradient, *, float p) -> Tensor");
+  m.def("preprocess_backward(Tensor gradient, Tensor d_result, *, float p) -> Tensor");
 }
 
 PYBIND11_MODULE(_engine, m) {

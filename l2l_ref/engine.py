@@ -2,6 +2,7 @@
 
 import warnings
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,15 @@ from l2l_ref.errors import InputError
 
 BACKENDS = ("auto", "reference", "fused")
 BUILD = "python setup.py build_ext --inplace"  # in a checkout; pip install does the same
-MAX_HIDDEN = 256  # units that the fused kernels take
+BUILD_CUDA = f"USE_CUDA=1 {BUILD}"
+MAX_HIDDEN = {"cpu": 256, "cuda": 64}  # units that the fused kernels take
 
 
 @cache
-def built() -> bool:
-    """Is the extension there?"""
-    return find_spec("l2l_ref._engine") is not None
+def built(device: str = "cpu") -> bool:
+    """Is the extension there, for a type of device, "cpu" or "cuda"? No CUDA without the CPU."""
+    names = ["l2l_ref._engine"] + ["l2l_ref._engine_cuda"] * (device == "cuda")
+    return all(find_spec(name) is not None for name in names)
 
 
 def resolve(backend: str, device: torch.device | str = "cpu") -> str:
@@ -42,8 +45,15 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
             "needs the compiled extension, which this installation does not have: with a C++ "
             f"compiler '{BUILD}' in a checkout, or 'pip install .', builds it",
         )
-    if torch.device(device).type != "cpu":
+    kind = torch.device(device).type
+    if kind not in MAX_HIDDEN:
         return _fall_back(backend, f"does not run on {device}")
+    if not built(kind):
+        return _fall_back(
+            backend,
+            "was built without CUDA: with a CUDA toolkit of PyTorch's version "
+            f"'{BUILD_CUDA}' in a checkout builds it",
+        )
     return "fused"
 
 
@@ -59,16 +69,28 @@ def operators(backend: str, state: Tensor) -> ModuleType:
     resolved = resolve(backend, state.device)
     if resolved == "fused" and state.dtype not in (torch.float32, torch.float64):
         resolved = _fall_back(backend, f"does not serve {state.dtype}, only float32 and float64")
-    elif resolved == "fused" and state.shape[2] > MAX_HIDDEN:
+    elif resolved == "fused" and state.shape[2] > MAX_HIDDEN[state.device.type]:
+        most, where = (
+            MAX_HIDDEN[state.device.type],
+            "" if state.device.type == "cpu" else " on CUDA",
+        )
         resolved = _fall_back(
-            backend, f"does not serve {state.shape[2]} hidden units, only up to {MAX_HIDDEN}"
+            backend, f"does not serve {state.shape[2]} hidden units{where}, only up to {most}"
         )
     return equations if resolved == "reference" else _fused()
 
 
 def build_info() -> dict[str, Any] | None:
-    """How the extension was built and which kernels run here; None where there is none."""
-    return _fused().build_info() if built() else None
+    """How the extension was built and which kernels run here; None where there is none.
+
+    Under "cuda" the same of its CUDA half; None where that or torch's is missing.
+    """
+    if not built():
+        return None
+    cuda = None
+    if built("cuda") and torch.version.cuda is not None:
+        cuda = import_module("l2l_ref._engine_cuda").build_info()
+    return {**_fused().build_info(), "cuda": cuda}
 
 
 def _fused() -> ModuleType:

@@ -1,20 +1,32 @@
-"""The operators of `equations.py` in C++: the same names, signatures and results.
+"""The operators of `equations.py` in C++ and CUDA: the same names, signatures and results.
 
-They are PyTorch operators, `torch.ops.l2l_ref.*`, registered by the extension `l2l_ref._engine`
-(csrc/): float32 and float64 on the CPU, contiguous tensors, any number of layers, up to 256 units.
-What they cannot take raises a RuntimeError that says so. Shapes are those of `equations.py`.
+They are PyTorch operators, `torch.ops.l2l_ref.*`, registered by the extensions `l2l_ref._engine`
+(the CPU) and `l2l_ref._engine_cuda` (csrc/): float32 and float64, contiguous tensors, any number of
+layers, up to 256 units on the CPU and 64 on a GPU. What they cannot take raises a RuntimeError that
+says so. On a GPU they queue their work on the current stream, wait for nothing, and may be captured
+in a CUDA graph. Shapes are those of `equations.py`.
 """
+
+from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
-from l2l_ref import equations
+from l2l_ref import engine, equations
 from l2l_ref._engine import build_info  # noqa: F401  registers the operators
 from l2l_ref.equations import Form
 
+if torch.cuda.is_available() and engine.built("cuda"):
+    import_module("l2l_ref._engine_cuda")  # registers them on CUDA
+
 _ops = torch.ops.l2l_ref
+
+
+def preprocess(gradient: Tensor, p: float) -> Tensor:
+    """Eq. 5 alone, differentiable twice: [2, *gradient.shape], float32 or float64."""
+    return _ops.preprocess(gradient, p=p)
 
 
 def theta_step_(
@@ -55,10 +67,21 @@ def unroll_meta_gradient(
 
 def _check_devices(**tensors: Tensor) -> None:
     """One tensor on "meta" among others brings a call here, which would return without a word."""
-    device = tensors["theta"].device
-    for name, tensor in tensors.items():
-        if tensor.device != device:
-            raise RuntimeError(f"{name} is on {tensor.device}, theta on {device}: move one")
+    (first, device), *others = ((name, tensor.device) for name, tensor in tensors.items())
+    for name, other in others:
+        if other != device:
+            raise RuntimeError(f"{name} is on {other}, {first} on {device}: move one")
+
+
+@torch.library.register_fake("l2l_ref::preprocess")
+def _(gradient, *, p):
+    return gradient.new_empty((2, *gradient.shape))
+
+
+@torch.library.register_fake("l2l_ref::preprocess_backward")
+def _(gradient, d_result, *, p):
+    _check_devices(gradient=gradient, d_result=d_result)
+    return torch.empty_like(gradient)
 
 
 @torch.library.register_fake("l2l_ref::theta_step_")
@@ -105,7 +128,22 @@ def _double_backward(ctx, *cotangents):
         return torch.autograd.grad(first, inputs, cotangents, allow_unused=True)
 
 
-torch.library.register_autograd("l2l_ref::theta_step", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "l2l_ref::theta_step_backward", _double_backward, setup_context=_setup
-)
+def _preprocess_backward(ctx, d_result):
+    return _ops.preprocess_backward(*ctx.saved_tensors, d_result.contiguous(), **ctx.form)
+
+
+def _preprocess_double_backward(ctx, cotangent):
+    with torch.enable_grad():
+        gradient, d_result = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        result = equations.preprocess(gradient, **ctx.form)
+        (first,) = torch.autograd.grad(result, gradient, d_result, create_graph=True)
+        return torch.autograd.grad(first, (gradient, d_result), cotangent)
+
+
+for _name, _rule in {
+    "theta_step": _backward,
+    "theta_step_backward": _double_backward,
+    "preprocess": _preprocess_backward,
+    "preprocess_backward": _preprocess_double_backward,
+}.items():
+    torch.library.register_autograd(f"l2l_ref::{_name}", _rule, setup_context=_setup)

@@ -1,0 +1,74 @@
+// The module l2l_ref._engine_cuda: importing it registers the operators on CUDA. The schemas are those
+// that l2l_ref._engine registers.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda.h"
+#include "operators.h"
+
+namespace py = pybind11;
+
+namespace l2l {
+namespace {
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+struct Cuda {
+  struct Guard : torch::stable::accelerator::DeviceGuard {
+    explicit Guard(const Tensor& tensor) : DeviceGuard(tensor.get_device_index()) {}
+  };
+
+  template <class T>
+  static void step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
+    check_fits(shape, cuda::step(shape, call, in<T>(phi), phi.get_device_index(),
+                                 current_stream(phi)));
+  }
+
+  template <class T>
+  static void backward(const Shape& shape, const Backward<T>& call, const Tensor& phi, T* d_phi) {
+    const int device = phi.get_device_index();
+    const cuda::Scratch sizes = cuda::backward_scratch<T>(shape, call.steps, device);
+    const Tensor elements = torch::stable::new_empty(phi, {sizes.elements});
+    const Tensor doubles = torch::stable::new_empty(phi, {sizes.doubles}, ScalarType::Double);
+    check_fits(shape, cuda::backward(shape, call, in<T>(phi), d_phi, out<T>(elements),
+                                     out<double>(doubles), device, current_stream(phi)));
+  }
+
+  template <class T>
+  static void preprocess(const Tensor& gradient, const Preprocess<T>& call) {
+    cuda::preprocess(call, current_stream(gradient));
+  }
+
+ private:
+  static void check_fits(const Shape& shape, bool fits) {
+    STD_TORCH_CHECK(fits, shape.hidden, " units need more shared memory than this GPU has: use a ",
+                    "smaller LSTM, float32, or the reference");
+  }
+};
+
+}  // namespace
+}  // namespace l2l
+
+STABLE_TORCH_LIBRARY_IMPL(l2l_ref, CUDA, m) { L2L_IMPLEMENT(m, l2l::Cuda); }
+
+PYBIND11_MODULE(_engine_cuda, m) {
+  m.doc() = "The fused operators on CUDA; l2l_ref.fused has them as functions.";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["nvcc"] = L2L_NVCC;
+        info["architectures"] = L2L_ARCHITECTURES;
+        info["torch"] = L2L_TORCH_VERSION;
+        info["spilled"] = L2L_SPILLED;
+        return info;
+      },
+      "How the module was built: the CUDA toolkit, the architectures, torch, and for each "
+      "architecture how many bytes of registers go through local memory.");
+}

@@ -1,0 +1,225 @@
+// The operators for any device: checks of the tensors, results, dtypes. A `Device` runs them; it has
+//   Guard(const Tensor&)                                  makes the tensor's device the current one
+//   step(const Shape&, const Step<T>&, const Tensor& phi)
+//   backward(const Shape&, const Backward<T>&, const Tensor& phi, T* d_phi)
+//   preprocess(const Tensor& gradient, const Preprocess<T>&)
+// The memory of results and scratch is PyTorch's.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace l2l {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string out = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
+  return out + "]";
+}
+
+inline std::string text(const torch::stable::Device& device) {
+  return device.is_cpu() ? "the CPU" : "cuda:" + std::to_string(device.index());
+}
+
+inline void check_p(double p) {
+  STD_TORCH_CHECK(p > 0 && p <= max_p, "p is ", p, ": it must be above 0 and at most ", max_p);
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name) {
+  const auto dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name,
+                  " must be float32 or float64");
+}
+
+inline void check_like(const Tensor& theta, const Tensor& tensor, const char* name,
+                       std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(tensor.device() == theta.device(), name, " is not on ", text(theta.device()),
+                  ", where theta is");
+  STD_TORCH_CHECK(tensor.scalar_type() == theta.scalar_type(), name,
+                  " and theta differ in dtype: all tensors of a call share one");
+  STD_TORCH_CHECK(
+      tensor.sizes().size() == sizes.size() &&
+          std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin()),
+      name, " has shape ", text(tensor.sizes()), ", expected ",
+      text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous: pass ", name,
+                  ".contiguous()");
+}
+
+// Checks what every operator takes, and says what shape of problem it is.
+inline Shape check(const Tensor& theta, const Tensor& state, const Tensor& phi, double p,
+                   double output_scale, bool theta_input, bool odd) {
+  check_dtype(theta, "theta");
+  STD_TORCH_CHECK(theta.sizes().size() == 1, "theta has shape ", text(theta.sizes()),
+                  ", expected [N]");
+  STD_TORCH_CHECK(state.sizes().size() == 4 && state.size(0) >= 1 && state.size(2) >= 1,
+                  "state has shape ", text(state.sizes()), ", expected [L, 2, H, M]");
+  Shape shape{theta.size(0), state.size(0), state.size(2), {p, output_scale, theta_input, odd}};
+  STD_TORCH_CHECK(shape.hidden <= max_hidden, "state has ", shape.hidden,
+                  " units, the fused kernels take at most ", max_hidden);
+  check_p(p);
+  check_like(theta, theta, "theta", {shape.coordinates});
+  check_like(theta, state, "state", {shape.layers, 2, shape.hidden, shape.states()});
+  check_like(theta, phi, "phi", {shape.phi()});
+  return shape;
+}
+
+template <class T>
+const T* in(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* out(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls f(T()) with the dtype of theta.
+template <class F>
+void with_dtype(const Tensor& theta, F f) {
+  if (theta.scalar_type() == ScalarType::Float)
+    f(float());
+  else
+    f(double());
+}
+
+template <class Device>
+void theta_step_(const Tensor& theta, const Tensor& gradient, const Tensor& state,
+                 const Tensor& phi, double p, double output_scale, bool theta_input, bool odd) {
+  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
+  check_like(theta, gradient, "gradient", {shape.coordinates});
+  const typename Device::Guard guard(theta);
+  with_dtype(theta, [&](auto zero) {
+    using T = decltype(zero);
+    Device::step(shape, Step<T>{in<T>(theta), in<T>(gradient), in<T>(state), out<T>(theta), out<T>(state)},
+                phi);
+  });
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> theta_step(const Tensor& theta, const Tensor& gradient,
+                                      const Tensor& state, const Tensor& phi, double p,
+                                      double output_scale, bool theta_input, bool odd) {
+  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
+  check_like(theta, gradient, "gradient", {shape.coordinates});
+  Tensor next_theta = torch::stable::empty_like(theta);
+  Tensor next_state = torch::stable::empty_like(state);
+  const typename Device::Guard guard(theta);
+  with_dtype(theta, [&](auto zero) {
+    using T = decltype(zero);
+    Device::step(shape,
+                 Step<T>{in<T>(theta), in<T>(gradient), in<T>(state), out<T>(next_theta),
+                 out<T>(next_state)},
+                phi);
+  });
+  return {next_theta, next_state};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
+    const Tensor& theta, const Tensor& gradient, const Tensor& state, const Tensor& phi,
+    const Tensor& d_next_theta, const Tensor& d_next_state, double p, double output_scale,
+    bool theta_input, bool odd) {
+  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
+  check_like(theta, gradient, "gradient", {shape.coordinates});
+  check_like(theta, d_next_theta, "d_next_theta", {shape.coordinates});
+  check_like(theta, d_next_state, "d_next_state",
+             {shape.layers, 2, shape.hidden, shape.states()});
+  Tensor d_theta = torch::stable::empty_like(theta);
+  Tensor d_gradient = torch::stable::empty_like(gradient);
+  Tensor d_state = torch::stable::empty_like(state);
+  Tensor d_phi = torch::stable::empty_like(phi);
+  const typename Device::Guard guard(theta);
+  with_dtype(theta, [&](auto zero) {
+    using T = decltype(zero);
+    Device::backward(shape,
+                     Backward<T>{1, in<T>(theta), in<T>(gradient), in<T>(state), in<T>(d_next_theta), nullptr,
+                     in<T>(d_next_state), out<T>(d_theta), out<T>(d_gradient), out<T>(d_state)},
+                    phi, out<T>(d_phi));
+  });
+  return {d_theta, d_gradient, d_state, d_phi};
+}
+
+template <class Device>
+Tensor unroll_meta_gradient(const Tensor& theta, const Tensor& gradients, const Tensor& state,
+                            const Tensor& cotangents, const Tensor& phi, double p,
+                            double output_scale, bool theta_input, bool odd) {
+  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
+  STD_TORCH_CHECK(gradients.sizes().size() == 2, "gradients has shape ", text(gradients.sizes()),
+                  ", expected [T, N]");
+  const int64_t steps = gradients.size(0);
+  check_like(theta, gradients, "gradients", {steps, shape.coordinates});
+  check_like(theta, cotangents, "cotangents", {steps, shape.coordinates});
+  Tensor d_phi = torch::stable::empty_like(phi);
+  const typename Device::Guard guard(theta);
+  with_dtype(theta, [&](auto zero) {
+    using T = decltype(zero);
+    Device::backward(shape,
+                     Backward<T>{steps, in<T>(theta), in<T>(gradients), in<T>(state), in<T>(cotangents),
+                     nullptr, nullptr, nullptr, nullptr, nullptr},
+                    phi, out<T>(d_phi));
+  });
+  return d_phi;
+}
+
+// Eq. 5 alone: [2, *gradient.shape].
+template <class Device>
+Tensor preprocess(const Tensor& gradient, double p) {
+  check_dtype(gradient, "gradient");
+  check_p(p);
+  STD_TORCH_CHECK(gradient.is_contiguous(), "gradient is not contiguous: pass .contiguous()");
+  std::vector<int64_t> sizes = {2};
+  sizes.insert(sizes.end(), gradient.sizes().begin(), gradient.sizes().end());
+  Tensor result = torch::stable::new_empty(gradient, sizes);
+  const typename Device::Guard guard(gradient);
+  with_dtype(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    Device::preprocess(gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient), nullptr,
+                                               out<T>(result)});
+  });
+  return result;
+}
+
+template <class Device>
+Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, double p) {
+  check_dtype(gradient, "gradient");
+  check_p(p);
+  const auto sizes = d_result.sizes();
+  STD_TORCH_CHECK(sizes.size() == gradient.sizes().size() + 1 && sizes[0] == 2 &&
+                      std::equal(gradient.sizes().begin(), gradient.sizes().end(),
+                                 sizes.begin() + 1) &&
+                      d_result.scalar_type() == gradient.scalar_type() &&
+                      d_result.device() == gradient.device() && gradient.is_contiguous() &&
+                      d_result.is_contiguous(),
+                  "d_result must be contiguous like gradient, with a first dimension of 2");
+  Tensor d_gradient = torch::stable::empty_like(gradient);
+  const typename Device::Guard guard(gradient);
+  with_dtype(gradient, [&](auto zero) {
+    using T = decltype(zero);
+    Device::preprocess(gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient),
+                                               in<T>(d_result), out<T>(d_gradient)});
+  });
+  return d_gradient;
+}
+
+}  // namespace l2l
+
+// Every operator for a device; `m` is of STABLE_TORCH_LIBRARY_IMPL.
+#define L2L_IMPLEMENT(m, Device)                                                        \
+  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                          \
+  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                            \
+  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>));          \
+  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>));        \
+  m.impl("preprocess", TORCH_BOX(&l2l::preprocess<Device>));                            \
+  m.impl("preprocess_backward", TORCH_BOX(&l2l::preprocess_backward<Device>))
