@@ -53,13 +53,55 @@ def fused():
     return import_module("l2l_ref.fused")
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline", "emulated"])
-def level(request, fused):
-    """The name of the kernels in use: the test runs once with each that this machine has."""
-    info = fused.build_info()
-    if request.param not in info["kernels"]:
-        pytest.skip(f"no {request.param} kernels in this build or on this machine")
-    _engine = import_module("l2l_ref._engine")
-    _engine.use_level(request.param)
+CPU_LEVELS = ["avx512", "avx2", "baseline"]
+
+
+def use_level(name, fused, monkeypatch):
+    """The kernels `name` run the operators for the rest of a test; skips where they are not."""
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        if not engine.built("cuda"):
+            pytest.skip(f"the CUDA engine is not built: {engine.BUILD_CUDA}")
+        for operator in ("preprocess", "theta_step_", "theta_step", "unroll_meta_gradient"):
+            monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
+        return
+    if name not in fused.build_info()["kernels"]:
+        pytest.skip(f"no {name} kernels in this build or on this machine")
+    import_module("l2l_ref._engine").use_level(name)
+
+
+def on_gpu(operator):
+    """The operator for tensors of the CPU, run on a GPU: autograd follows, and what it changes in
+    place is changed."""
+
+    def run(*tensors, **form):
+        moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
+        result = operator(*moved, **form)
+        if result is None:  # theta_step_(theta, gradient, state, phi)
+            with torch.no_grad():
+                for at in (0, 2):
+                    tensors[at].copy_(moved[at])
+            return None
+        return result.cpu() if isinstance(result, torch.Tensor) else tuple(x.cpu() for x in result)
+
+    return run
+
+
+@pytest.fixture(params=[*CPU_LEVELS, "emulated", "cuda"])
+def level(request, fused, monkeypatch):
+    """The name of the kernels in use: the test runs once with each that this machine has. "emulated"
+    are the GPU's on the host, "cuda" those on a GPU, to which the tensors of the test are moved."""
+    kernel = fused.build_info()["kernel"]
+    use_level(request.param, fused, monkeypatch)
     yield request.param
-    _engine.use_level(info["kernel"])
+    import_module("l2l_ref._engine").use_level(kernel)
+
+
+@pytest.fixture(params=CPU_LEVELS)
+def cpu_level(request, fused, monkeypatch):
+    """`level`, of the kernels that a CPU runs when it is not testing."""
+    kernel = fused.build_info()["kernel"]
+    use_level(request.param, fused, monkeypatch)
+    yield request.param
+    import_module("l2l_ref._engine").use_level(kernel)

@@ -33,6 +33,8 @@ needs_compiler = pytest.mark.skipif(
     reason="no C++ compiler for torch.compile",
 )
 OPERATORS = {
+    "preprocess": ("gradient",),
+    "preprocess_backward": ("gradient", "gradients"),
     "theta_step_": STEP,
     "theta_step": STEP,
     "theta_step_backward": BACKWARD,
@@ -106,10 +108,11 @@ class TestRegistration:
     def test_opcheck(self, fused, name, theta_input, odd):
         case = Case(5, 2, 3, theta_input, odd, steps=2)
         operator = getattr(torch.ops.l2l_ref, name).default
-        differentiable = name in ("theta_step", "theta_step_backward")
+        differentiable = name not in ("theta_step_", "unroll_meta_gradient")
         names = OPERATORS[name]
         inputs = take(case, names, torch.float32, names if differentiable else ())
-        torch.library.opcheck(operator, tuple(inputs), case.form)
+        form = {"p": case.p} if name.startswith("preprocess") else case.form
+        torch.library.opcheck(operator, tuple(inputs), form)
 
     def test_every_operator_is_checked(self, fused):
         assert set(OPERATORS) <= set(dir(torch.ops.l2l_ref))
@@ -204,7 +207,7 @@ class TestCompile:
 
 
 class TestMemory:
-    def test_a_step_in_place_allocates_no_tensors(self, level, fused):
+    def test_a_step_in_place_allocates_no_tensors(self, cpu_level, fused):
         case = Case(1000, 2, 20, True, True)
         inputs = take(case, STEP, torch.float32)
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -215,7 +218,7 @@ class TestMemory:
         assert [e.key for e in events.values() if e.cpu_memory_usage or e.key == "[memory]"] == []
 
     @glibc
-    def test_nor_scratch_once_it_is_warm(self, level, fused):
+    def test_nor_scratch_once_it_is_warm(self, cpu_level, fused):
         """Were some MB mapped anew in every step, each of them would fault."""
         case = Case(10, 1, 256)  # a packed φ of 2 MB
         inputs = take(case, STEP, torch.float32)
@@ -230,7 +233,7 @@ class TestMemory:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 25
 
     @glibc
-    def test_nothing_leaks(self, level, fused):
+    def test_nothing_leaks(self, cpu_level, fused):
         """The heap is the same before and after, whichever operator."""
 
         class Heap(ctypes.Structure):
