@@ -8,7 +8,8 @@ attack of another library needs no adapter class, only a lambda (`lib` is foolbo
 
 Throughout, `model` is any callable from x, float [b, ...] in [0, 1], to logits [b, classes]; y
 holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and lies in the
-l-infinity ball of radius eps around x and in [0, 1].
+l-infinity ball of radius eps around x and in [0, 1]. Samples may lie on two axes of x, [K, b, ...],
+if logits and y hold them one after the other, [K·b, ...] (`problems.Stacked`).
 """
 
 import math
@@ -131,7 +132,9 @@ def pgd(
     with torch.no_grad():
         losses = torch.stack([F.cross_entropy(model(run), y, reduction="none") for run in runs])
     best = losses.argmax(0)  # [b]; NaN, a broken sample, counts as the highest
-    return torch.stack(runs)[best, torch.arange(len(x), device=x.device)]
+    # By y: samples may lie on two axes of x (`problems.Stacked`).
+    samples = torch.stack(runs).reshape(restarts, len(y), x.numel() // max(1, len(y)))
+    return samples[best, torch.arange(len(y), device=x.device)].view_as(x)
 
 
 def make(

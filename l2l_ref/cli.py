@@ -21,7 +21,8 @@ from l2l_ref.engine import BACKENDS
 from l2l_ref.errors import InputError
 
 # What a loaded φ has settled already.
-SETTLED_BY_LOAD = {"recipe", "alpha", "p", "episodes", "unroll", "meta_lr", "eps_warmup", "grid"}
+SETTLED_BY_LOAD = {"recipe", "alpha", "p", "episodes", "tasks", "unroll", "meta_lr", "eps_warmup",
+                   "grid"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +97,8 @@ def parser() -> Parser:
     real(what, "--attack-step-size", "pixel values (2.5·eps/steps)")
 
     meta = top.add_argument_group("meta-training")
-    count(meta, "--episodes", "optimizees trained (70; CIFAR-10: 8; quadratic: 100)")
+    count(meta, "--episodes", "each trains fresh optimizees (70; CIFAR-10: 8;\nquadratic: 100)")
+    count(meta, "--tasks", "optimizees an episode trains at once (1)")
     count(meta, "--unroll", "updates an unroll (20)")
     real(meta, "--meta-lr", "Adam's on φ (1e-3; robust: 3e-3; quadratic: 1e-2)")
     real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0; robust: 0)")

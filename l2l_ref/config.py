@@ -43,6 +43,7 @@ class Config:
     read_alpha: float  # Eq. 6 of the loss whose gradient φ reads
     eps_warmup: float  # share of the episodes over which ε grows from 0 to its value
     episodes: int
+    tasks: int  # optimizees that an episode trains at once
     unroll: int  # updates
     meta_lr: float
     meta_schedule: str
@@ -74,8 +75,8 @@ class Config:
     quick: bool
 
     def __post_init__(self):
-        for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "unroll", "steps",
-                     "batch_size", "seeds", "meta_seeds", "tune_seeds", "tune_every",
+        for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "tasks", "unroll",
+                     "steps", "batch_size", "seeds", "meta_seeds", "tune_seeds", "tune_every",
                      "eval_samples", "curve_samples", "restarts"):  # fmt: skip
             require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
         for name in ("alpha", "read_alpha", "eps_warmup", "transfer_alpha", "attacked_alpha"):
@@ -106,11 +107,11 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
 
 DEFAULTS: dict[str, Any] = {
     "recipe": "paper", "attack_steps": 7, "attack_step_size": None, "p": 10.0, "hidden_size": 20,
-    "num_layers": 2, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine", "meta_seeds": 1,
-    "grid": {}, "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5, "tune_seeds": 2,
-    "tune_every": 1, "eval_samples": 2000, "restarts": 2, "seed": 0, "device": "auto",
-    "backend": "auto", "data_dir": "data", "strict_data": False, "out": None, "resume": False,
-    "load": None, "quick": False,
+    "num_layers": 2, "tasks": 1, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine",
+    "meta_seeds": 1, "grid": {}, "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5,
+    "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000, "restarts": 2, "seed": 0,
+    "device": "auto", "backend": "auto", "data_dir": "data", "strict_data": False, "out": None,
+    "resume": False, "load": None, "quick": False,
 }  # fmt: skip
 # The paper's steps and folds; episodes give 350, 400 and 500 unrolls.
 BY_DATASET: dict[str, dict[str, Any]] = {

@@ -132,14 +132,19 @@ def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def batches(
-    images: ImageSet, batch_size: int, generator: torch.Generator
+    images: ImageSet, batch_size: int, *generators: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end: every epoch in a new order, drawn from `generator` (a CPU one).
+    """Batches without end: every epoch in a new order, drawn from each of K `generators`.
 
-    The ragged last batch of an epoch is dropped, so that all have the same size.
+    The ragged last batch of an epoch is dropped, so that all have the same size. The device waits
+    for the host once an epoch, when it gets the orders.
+
+    Args:
+        generators: on the CPU, one for each optimizee that trains at the same time.
 
     Yields:
-        x: float32 [batch_size, c, h, w] in [0, 1]; y: int64 [batch_size].
+        x: float32 [batch_size, c, h, w] in [0, 1]; y: int64 [batch_size]. For K > 1, as
+        `problems.Stacked` takes them, x: [K, batch_size, c, h, w] and y: [K·batch_size].
 
     Raises:
         InputError: at the call, unless 1 <= batch_size <= len(images).
@@ -149,12 +154,15 @@ def batches(
             f"batch size {batch_size} does not go with {len(images)} images: "
             f"choose one from 1 to {len(images)}, or give more data"
         )
+    tasks = len(generators)
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            order = torch.randperm(len(images), generator=generator).to(images.labels.device)
-            for index in order.split(batch_size)[: len(images) // batch_size]:
-                yield images.batch(index)
+            orders = [torch.randperm(len(images), generator=generator) for generator in generators]
+            indices = torch.stack(orders).to(images.labels.device).split(batch_size, dim=1)
+            for index in indices[: len(images) // batch_size]:  # [K, batch_size]
+                x, y = images.batch(index.flatten())
+                yield x.unflatten(0, (tasks, -1)) if tasks > 1 else x, y
 
     return endless()
 

@@ -27,7 +27,7 @@ PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
 FORMAT = "l2l_ref φ 1"
 # The settings that a loaded φ brings along.
 OF_PHI = ("recipe", "p", "output_scale", "theta_input", "odd", "hidden_size", "num_layers",
-          "alpha", "read_alpha", "episodes", "unroll", "meta_lr", "meta_schedule", "clip",
+          "alpha", "read_alpha", "episodes", "tasks", "unroll", "meta_lr", "meta_schedule", "clip",
           "eps_warmup")  # fmt: skip
 
 
@@ -246,5 +246,5 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
             meta.load_state_dict(groups[group]["state_dict"])
             phis[name][group] = meta.to(task.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
-    settings = {name: before[name] for name in OF_PHI}
+    settings = {name: before[name] for name in OF_PHI if name in before}  # `tasks` came later
     return replace(task, config=replace(c, **settings), origin=origin), phis

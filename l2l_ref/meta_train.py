@@ -15,7 +15,7 @@ from l2l_ref.equations import robust_loss, update_cotangents
 from l2l_ref.errors import InputError
 from l2l_ref.files import replace_with
 from l2l_ref.optimizer import MetaOptimizer, flatten_
-from l2l_ref.problems import Problem, phi_groups
+from l2l_ref.problems import Problem, Stacked, phi_groups
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -25,7 +25,7 @@ class MetaSettings:
     """How φ is meta-trained.
 
     Attributes:
-        episodes: optimizees trained, each from a fresh θ₀.
+        episodes: how many; each trains fresh optimizees.
         steps: updates an episode.
         unroll: updates a truncated unroll; one step of Adam on φ follows each.
         meta_lr: learning rate of that Adam.
@@ -33,6 +33,7 @@ class MetaSettings:
         clip: largest norm of the meta-gradient.
         read_alpha: α in Eq. 6 of the loss whose gradient φ reads.
         alpha: α in Eq. 6 of the loss that judges φ; the paper has one α for both.
+        tasks: K, the optimizees that an episode trains at once.
     """
 
     episodes: int
@@ -43,6 +44,7 @@ class MetaSettings:
     clip: float = 1.0
     read_alpha: float = 0.5
     alpha: float = 0.5
+    tasks: int = 1
 
     @property
     def unrolls(self) -> int:
@@ -63,12 +65,15 @@ class History:
     loss: list[float] = field(default_factory=list)  # meta-loss a step
     norm: list[float] = field(default_factory=list)  # of the meta-gradient, before clipping
     skipped: int = 0  # meta-gradients that were not finite
-    diverged: int = 0  # episodes cut short because θ or its loss was not finite
+    diverged: int = 0  # episodes cut short because a θ or its loss was not finite
 
 
 @dataclass
 class Episode:
-    """What one episode draws: its optimizee, its batches and its attack."""
+    """What one episode draws: its optimizee, its batches and its attack.
+
+    Several optimizees are one `problems.Stacked`, and x and y of a batch are those of all.
+    """
 
     model: nn.Module
     batches: Batches
@@ -82,15 +87,27 @@ def truncated_unrolls(
     settings: MetaSettings,
     backend: str = "auto",
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Train one optimizee with φ; after each unroll yield its meta-gradient and its losses.
+    """Train an optimizee with φ; after each unroll yield its meta-gradient and its losses.
 
     The meta-loss of an unroll is Σ L(θ) over the θ that its updates led to, each on its own batch.
     φ may change between unrolls; θ and the LSTM states carry on. First order, in the closed form of
     `unroll_meta_gradient`: no graph outlives the evaluation that made it.
 
+    Of K tasks at once, θ holds all coordinates [K·N]. φ reads each one's gradient of its own loss,
+    and losses and dφ are the means over the tasks.
+
     Yields:
         {φ-group: dφ [P]} and the losses [T].
+
+    Raises:
+        InputError: a model of other than `settings.tasks` tasks.
     """
+    tasks = episode.model.tasks if isinstance(episode.model, Stacked) else 1
+    if tasks != settings.tasks:
+        raise InputError(
+            f"the episode's model holds {tasks} optimizees but tasks is {settings.tasks}: stack as "
+            "many with problems.Stacked"
+        )
     groups = phi_groups(episode.model).items()
     thetas = {name: flatten_(params) for name, params in groups}
     states = {name: meta_optimizers[name].init_state(len(t)) for name, t in thetas.items()}
@@ -108,7 +125,7 @@ def truncated_unrolls(
         for theta in thetas.values():
             theta.grad.zero_()
         loss = robust_loss(problem.loss, episode.model, x, y, attack=episode.attack, alpha=alpha)
-        loss.backward()
+        loss.backward(torch.full_like(loss, tasks))  # the mean of K losses: K times its gradient
         for name, theta in thetas.items():
             records[name][t] = theta.grad
         return loss.detach()
@@ -137,6 +154,7 @@ def truncated_unrolls(
             dphis[name] = ops[name].unroll_meta_gradient(
                 theta, read[name][:length], state, cotangents, phis[name], **forms[name]
             )
+            dphis[name].div_(tasks)
             read[name][0] = read[name][length]  # where the next unroll begins
         yield dphis, torch.stack(losses)
 

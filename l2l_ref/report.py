@@ -183,9 +183,9 @@ def title(task: Task) -> str:
     """What a table or figure shows; always says what the data were."""
     config = task.config
     attack = {"fgsm": "FGSM", "pgd": f"PGD-{config.attack_steps}", "none": "no attack"}
+    recipe = f"recipe {config.recipe}" + f", {config.tasks} tasks" * (config.tasks > 1)
     words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
-             config.optimizee, attack[config.attack], f"recipe {config.recipe}",
-             f"data: {task.source}"]  # fmt: skip
+             config.optimizee, attack[config.attack], recipe, f"data: {task.source}"]  # fmt: skip
     if task.origin:
         words.append(f"φ from {task.origin}")
     return " · ".join(words + ["quick miniature"] * config.quick)

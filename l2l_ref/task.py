@@ -118,12 +118,17 @@ class Task:
             c.attack, eps=eps, steps=c.attack_steps, step_size=size, generator=generator
         )
 
-    def batches(self, images: data.ImageSet | None, *labels: Any) -> Iterator:
-        """Endless batches: shuffled images, or one drawn set of quadratics."""
-        size, generator = self.config.batch_size, stream(self.config.seed, "batches", *labels)
+    def batches(self, images: data.ImageSet | None, *labels: tuple) -> Iterator:
+        """Endless batches: shuffled images, or one drawn set of quadratics.
+
+        Of each of `labels` a stream draws; of several the batches are those of all, as
+        `problems.Stacked` takes them.
+        """
+        size = self.config.batch_size
+        generators = [stream(self.config.seed, "batches", *task) for task in labels]
         if images is None:
-            return problems.quadratics(size, generator, self.device)
-        return data.batches(images, size, generator)
+            return problems.quadratics(size, *generators, device=self.device)
+        return data.batches(images, size, *generators)
 
     def draw(self, *labels: Any) -> nn.Module:
         """A fresh optimizee."""
@@ -132,7 +137,7 @@ class Task:
     def recorder(self, images: data.ImageSet | None, eps: float, *labels: Any):
         """model -> (clean loss, attacked loss) on the first images of a set, always the same."""
         if images is None:
-            x, y = next(self.batches(None, *labels))
+            x, y = next(self.batches(None, labels))
 
             @torch.no_grad()
             def record(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -161,7 +166,7 @@ class Task:
         curve = train(
             model,
             method,
-            self.batches(images, *labels),
+            self.batches(images, labels),
             loss=self.problem.loss,
             attack=self.attack(eps, *labels),
             steps=self.config.steps,
@@ -195,6 +200,7 @@ def learn(
         clip=c.clip,
         read_alpha=1.0 if kind == NOT else c.read_alpha,
         alpha=1.0 if kind == NOT else c.alpha,
+        tasks=c.tasks,
     )
     phi = new_meta_optimizers(
         task.problem,
@@ -209,9 +215,12 @@ def learn(
     )
 
     def draw(number: int) -> Episode:
-        labels = ("meta", fold, meta_seed, number)
-        attack = task.attack(eps * warmup(number, c.eps_warmup * c.episodes), *labels)
-        return Episode(task.draw(*labels), task.batches(images, *labels), attack)
+        # Task k of episode n has the θ₀ and the batches of episode n·K + k of a run with K = 1.
+        tasks = [("meta", fold, meta_seed, number * c.tasks + k) for k in range(c.tasks)]
+        models = [task.draw(*labels) for labels in tasks]
+        model = models[0] if c.tasks == 1 else problems.Stacked(models)
+        attack = task.attack(eps * warmup(number, c.eps_warmup * c.episodes), *tasks[0])
+        return Episode(model, task.batches(images, *tasks), attack)
 
     history = meta_train(
         task.problem,

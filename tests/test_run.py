@@ -262,6 +262,8 @@ class TestResumeAndLoad:
         (["--out", "empty", "--resume"], "--resume finds no run in empty"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
         (["--unroll", "0"], "--unroll is 0: it must be at least 1"),
+        (["--tasks", "0"], "--tasks is 0: it must be at least 1"),
+        (["--tasks", "many"], "invalid int value: 'many'"),
         (["--steps", "2.5"], "invalid int value: '2.5'"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
