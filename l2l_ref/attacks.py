@@ -164,6 +164,17 @@ def make(
     raise InputError(f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}.")
 
 
+def generators(function: Callable) -> list[Generator]:
+    """The generators that `functools.partial` bound to an attack, or to what an attack is bound to.
+
+    A CUDA graph must know those that it draws from (`graphs.Graphed`).
+    """
+    found = []
+    for value in getattr(function, "keywords", {}).values():
+        found += [value] if isinstance(value, Generator) else generators(value)
+    return found
+
+
 def _step(model, x_adv: Tensor, x: Tensor, y: Tensor, eps: float, step_size: float) -> Tensor:
     x_adv = x_adv.detach().requires_grad_()
     # A sum, not a mean, so that one sample's gradient does not depend on the batch size.

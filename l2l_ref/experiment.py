@@ -16,8 +16,7 @@ from torch import nn
 from l2l_ref import attacks, evaluate, tuning
 from l2l_ref.config import Config, describe
 from l2l_ref.errors import InputError
-from l2l_ref.files import replace_with
-from l2l_ref.meta_train import read_checkpoint
+from l2l_ref.files import read_checkpoint, replace_with
 from l2l_ref.optimizer import MetaOptimizer
 from l2l_ref.problems import phi_groups
 from l2l_ref.task import NOT, TRANSFER, Fold, Parts, Reporter, Task, folds, learn, learned, stream

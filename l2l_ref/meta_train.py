@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref import engine
+from l2l_ref import attacks, engine
 from l2l_ref.equations import robust_loss, update_cotangents
 from l2l_ref.errors import InputError
-from l2l_ref.files import replace_with
+from l2l_ref.files import read_checkpoint, replace_with
+from l2l_ref.graphs import Graphed
 from l2l_ref.optimizer import MetaOptimizer, flatten_
 from l2l_ref.problems import Problem, Stacked, phi_groups
 
@@ -86,6 +87,8 @@ def truncated_unrolls(
     meta_optimizers: nn.ModuleDict,
     settings: MetaSettings,
     backend: str = "auto",
+    *,
+    capture: bool = True,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Train an optimizee with φ; after each unroll yield its meta-gradient and its losses.
 
@@ -96,11 +99,14 @@ def truncated_unrolls(
     Of K tasks at once, θ holds all coordinates [K·N]. φ reads each one's gradient of its own loss,
     and losses and dφ are the means over the tasks.
 
+    Args:
+        capture: on a GPU, one update is a CUDA graph; False if the attack waits for the device.
+
     Yields:
         {φ-group: dφ [P]} and the losses [T].
 
     Raises:
-        InputError: a model of other than `settings.tasks` tasks.
+        InputError: a model of other than `settings.tasks` tasks; an update that cannot be captured.
     """
     tasks = episode.model.tasks if isinstance(episode.model, Stacked) else 1
     if tasks != settings.tasks:
@@ -113,41 +119,61 @@ def truncated_unrolls(
     states = {name: meta_optimizers[name].init_state(len(t)) for name, t in thetas.items()}
     ops = {name: engine.operators(backend, state) for name, state in states.items()}
     forms = {name: meta_optimizers[name].form for name in thetas}
+    phis = {name: torch.empty_like(meta_optimizers[name].phi()) for name in thetas}
     # Gradients of the loss that judges and of the one that φ reads: [T+1, N], row t at θ_t.
     rows = min(settings.unroll, settings.steps) + 1
-    judged = {name: theta.new_empty(rows, len(theta)) for name, theta in thetas.items()}
-    read = judged
+    read = {name: theta.new_empty(rows, len(theta)) for name, theta in thetas.items()}
+    judged, judging = read, {}
     if settings.read_alpha != settings.alpha:
-        read = {name: torch.empty_like(record) for name, record in judged.items()}
+        judged = {name: torch.empty_like(record) for name, record in read.items()}
+        judging = {name: torch.empty_like(theta) for name, theta in thetas.items()}
 
-    def differentiate(alpha: float, x: Tensor, y: Tensor, records: dict, t: int) -> Tensor:
-        """The loss of Eq. 6; writes its gradient into row `t` of `records`."""
+    def differentiate(alpha: float, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of Eq. 6; leaves its gradient in θ.grad."""
         for theta in thetas.values():
             theta.grad.zero_()
         loss = robust_loss(problem.loss, episode.model, x, y, attack=episode.attack, alpha=alpha)
         loss.backward(torch.full_like(loss, tasks))  # the mean of K losses: K times its gradient
-        for name, theta in thetas.items():
-            records[name][t] = theta.grad
         return loss.detach()
 
-    def evaluate(t: int) -> Tensor:
-        """The judging loss on the next batch; writes row `t` of all records."""
-        x, y = next(episode.batches)
-        loss = differentiate(settings.alpha, x, y, judged, t)
-        if read is not judged:
-            differentiate(settings.read_alpha, x, y, read, t)
+    def evaluate(x: Tensor, y: Tensor) -> Tensor:
+        """The judging loss; leaves its gradient in `judging`, if φ reads another, in θ.grad."""
+        loss = differentiate(settings.alpha, x, y)
+        if judging:
+            for name, theta in thetas.items():
+                judging[name].copy_(theta.grad)
+            differentiate(settings.read_alpha, x, y)
         return loss
 
-    evaluate(0)
+    def advance(x: Tensor, y: Tensor) -> Tensor:
+        """One update of θ, which reads θ.grad; then `evaluate`. Every tensor stays in its place."""
+        for name, theta in thetas.items():
+            ops[name].theta_step_(theta, theta.grad, states[name], phis[name], **forms[name])
+        return evaluate(x, y)
+
+    def record(t: int) -> None:
+        for name, theta in thetas.items():
+            read[name][t] = theta.grad
+            if judging:
+                judged[name][t] = judging[name]
+
+    step = Graphed(
+        advance,
+        next(iter(thetas.values())).device,
+        generators=attacks.generators(episode.attack),
+        capture=capture,
+    )
+    evaluate(*next(episode.batches))
+    record(0)
     for start in range(0, settings.steps, settings.unroll):
         length = min(settings.unroll, settings.steps - start)
         first = {name: (thetas[name].clone(), states[name].clone()) for name in thetas}
-        phis = {name: meta_optimizers[name].phi().detach() for name in thetas}
+        for name, phi in phis.items():
+            phi.copy_(meta_optimizers[name].phi().detach())
         losses = []
-        for t in range(length):
-            for name, theta in thetas.items():
-                ops[name].theta_step_(theta, read[name][t], states[name], phis[name], **forms[name])
-            losses.append(evaluate(t + 1))
+        for t in range(1, length + 1):
+            losses.append(step(*next(episode.batches)).clone())
+            record(t)
         dphis = {}
         for name, (theta, state) in first.items():
             cotangents = update_cotangents(judged[name][1 : length + 1])
@@ -166,6 +192,7 @@ def meta_train(
     draw: Callable[[int], Episode],
     *,
     backend: str = "auto",
+    capture: bool = True,
     checkpoint: Path | None = None,
     on_episode: Callable[[int, float], None] = lambda episode, loss: None,
 ) -> History:
@@ -175,12 +202,14 @@ def meta_train(
         meta_optimizers: {φ-group: MetaOptimizer}, all on the device of the optimizees.
         draw: episode number -> its Episode. An episode's randomness depends on its number alone,
             so a resumed run computes the same bits as an uninterrupted one.
+        capture: as in `truncated_unrolls`.
         checkpoint: a file written whole after every episode; training continues from it if it is
             there.
         on_episode: called with the number of episodes done and the last unroll's mean loss.
 
     Raises:
-        InputError: a checkpoint that cannot be read or belongs to other settings.
+        InputError: a checkpoint that cannot be read or belongs to other settings; what
+            `truncated_unrolls` raises.
     """
     adam = torch.optim.Adam(meta_optimizers.parameters(), lr=settings.meta_lr)
     history, done = History(), 0
@@ -200,7 +229,9 @@ def meta_train(
         # an episode that was cut short still uses up its share of the schedule
         first = number * (settings.unrolls // settings.episodes)
         episode = draw(number)
-        unrolls = truncated_unrolls(problem, episode, meta_optimizers, settings, backend)
+        unrolls = truncated_unrolls(
+            problem, episode, meta_optimizers, settings, backend, capture=capture
+        )
         for index, (dphis, losses) in enumerate(unrolls, start=first):
             norm = apply_meta_gradient(meta_optimizers, dphis, adam, settings.lr(index), settings)
             loss = losses.mean().item()
@@ -259,23 +290,3 @@ def identity(settings: MetaSettings, meta_optimizers: nn.ModuleDict) -> dict[str
     """What must agree before a checkpoint may be continued, beside what `draw` draws."""
     forms = {name: meta.settings for name, meta in meta_optimizers.items()}
     return {**asdict(settings), "meta_optimizers": forms}
-
-
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A dict that `torch.save` wrote; loading it never executes code.
-
-    Raises:
-        InputError: no such file, or one that is not a checkpoint.
-    """
-    try:
-        value = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} does not exist: check the path") from None
-    except Exception as error:  # torch raises many kinds for broken or unsafe files
-        raise InputError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): it is broken or was not "
-            "written by l2l_ref; delete it, or name another"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"checkpoint {path} does not hold what l2l_ref writes: name another")
-    return value

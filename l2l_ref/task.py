@@ -27,10 +27,10 @@ VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and
 TRANSFER, NOT = "transfer", "not"  # the two kinds of φ: meta-trained under attack, or clean
 
 
-def stream(*labels: Any) -> torch.Generator:
-    """A CPU generator seeded by `labels`: the same labels give the same bits on any machine."""
+def stream(*labels: Any, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by `labels`; on the CPU the same labels give the same bits anywhere."""
     digest = hashlib.sha256(repr(labels).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Parts:
@@ -111,9 +111,12 @@ class Task:
         return test.subset(order[:count].to(test.labels.device))
 
     def attack(self, eps: float, *labels: Any) -> attacks.Attack:
-        """The attack that trains and is recorded, its random starts from a stream of its own."""
+        """The attack that trains and is recorded, its random starts from a stream of its own.
+
+        It draws on the task's device, so a GPU has other random starts than a CPU.
+        """
         c = self.config
-        size, generator = c.attack_step_size, stream(c.seed, "attack", *labels)
+        size, generator = c.attack_step_size, stream(c.seed, "attack", *labels, device=self.device)
         return attacks.make(
             c.attack, eps=eps, steps=c.attack_steps, step_size=size, generator=generator
         )

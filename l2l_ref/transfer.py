@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from l2l_ref import attacks
 from l2l_ref.equations import robust_loss
+from l2l_ref.graphs import Graphed
 from l2l_ref.problems import Loss
 
 Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]
@@ -42,8 +44,9 @@ class Curve:
         steps: updates done.
         clean: loss on clean data.
         attacked: loss under attack; equals `clean` where there is no attack.
-        ms_per_step: median wall-clock milliseconds of an update: attack, forward, backward and
-            optimizer, without the recording.
+        ms_per_step: median milliseconds of an update: batch, attack, forward, backward and
+            optimizer, without the recording. By the clock; on a GPU by its own, in which the time
+            that it waits for the host counts too.
     """
 
     steps: list[int]
@@ -67,6 +70,7 @@ def train(
     steps: int,
     record: Recorder,
     every: int = 1,
+    capture: bool = True,
 ) -> Curve:
     """Train `model` in place for `steps` updates.
 
@@ -76,25 +80,38 @@ def train(
         attack: (model, x, y) -> x', for methods with alpha < 1.
         record: model -> (clean loss, attacked loss), on data that stays the same.
         every: record after every so many updates; before the first and after the last always.
+        capture: on a GPU, updates and recordings are CUDA graphs; False if one of the callables
+            waits for the device. An optimizer of PyTorch's needs `capturable=True` there, if it has
+            that option.
+
+    Raises:
+        InputError: what cannot be captured.
     """
     optimizer = method.optimizer(model)
     device = next(model.parameters()).device
-    recorded, recordings, times = [0], [record(model)], []
-    for step in range(1, steps + 1):
-        begin = now(device)
-        x, y = next(batches)
+
+    def update(x: Tensor, y: Tensor) -> None:
         objective = robust_loss(loss, model, x, y, attack=attack, alpha=method.alpha)
         optimizer.zero_grad(set_to_none=False)  # what `flatten_` made stays in place
         objective.backward()
         if method.l1:
             add_l1_gradient(optimizer, method.l1)
         optimizer.step()
-        times.append(now(device) - begin)
+
+    drawn = attacks.generators(attack), attacks.generators(record)
+    update = Graphed(update, device, generators=drawn[0], capture=capture)
+    probe = Graphed(lambda: record(model), device, generators=drawn[1], capture=capture)
+    recorded, recordings, marks = [0], [torch.stack(probe())], []
+    for step in range(1, steps + 1):
+        begin = mark(device)
+        update(*next(batches))
+        marks.append((begin, mark(device)))
         if step % every == 0 or step == steps:
             recorded.append(step)
-            recordings.append(record(model))
-    clean, attacked = (torch.stack(column).tolist() for column in zip(*recordings, strict=True))
-    return Curve(recorded, clean, attacked, 1e3 * statistics.median(times))
+            recordings.append(torch.stack(probe()))
+    clean, attacked = torch.stack(recordings, dim=1).tolist()  # waits for the device
+    times = [milliseconds(*pair) for pair in marks]
+    return Curve(recorded, clean, attacked, statistics.median(times))
 
 
 @torch.no_grad()
@@ -105,6 +122,20 @@ def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
             if theta.grad is None:
                 theta.grad = torch.zeros_like(theta)
             theta.grad.add_(theta.sign(), alpha=weight)
+
+
+def mark(device: torch.device) -> float | torch.cuda.Event:
+    """A point in time: seconds on the clock; on CUDA an event, for which the host does not wait."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def milliseconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Between two marks, both in the past."""
+    return 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
 
 
 def now(device: torch.device) -> float:

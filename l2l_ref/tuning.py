@@ -30,7 +30,8 @@ DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
 
 def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
-    return torch.optim.Adam([flatten_(model.parameters())], lr=lr)
+    theta = flatten_(model.parameters())
+    return torch.optim.Adam([theta], lr=lr, capturable=theta.is_cuda)
 
 
 def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:

@@ -8,12 +8,12 @@ from torch import nn
 
 from l2l_ref import attacks, equations, problems
 from l2l_ref.errors import InputError
+from l2l_ref.files import read_checkpoint
 from l2l_ref.meta_train import (
     Episode,
     MetaSettings,
     meta_train,
     new_meta_optimizers,
-    read_checkpoint,
     truncated_unrolls,
 )
 from l2l_ref.optimizer import LearnedOptimizer

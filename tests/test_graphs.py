@@ -1,0 +1,324 @@
+"""A step that is captured and replayed is the step: counts, copies, errors, whole trajectories."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from graph_emulator import REFUSED, Emulated
+
+import run
+from l2l_ref import attacks, data, evaluate, graphs, problems, tuning
+from l2l_ref.errors import InputError
+from l2l_ref.graphs import EAGER_CALLS, Graphed
+from l2l_ref.meta_train import (
+    Episode,
+    MetaSettings,
+    apply_meta_gradient,
+    new_meta_optimizers,
+    truncated_unrolls,
+)
+from l2l_ref.task import learned
+from l2l_ref.transfer import Method, train
+
+CPU = torch.device("cpu")
+
+
+def generator(seed=0, device=CPU):
+    return torch.Generator(device).manual_seed(seed)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Steps on the CPU are captured by the emulator; the list of its instances."""
+    made = []
+
+    def graphs_of(device, generators):
+        made.append(Emulated(device, generators))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "graphs_of", graphs_of)
+    return made
+
+
+class TestGraphed:
+    def test_on_a_cpu_a_call_is_a_call(self):
+        seen = []
+        step = Graphed(lambda *inputs: seen.append(inputs) or len(seen), CPU)
+        x, y = torch.ones(1), torch.ones(2)
+        assert [step(x, y) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+        assert all(inputs[0] is x and inputs[1] is y for inputs in seen)
+
+    def test_every_call_is_one_real_step(self, emulated):
+        total, python_calls = torch.zeros(()), []
+
+        def add(x):
+            python_calls.append(1)
+            total.add_(x)
+            return total * 2
+
+        step = Graphed(add, CPU)
+        for count in range(1, 11):
+            out = step(torch.tensor(float(count)))
+            assert total.item() == count * (count + 1) / 2 and out.item() == 2 * total.item()
+        (fake,) = emulated
+        assert (fake.eager, fake.captures, fake.replays) == (EAGER_CALLS, 1, 10 - EAGER_CALLS)
+        assert len(python_calls) == EAGER_CALLS + 1
+
+    def test_inputs_are_copied_and_outputs_stay_where_they_are(self, emulated):
+        held = []
+        step = Graphed(lambda x: held.append(x) or x + 1, CPU)
+        for _ in range(EAGER_CALLS):
+            step(torch.zeros(2))
+        first = torch.tensor([1.0, 2.0])
+        out = step(first)
+        assert held[-1] is not first
+        kept, copied = out, out.clone()
+        second = torch.tensor([5.0, 6.0])
+        again = step(second)
+        assert again is kept and again.tolist() == [6.0, 7.0] and copied.tolist() == [2.0, 3.0]
+        assert first.tolist() == [1.0, 2.0] and second.tolist() == [5.0, 6.0]
+
+    def test_capture_false_never_captures(self, emulated):
+        step = Graphed(lambda x: x.item(), CPU, capture=False)
+        assert [step(torch.tensor(float(i))) for i in range(8)] == list(range(8))
+        assert not emulated
+
+    def test_other_shapes_are_refused(self, emulated):
+        step = Graphed(lambda x: x + 1, CPU)
+        for _ in range(EAGER_CALLS + 1):
+            step(torch.zeros(3))
+        with pytest.raises(InputError, match=r"shape \[1\] but .* captured with \[3\].*capture=F"):
+            step(torch.zeros(1))
+
+    def test_a_step_that_waits_for_the_device_is_named(self, emulated):
+        step = Graphed(lambda x: x.item(), CPU)
+        for _ in range(EAGER_CALLS):
+            step(torch.zeros(()))
+        with pytest.raises(InputError, match=f"cannot be captured.*{REFUSED}.*capture=False"):
+            step(torch.zeros(()))
+
+    def test_the_cause_is_named_where_the_end_of_the_capture_fails_too(self, monkeypatch):
+        class Broken(Emulated):
+            def capture(self, function):
+                try:
+                    function()
+                finally:
+                    raise RuntimeError("capture invalidated")
+
+        monkeypatch.setattr(graphs, "graphs_of", Broken)
+
+        def fails(x):
+            if calls == EAGER_CALLS:
+                raise ValueError("the true cause")
+
+        step = Graphed(fails, CPU)
+        for calls in range(EAGER_CALLS):  # noqa: B007  `fails` reads it
+            step(torch.zeros(()))
+        calls = EAGER_CALLS
+        with pytest.raises(InputError, match="the true cause"):
+            step(torch.zeros(()))
+
+    def test_a_generator_must_be_known(self, emulated):
+        noise = generator()
+        draw = lambda: torch.empty(3).uniform_(generator=noise)  # noqa: E731
+        step, expected = Graphed(draw, CPU, generators=[noise]), generator()
+        for _ in range(8):
+            assert torch.equal(step(), torch.empty(3).uniform_(generator=expected))
+        step = Graphed(draw, CPU)
+        for _ in range(EAGER_CALLS):
+            step()
+        with pytest.raises(InputError, match="not registered"):
+            step()
+
+
+def test_the_generators_of_an_attack_are_found():
+    noise, other = generator(), generator()
+    attack = attacks.make("pgd", eps=0.1, generator=noise)
+    assert attacks.generators(attack) == [noise]
+    assert attacks.generators(partial(evaluate.losses, attack=attack, x=other)) == [noise, other]
+    for none in (attacks.none, attacks.make("fgsm", eps=0.1), attacks.make("pgd", eps=0.1)):
+        assert attacks.generators(none) == []
+
+
+def cases(device=CPU):
+    """Episodes of 11 updates by three: optimizee, attack, α that φ reads and is judged by, K."""
+    shapes = {"mlp": (1, 28, 28), "convnet": (3, 32, 32)}
+
+    def case(name, attack, read_alpha, alpha, tasks=1):
+        dataset = {"mlp": "mnist", "convnet": "cifar10"}.get(name, name)
+        problem = problems.make(dataset, batch_size=8)
+        settings = MetaSettings(
+            1, steps=11, unroll=3, read_alpha=read_alpha, alpha=alpha, tasks=tasks
+        )
+
+        def episode():
+            models = [problem.draw(generator(k), device) for k in range(tasks)]
+            streams = [generator(7 + k) for k in range(tasks)]
+            if name == "quadratic":
+                batches = problems.quadratics(8, *streams, device=device)
+            else:
+                images = torch.randint(256, (40, *shapes[name]), generator=generator(3))
+                labels = torch.arange(40) % 10
+                images = data.ImageSet(images.byte().to(device), labels.to(device))
+                batches = data.batches(images, 8, *streams)
+            noise = generator(5, device)
+            chosen = attacks.make(attack, eps=0.1, steps=2, generator=noise)
+            return Episode(models[0] if tasks == 1 else problems.Stacked(models), batches, chosen)
+
+        return problem, settings, episode
+
+    yield case("mlp", "fgsm", 0.5, 0.5)  # the paper's recipe
+    yield case("mlp", "pgd", 1.0, 0.0)  # the robust one
+    yield case("mlp", "pgd", 0.0, 0.0, tasks=2)
+    yield case("convnet", "pgd", 1.0, 0.0)
+    yield case("convnet", "fgsm", 0.5, 0.5, tasks=2)
+    yield case("quadratic", "none", 1.0, 1.0)
+
+
+NAMES = ["mlp-paper", "mlp-robust", "mlp-pgd-2", "convnet-robust", "convnet-paper-2", "quadratic"]
+
+
+def meta_run(problem, settings, episode, capture, backend="auto", device=CPU):
+    """All that an episode leads to, φ learning on the way."""
+    robust = settings.read_alpha != settings.alpha
+    phi = new_meta_optimizers(
+        problem, generator(1), device, output_scale=0.1, odd=robust, theta_input=robust
+    )
+    sgd = torch.optim.SGD(phi.parameters())
+    for meta in phi.values():
+        noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
+        meta.head.weight.data.copy_(noise)
+    episode, found = episode(), []
+    for dphis, losses in truncated_unrolls(
+        problem, episode, phi, settings, backend, capture=capture
+    ):
+        found += [losses, *dphis.values()]
+        apply_meta_gradient(phi, dphis, sgd, 0.1, settings)
+    return [*found, *episode.model.parameters(), *episode.model.buffers(), *phi.parameters()]
+
+
+@pytest.mark.parametrize("number", range(6), ids=NAMES)
+def test_a_replayed_unroll_is_the_unroll_to_the_bit(emulated, number):
+    case = list(cases())[number]
+    eager = meta_run(*case, capture=False)
+    assert not emulated
+    replayed = meta_run(*case, capture=True)
+    (fake,) = emulated
+    assert (fake.captures, fake.replays) == (1, 11 - EAGER_CALLS)
+    assert len(eager) == len(replayed) and all(map(torch.equal, eager, replayed))
+
+
+def transfer_run(optimizer, capture, alpha=0.5, l1=0.0, device=CPU, problem="mnist", phi=None):
+    """A curve, and the model behind it; batches, PGD and recordings from streams of their own."""
+    problem = problems.make(problem)
+    model = problem.draw(generator(0), device)
+    pixels = (1, 28, 28) if problem.name == "mlp" else (3, 32, 32)
+    images = torch.randint(256, (64, *pixels), generator=generator(3)).byte().to(device)
+    images = data.ImageSet(images, (torch.arange(64) % 10).to(device))
+    pgd = [attacks.make("pgd", eps=0.1, steps=2, generator=generator(s, device)) for s in (4, 5)]
+    x, y = images.batch(torch.arange(16))
+    curve = train(
+        model,
+        Method("", optimizer, alpha=alpha, l1=l1),
+        data.batches(images, 8, generator(6)),
+        loss=problem.loss,
+        attack=pgd[0],
+        steps=10,
+        record=partial(evaluate.losses, x=x, y=y, attack=pgd[1]),
+        capture=capture,
+    )
+    return curve, [*model.parameters(), *model.buffers()]
+
+
+def new_phi(problem, device=CPU):
+    phi = new_meta_optimizers(
+        problems.make(problem), generator(1), device, output_scale=0.1, theta_input=True
+    )
+    for meta in phi.values():
+        noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
+        meta.head.weight.data.copy_(noise)
+    return phi
+
+
+@pytest.mark.parametrize("problem", ["mnist", "cifar10"])
+@pytest.mark.parametrize("alpha, l1", [(1.0, 0.0), (0.5, 0.0), (1.0, 1e-2)])
+@pytest.mark.parametrize("kind", ["sgd", "learned"])
+def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, alpha, l1, kind):
+    by_phi = partial(learned, new_phi(problem), "auto")
+    optimizer = {"sgd": partial(tuning.sgd, 0.1), "learned": by_phi}[kind]
+    options = {"alpha": alpha, "l1": l1, "problem": problem}
+    (eager, state), (replayed, final) = (
+        transfer_run(optimizer, capture, **options) for capture in (False, True)
+    )
+    update, probe = emulated
+    assert (update.captures, update.replays) == (1, 10 - EAGER_CALLS)
+    assert (probe.captures, probe.replays) == (1, 11 - EAGER_CALLS)
+    assert replace(replayed, ms_per_step=0.0) == replace(eager, ms_per_step=0.0)
+    assert len(set(eager.attacked)) == 11  # ten updates, ten changes
+    assert all(map(torch.equal, state, final))
+
+
+def test_an_optimizer_that_cannot_be_captured_is_named(emulated):
+    with pytest.raises(InputError, match="cannot be captured.*capture=False"):
+        transfer_run(partial(tuning.adam, 1e-3), True)  # on a CPU its step count is read
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestOnAGpu:
+    """Replayed against launched one by one. Some sums may be taken in another order."""
+
+    device = torch.device("cuda")
+    close = staticmethod(partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5))
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    @pytest.mark.parametrize("number", range(6), ids=NAMES)
+    def test_meta_training(self, number, backend):
+        case = list(cases(self.device))[number]
+        eager, replayed = (
+            meta_run(*case, capture, backend, self.device) for capture in (False, True)
+        )
+        self.close(replayed, eager)
+
+    @pytest.mark.parametrize("problem", ["mnist", "cifar10"])
+    @pytest.mark.parametrize("alpha, l1", [(1.0, 0.0), (0.5, 0.0), (1.0, 1e-2)])
+    @pytest.mark.parametrize("kind", ["sgd", "adam", "learned"])
+    def test_transfer(self, problem, alpha, l1, kind):
+        optimizer = {
+            "sgd": partial(tuning.sgd, 0.1),
+            "adam": partial(tuning.adam, 1e-3),
+            "learned": partial(learned, new_phi(problem, self.device), "auto"),
+        }[kind]
+        options = {"alpha": alpha, "l1": l1, "problem": problem, "device": self.device}
+        (eager, state), (replayed, final) = (
+            transfer_run(optimizer, capture, **options) for capture in (False, True)
+        )
+        self.close(replayed.clean, eager.clean)
+        self.close(replayed.attacked, eager.attacked)
+        self.close(final, state)
+        assert replayed.ms_per_step > 0
+
+    def test_an_optimizer_that_cannot_be_captured_is_named(self):
+        with pytest.raises(InputError, match="cannot be captured.*capturable is False"):
+            transfer_run(lambda m: torch.optim.Adam(m.parameters()), True, device=self.device)
+
+    @pytest.mark.parametrize("tasks", [1, 3])
+    @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
+    def test_a_run(self, tmp_path, monkeypatch, small_digits, small_textures, dataset, tasks):
+        monkeypatch.chdir(tmp_path)
+
+        def load(name, data_dir, device, **options):
+            found = {"mnist": small_digits, "cifar10": small_textures}[name]
+            train, test = (
+                data.ImageSet(s.images.to(device), s.labels.to(device))
+                for s in (found.train, found.test)
+            )
+            return replace(found, train=train, test=test)
+
+        monkeypatch.setattr(data, "load", load)
+        arguments = ["--quick", "--dataset", dataset, "--steps", "8", "--unroll", "4"]
+        arguments += ["--attack", "pgd"] * (dataset != "quadratic")
+        arguments += ["--batch-size", "32", "--tasks", str(tasks), "--device", "cuda"]
+        for out in "ab":  # the same command, the same bits
+            run.main([*arguments, "--out", out])
+        assert (tmp_path / "a/metrics.csv").read_text() == (tmp_path / "b/metrics.csv").read_text()
