@@ -44,7 +44,7 @@ lint: $(SETUP) ## ruff
 	"$(PY)" -m ruff check .
 
 sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
-	L2L_SANITIZE=1 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	L2L_SANITIZE=1 USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
 	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
@@ -61,7 +61,7 @@ distclean: clean ## clean, and remove .venv
 
 # For an active environment. Without a compiler it says so, once, and the reference runs.
 build/.engine%: setup.py $(wildcard csrc/*)
-	@echo "Building the fused engine: once, 30 seconds"
+	@echo "Building the fused engine: once, 30 seconds; with a CUDA toolkit, 2 minutes"
 	@"$(PY)" setup.py -q build_ext --inplace || true  # it says why: the reference runs
 	@mkdir -p build && touch $@
 

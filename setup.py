@@ -162,13 +162,13 @@ class BuildEngine(build_ext):
         return torch
 
     def copy_extensions_to_source(self):
-        """Only what was built is there to be copied."""
-        everything = self.extensions
-        self.extensions = [
-            extension
-            for extension in everything
-            if Path(self.build_lib, self.get_ext_filename(extension.name)).exists()
-        ]
+        """Copies what was built; of what was not, nothing that was built before stays."""
+        everything, self.extensions = self.extensions, []
+        for extension in everything:
+            if Path(self.build_lib, self.get_ext_filename(extension.name)).exists():
+                self.extensions.append(extension)
+            else:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
         self.extensions = everything
 
@@ -225,22 +225,24 @@ def pybind11_include():
 
 
 HEADERS = list(map(str, sorted(Path("csrc").glob("*.h"))))
-setup(
-    ext_modules=[
-        Extension(
-            CPU,
-            ["csrc/module.cpp", "csrc/cpu.cpp", "csrc/emulated.cpp"],
-            depends=["csrc/kernels.cpp", *HEADERS],
-            language="c++",
-            optional=True,
-        ),
-        Extension(
-            CUDA,
-            ["csrc/cuda_module.cpp"],
-            depends=["csrc/cuda.cu", *HEADERS],
-            language="c++",
-            optional=True,
-        ),
-    ],
-    cmdclass={"build_ext": BuildEngine},
-)
+
+if __name__ == "__main__":  # the tests import this file
+    setup(
+        ext_modules=[
+            Extension(
+                CPU,
+                ["csrc/module.cpp", "csrc/cpu.cpp", "csrc/emulated.cpp"],
+                depends=["csrc/kernels.cpp", *HEADERS],
+                language="c++",
+                optional=True,
+            ),
+            Extension(
+                CUDA,
+                ["csrc/cuda_module.cpp"],
+                depends=["csrc/cuda.cu", *HEADERS],
+                language="c++",
+                optional=True,
+            ),
+        ],
+        cmdclass={"build_ext": BuildEngine},
+    )

@@ -90,8 +90,9 @@ def on_gpu(operator):
 
 @pytest.fixture(params=[*CPU_LEVELS, "emulated", "cuda"])
 def level(request, fused, monkeypatch):
-    """The name of the kernels in use: the test runs once with each that this machine has. "emulated"
-    are the GPU's on the host, "cuda" those on a GPU, to which the tensors of the test are moved."""
+    """The name of the kernels in use: the test runs once with each that this machine has.
+
+    "emulated" are the GPU's on the host, "cuda" those on a GPU, to which tensors are moved."""
     kernel = fused.build_info()["kernel"]
     use_level(request.param, fused, monkeypatch)
     yield request.param

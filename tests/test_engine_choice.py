@@ -22,7 +22,7 @@ def warns_anew():
 
 @pytest.fixture
 def not_built(monkeypatch):
-    monkeypatch.setattr(engine, "built", lambda: False)
+    monkeypatch.setattr(engine, "built", lambda kind="cpu": False)
 
 
 def state(hidden=20, dtype=torch.float32, device="cpu"):
@@ -83,6 +83,20 @@ class TestChoice:
         with pytest.raises(InputError, match="'fused' needs the compiled extension"):
             LearnedOptimizer([nn.Parameter(torch.zeros(2))], make_phi(), backend="fused")
         assert engine.build_info() is None
+
+    def test_built_without_cuda(self, fused, monkeypatch):
+        monkeypatch.setattr(engine, "built", lambda kind="cpu": kind == "cpu")
+        with pytest.warns(UserWarning, match="was built without CUDA.*USE_CUDA=1 python setup.py"):
+            assert engine.resolve("auto", "cuda") == "reference"
+        with pytest.raises(InputError, match="'fused' was built without CUDA"):
+            engine.resolve("fused", "cuda:1")
+        assert engine.resolve("fused") == "fused"
+        assert engine.build_info()["cuda"] is None
+
+    def test_built_with_cuda(self, fused, monkeypatch, recwarn):
+        monkeypatch.setattr(engine, "built", lambda kind="cpu": True)
+        assert engine.resolve("auto", "cuda") == "fused" == engine.resolve("fused", "cuda:1")
+        assert len(recwarn) == 0
 
     def test_unknown(self):
         with pytest.raises(InputError, match="'cuda' is unknown: choose one of auto, reference"):

@@ -1,0 +1,264 @@
+"""What only the GPU's kernels have: launches shaped by the device, and CUDA's own semantics.
+
+On the host the kernels run for any GPU one can imagine (`_engine.emulate`), thread by thread, in an
+order that changes from barrier to barrier: where one is missing, a number is wrong.
+"""
+
+from importlib import import_module
+
+import pytest
+import torch
+from engine_cases import (
+    FORMS,
+    STEP,
+    UNROLL,
+    Case,
+    arguments,
+    expect_close,
+    expected,
+    run_gradients,
+    run_unroll,
+    run_update,
+)
+
+from l2l_ref import engine, equations
+
+KB = 1024
+# processors, shared memory of a block and of a processor
+GPUS = {
+    "H200": (132, 227 * KB, 228 * KB),
+    "A100": (108, 163 * KB, 164 * KB),
+    "RTX 4090": (128, 99 * KB, 100 * KB),
+    "T4": (40, 64 * KB, 64 * KB),
+    "one processor": (1, 227 * KB, 228 * KB),
+    "little shared memory": (1, 24 * KB, 48 * KB),
+}
+SMALL = [gpu for gpu in GPUS if gpu != "little shared memory"]
+
+
+@pytest.fixture
+def emulate(fused):
+    """name of a GPU -> the emulated kernels run as on that GPU."""
+    module = import_module("l2l_ref._engine")
+    kernel = fused.build_info()["kernel"]
+    module.use_level("emulated")
+    yield lambda name: module.emulate(*GPUS[name])
+    module.emulate(2, *GPUS["H200"][1:])
+    module.use_level(kernel)
+
+
+class TestLaunches:
+    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @pytest.mark.parametrize("gpu", SMALL)
+    def test_every_gpu_has_the_same_results(self, fused, emulate, gpu, theta_input, odd):
+        """Blocks of 32 to 256 lanes, one to many blocks, runs of blocks a processor."""
+        emulate(gpu)
+        for n, hidden in ((1, 20), (130, 20), (777, 20), (2000, 9)):
+            case = Case(n, 2, hidden, theta_input, odd, steps=2)
+            given = arguments(case, torch.float64)
+            expect_close(run_update(fused, case, given), expected(run_update, case), 1e-10)
+            expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-10)
+            given = arguments(case, torch.float32)
+            expect_close(run_update(fused, case, given), expected(run_update, case), 1e-5)
+            expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-4)
+
+    @pytest.mark.parametrize("hidden", [1, 3, 4, 21, 40, 63, 64])
+    @pytest.mark.parametrize("gpu", ["H200", "one processor"])
+    def test_units_take_turns_where_warps_are_few(self, fused, emulate, gpu, hidden):
+        emulate(gpu)
+        case = Case(70, 2, hidden, True, True, steps=2)
+        given = arguments(case)
+        expect_close(run_gradients(fused, case, given), expected(run_gradients, case), 1e-10)
+        expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-10)
+
+    def test_a_step_has_the_same_bits_on_every_gpu(self, fused, emulate):
+        case, results = Case(777, 2, 20, True, True), []
+        for gpu in SMALL:
+            emulate(gpu)
+            results.append(run_update(fused, case, arguments(case, torch.float32)))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+    @pytest.mark.parametrize("run", [run_update, run_unroll, run_gradients])
+    def test_what_does_not_fit_is_refused(self, fused, emulate, run):
+        """Nothing is written either."""
+        emulate("little shared memory")
+        case = Case(9, 2, 5)
+        expect_close(run(fused, case, arguments(case)), expected(run, case), 1e-10)
+        case = Case(9, 2, 64)
+        given = arguments(case)
+        before = given["theta"].clone(), given["state"].clone()
+        with pytest.raises(RuntimeError, match="64 units need more shared memory than"):
+            run(fused, case, given)
+        assert torch.equal(given["theta"], before[0]) and torch.equal(given["state"], before[1])
+
+
+def test_no_register_is_spilled():
+    """ptxas's own count, of every kernel, from the build."""
+    info = engine.build_info()
+    if info is None or info["cuda"] is None:
+        pytest.skip(f"the CUDA engine is not built, or torch is without CUDA: {engine.BUILD_CUDA}")
+    spilled = dict(part.split(":") for part in info["cuda"]["spilled"].split())
+    compiled = {f"sm_{name.replace('.', '')}" for name in info["cuda"]["architectures"].split()}
+    checked = {"sm_80", "sm_90"} & compiled
+    if not checked:
+        pytest.skip(f"built for {info['cuda']['architectures']}, neither 8.0 nor 9.0")
+    assert {name: spilled[name] for name in checked} == dict.fromkeys(checked, "0")
+
+
+@pytest.fixture
+def cuda(fused):
+    """The functions of `fused`, on CUDA tensors; skips without a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not engine.built("cuda"):
+        pytest.skip(f"the CUDA engine is not built: {engine.BUILD_CUDA}")
+    return fused
+
+
+def on_gpu(case: Case, names=None, dtype=torch.float32, device="cuda"):
+    given = {name: x.to(device) for name, x in arguments(case, dtype).items()}
+    return given if names is None else [given[name] for name in names]
+
+
+class TestCuda:
+    def test_it_is_chosen(self, cuda, recwarn):
+        assert engine.resolve("auto", "cuda") == "fused"
+        state = torch.zeros(2, 2, 64, 3, device="cuda")
+        assert engine.operators("auto", state) is cuda
+        assert len(recwarn) == 0
+
+    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    def test_the_same_bits_every_time(self, cuda, theta_input, odd):
+        case = Case(20_000, 2, 20, theta_input, odd, steps=5)
+        runs = [
+            (
+                *run_update(cuda, case, on_gpu(case)),
+                *run_unroll(cuda, case, on_gpu(case)),
+                *run_gradients(cuda, case, on_gpu(case)),
+            )
+            for _ in range(5)
+        ]
+        for other in runs[1:]:
+            assert all(map(torch.equal, runs[0], other))
+
+    def test_the_current_stream(self, cuda):
+        """Work waits for what its stream waits for: a step after a long kernel on a side stream
+        reads what that kernel wrote."""
+        case = Case(5000)
+        given = on_gpu(case)
+        reference = run_update(cuda, case, given)
+        late = {name: torch.zeros_like(x) for name, x in given.items()}
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(200_000_000)
+            for name, x in given.items():
+                late[name].copy_(x)
+            actual = run_update(cuda, case, late)
+        side.synchronize()
+        assert all(map(torch.equal, actual, reference))
+
+    def test_a_cuda_graph(self, cuda):
+        """Captured once, replayed: the trajectory of eager calls."""
+        case = Case(3000, 2, 20, True, True, steps=4)
+        given = on_gpu(case)
+        tensors = {name: given[name].clone() for name in STEP}
+        step = [tensors[name] for name in STEP]
+        side, d_phi = torch.cuda.Stream(), []
+
+        def work():
+            cuda.theta_step_(*step, **case.form)
+            return cuda.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form)
+
+        with torch.cuda.stream(side):
+            work()  # warm
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = work()
+        for name in STEP:
+            tensors[name].copy_(given[name])
+        for _ in range(5):
+            graph.replay()
+            d_phi.append(captured.clone())
+        theta, state = given["theta"].clone(), given["state"].clone()
+        for _ in range(5):
+            cuda.theta_step_(theta, given["gradient"], state, given["phi"], **case.form)
+        assert torch.equal(tensors["theta"], theta) and torch.equal(tensors["state"], state)
+        (alone,) = run_unroll(cuda, case, given)
+        assert all(torch.equal(each, alone) for each in d_phi)
+
+    def test_a_step_in_place_allocates_nothing(self, cuda):
+        case = Case(1000, 2, 20, True, True)
+        step = on_gpu(case, STEP)
+        cuda.theta_step_(*step, **case.form)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        cuda.theta_step_(*step, **case.form)
+        assert torch.cuda.max_memory_allocated() == before
+
+    def test_tensors_of_different_devices_are_refused(self, cuda):
+        case = Case(6, 2, 4, steps=3)
+        for name in STEP:
+            given = on_gpu(case) | {name: arguments(case, torch.float32)[name]}
+            with pytest.raises(RuntimeError, match="is not on|on cuda:0"):
+                cuda.theta_step_(*(given[n] for n in STEP), **case.form)
+
+    def test_more_elements_than_an_int_counts(self, cuda):
+        """State beyond 2^31 elements: the last coordinates are as if alone."""
+        n = 27_000_001
+        case = Case(n)
+        if torch.cuda.mem_get_info()[0] < 3 * 4 * 80 * n:
+            pytest.skip("not enough memory on the GPU")
+        few = Case(1000)
+        some = on_gpu(few)
+        theta, gradient = (some[name].repeat(n // 1000 + 1)[:n] for name in ("theta", "gradient"))
+        state = torch.empty(case.state_shape, device="cuda")
+        for row in range(40):  # without a second copy of it all
+            at = divmod(row, 20)
+            for part in (0, 1):
+                state[at[0], part, at[1]] = some["state"][at[0], part, at[1]].repeat(n // 1000 + 1)[
+                    :n
+                ]
+        cuda.theta_step_(theta, gradient, state, some["phi"], **case.form)
+        u, h, c = run_update(cuda, few, some)
+        last = slice(n - n % 1000 - 1000, n - n % 1000)
+        torch.testing.assert_close(theta[last], some["theta"] + u, rtol=0, atol=1e-6)
+        assert torch.equal(state[:, 0, :, last], h) and torch.equal(state[:, 1, :, last], c)
+
+    @pytest.mark.parametrize(
+        "name, names", [("theta_step_", STEP), ("unroll_meta_gradient", UNROLL)]
+    )
+    def test_opcheck(self, cuda, name, names):
+        case = Case(5, 2, 3, steps=2)
+        operator = getattr(torch.ops.l2l_ref, name).default
+        torch.library.opcheck(operator, tuple(on_gpu(case, names)), case.form)
+
+    def test_compiled(self, cuda):
+        case = Case(50, 2, 5)
+        step = torch.compile(cuda.theta_step_, fullgraph=True)
+        actual, eager = on_gpu(case, STEP), on_gpu(case, STEP)
+        step(*actual, **case.form)
+        cuda.theta_step_(*eager, **case.form)
+        assert all(map(torch.equal, actual, eager))
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+    def test_several_gpus(self, cuda):
+        """Each in turn, whatever the current device."""
+        case = Case(500, 2, 20, steps=2)
+        results = []
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            given = on_gpu(case, device=device)
+            results.append([*run_update(cuda, case, given), *run_unroll(cuda, case, given)])
+            assert all(str(x.device) == device for x in results[-1])
+        for other in results[1:]:
+            assert all(
+                torch.equal(a.cpu(), b.cpu()) for a, b in zip(results[0], other, strict=True)
+            )
+
+    def test_the_reference_agrees_there(self, cuda):
+        case = Case(200, 2, 20, True, True, steps=3)
+        given = on_gpu(case, dtype=torch.float64)
+        for run in (run_update, run_gradients, run_unroll):
+            expect_close(run(cuda, case, given), run(equations, case, given), 1e-10)

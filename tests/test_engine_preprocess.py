@@ -1,0 +1,94 @@
+"""Eq. 5 alone as an operator, against its twin in `equations.py`."""
+
+import math
+
+import pytest
+import torch
+from engine_cases import DTYPES, by_id, expect_close
+
+from l2l_ref import equations
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
+everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
+
+
+def gradients(*shape, dtype=torch.float64, seed=0):
+    """Sizes over ten decades, on both sides of e^-p."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 10 ** (10 * torch.rand(shape, generator=generator) - 8)
+    return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+
+@everywhere
+@pytest.mark.parametrize("shape", [(0,), (1,), (15,), (16,), (17,), (), (3, 5, 7), (40_000,)])
+@pytest.mark.parametrize("p", [1.0, 10.0, 80.0])
+def test_result_and_derivatives(level, fused, shape, p, dtype):
+    gradient = gradients(*shape, dtype=dtype)
+    d_result = gradients(2, *shape, dtype=dtype, seed=1)
+    results = []
+    for module, of in ((fused, dtype), (equations, torch.float64)):
+        g = gradient.to(of, copy=True).requires_grad_()
+        out = module.preprocess(g, p)
+        assert out.shape == (2, *shape) and out.dtype == of
+        (d,) = torch.autograd.grad(out, g, d_result.to(of))
+        results.append((*out.detach(), d * g.detach().abs().clamp(min=math.exp(-p))))
+    expect_close(*results, TOLERANCE[dtype] * (100 if p == 80 else 1))
+
+
+@everywhere
+def test_numbers_at_the_edge(level, fused, dtype):
+    """Zeros, denormals, both sides of e^-10, the largest, infinities and NaN."""
+    limits, edge = torch.finfo(dtype), torch.tensor(math.exp(-10.0), dtype=dtype)
+    around = [edge, *(torch.nextafter(edge, edge + way) for way in (-1, 1))]
+    sizes = [0.0, limits.tiny / 1024, limits.tiny, *map(float, around), 1.0, limits.max, math.inf]
+    g = torch.tensor([sign * s for s in sizes for sign in (1, -1)] + [math.nan], dtype=dtype)
+    actual, reference = fused.preprocess(g, 10.0), equations.preprocess(g, 10.0)
+    tolerance = 4 * limits.eps
+    torch.testing.assert_close(actual, reference, rtol=tolerance, atol=0, equal_nan=True)
+
+
+def test_gradcheck(fused):
+    g = torch.tensor([0.3, -2.0, 1e-3, -1e-4, 7.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: fused.preprocess(x, 2.0), g)
+    assert torch.autograd.gradgradcheck(lambda x: fused.preprocess(x, 2.0), g)
+
+
+def test_threads_share_the_work(fused):
+    threads, results, gradient = torch.get_num_threads(), [], gradients(100_003)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(fused.preprocess(gradient, 10.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex64])
+    def test_dtype(self, fused, dtype):
+        with pytest.raises(RuntimeError, match="gradient must be float32 or float64"):
+            fused.preprocess(torch.ones(3, dtype=dtype), 10.0)
+
+    @pytest.mark.parametrize("p", [0.0, -1.0, 80.5, math.nan])
+    def test_p(self, fused, p):
+        with pytest.raises(RuntimeError, match="p is .*: it must be above 0 and at most 80"):
+            fused.preprocess(torch.ones(3), p)
+
+    def test_layout(self, fused):
+        with pytest.raises(RuntimeError, match="gradient is not contiguous: pass"):
+            fused.preprocess(torch.ones(4, 6).T, 10.0)
+
+    @pytest.mark.parametrize(
+        "d_result",
+        [torch.ones(3), torch.ones(2, 4), torch.ones(3, 3), torch.ones(2, 3).double(),
+         torch.ones(3, 2).T],
+    )  # fmt: skip
+    def test_cotangents(self, fused, d_result):
+        with pytest.raises(RuntimeError, match="d_result must be contiguous like gradient"):
+            torch.ops.l2l_ref.preprocess_backward(torch.ones(3), d_result, p=10.0)
+
+    def test_a_device_that_nobody_serves(self, fused):
+        meta = torch.ones(2, 3, device="meta")
+        with pytest.raises(RuntimeError, match="d_result is on meta, gradient on cpu"):
+            torch.ops.l2l_ref.preprocess_backward(torch.ones(3), meta, p=10.0)
