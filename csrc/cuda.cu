@@ -3,10 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "gpu.h"
+#include "tensor.h"
 
 namespace l2l::cuda {
 namespace {
@@ -29,12 +31,25 @@ Machine machine_of(int device) {
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
+std::atomic<bool> tensor_cores = false;
+
+bool has_tensor_cores(int device) {  // for TF32
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 8;
+}
+
 struct Team {
   int threads;
 
   template <class F>
   __device__ __forceinline__ void operator()(F f) const {
     f(int(threadIdx.x));
+    __syncthreads();
+  }
+  template <class F>
+  __device__ __forceinline__ void warps(F f) const {
+    f(Warp{int(threadIdx.x) / warp_lanes, int(threadIdx.x) % warp_lanes});
     __syncthreads();
   }
 };
@@ -47,10 +62,10 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
-template <int C, class T>
+template <int C, template <int> class Products, class T>
 __global__ void __launch_bounds__(most_threads, blocks_each)
     step_kernel(const __grid_constant__ StepArguments<T> arguments) {
-  L2L_LEVEL::step<C>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
+  L2L_LEVEL::step<C, Products>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
 }
 
 template <int C, class T>
@@ -85,14 +100,21 @@ void launch(void (*kernel)(Arguments), const Plan& plan, const Arguments& argume
 
 }  // namespace
 
+void use_tensor_cores(bool on) { tensor_cores = on; }
+
 template <class T>
 bool step(const Shape& shape, const Step<T>& call, const T* phi, int device, void* stream) {
-  const Plan plan = plan_step<T>(shape, machine_of(device));
+  const bool tensor =
+      tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
+  const Plan plan =
+      plan_step<T>(shape, machine_of(device), tensor ? tensor_shared : step_shared);
   if (!plan.shared) return false;
   if (!plan.grid) return true;
   const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
   with_width<step_width<T>>(plan.width, [&](auto width) {
-    launch(step_kernel<width, T>, plan, arguments, stream);
+    if constexpr (sizeof(T) == sizeof(float))
+      if (tensor) return launch(step_kernel<width, Tensored, T>, plan, arguments, stream);
+    launch(step_kernel<width, Multiplied, T>, plan, arguments, stream);
   });
   return true;
 }

@@ -71,4 +71,7 @@ PYBIND11_MODULE(_engine_cuda, m) {
       },
       "How the module was built: the CUDA toolkit, the architectures, torch, and for each "
       "architecture how many bytes of registers go through local memory.");
+  m.def("use_tensor_cores", &l2l::cuda::use_tensor_cores, py::arg("on"),
+        "Whether steps in float32 of up to 20 units multiply on tensor cores, as three products of "
+        "TF32 numbers; off at first.");
 }

@@ -10,11 +10,13 @@
 
 #include "function.h"
 #include "gpu.h"
+#include "tensor.h"
 
 namespace emulated {
 namespace {
 
 Machine machine = {2, 227 << 10, 228 << 10};  // few processors, so that small problems fill them
+bool tensor_cores = false;
 
 struct Team {
   int threads;
@@ -26,6 +28,11 @@ struct Team {
     const int stride = strides[phase % 5], first = 7 * phase % threads;
     for (int i = 0; i < threads; ++i)
       f(phase % 2 ? (first + i * stride) % threads : (first + (threads - i) * stride) % threads);
+    ++phase;
+  }
+  template <class F>
+  void warps(F f) const {  // f(warp)
+    for (int index = threads / warp_lanes - 1; index >= 0; --index) f(Warp{index});
     ++phase;
   }
 };
@@ -46,12 +53,15 @@ void launch(const Plan& plan, F f) {
 
 template <class T>
 bool step_on_host(const Shape& shape, const Step<T>& call, const T* phi) {
-  const Plan plan = plan_step<T>(shape, machine);
+  const bool tensor = tensor_cores && takes_tensor_cores<T>(shape);
+  const Plan plan = plan_step<T>(shape, machine, tensor ? tensor_shared : step_shared);
   if (!plan.shared) return false;
   const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
   with_width<step_width<T>>(plan.width, [&](auto width) {
     launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
-      step<width>(team, arguments, block, shared);
+      if constexpr (sizeof(T) == sizeof(float))
+        if (tensor) return step<width, Tensored>(team, arguments, block, shared);
+      step<width, Multiplied>(team, arguments, block, shared);
     });
   });
   return true;
@@ -95,8 +105,10 @@ l2l::Kernels<T> kernels() {
 
 const l2l::Level level = {"emulated", kernels<float>(), kernels<double>()};
 
-void set_machine(int processors, int64_t shared_block, int64_t shared_processor) {
+void set_machine(int processors, int64_t shared_block, int64_t shared_processor,
+                 bool use_tensor_cores) {
   machine = {processors, shared_block, shared_processor};
+  tensor_cores = use_tensor_cores;
 }
 
 }  // namespace emulated

@@ -109,34 +109,45 @@ L2L_INLINE Lanes lanes_of(const Shape& shape, int64_t block, int lanes) {
           shape.form.odd ? room : 0};
 }
 
-// Where a thread finds its lanes l, l + 32, ... in a row of the state. Both halves of the lanes are
-// runs of columns, so two offsets say it all.
-template <int C>
+// Where a thread finds its C lanes l, l + apart, ... in a row of the state. Both halves of a block's lanes
+// are runs of columns, so two offsets say it all.
+template <int C, int apart = warp_lanes>
 struct StateColumns {
-  int64_t offset[2];
+  int64_t first, second;
   unsigned present;  // a bit for each lane that has a coordinate
 
-  L2L_INLINE StateColumns(const Lanes& lanes, int lane) : offset{0, 0}, present(0) {
-#pragma unroll
-    for (int j = 0; j < C; ++j) {
-      const int64_t column = lanes.column(lane + warp_lanes * j);
-      if (column < 0) continue;
-      present |= 1u << j;
-      offset[second(j)] = column - warp_lanes * j;
+  StateColumns() = default;
+  L2L_INLINE StateColumns(const Lanes& lanes, int lane) : first(lanes.start + lane), second(first) {
+    if (C == 1) {
+      first = lanes.column(lane);
+      present = first >= 0;
+      return;
     }
+    constexpr int length = C / 2, further = apart * length;
+    if (lanes.half) second += lanes.N - further;
+    present = run(lanes.count - lane) |
+              run(lanes.count - lane - (lanes.half ? 0 : further)) << length;
   }
-  L2L_INLINE static constexpr int second(int j) { return C > 1 && j >= C / 2; }
+  // A bit for each of C / 2 lanes that has a coordinate, if so many are left from the first of them on.
+  L2L_INLINE static unsigned run(int coordinates) {
+    const int most = C / 2, many = ceil_div(greater(coordinates, 0), apart);
+    return (1u << least(many, most)) - 1;
+  }
+  L2L_INLINE static constexpr bool in_second(int j) { return C > 1 && j >= C / 2; }
+  L2L_INLINE bool has(int j) const { return present >> j & 1; }
+  L2L_INLINE int64_t at(int j) const { return (in_second(j) ? second : first) + apart * j; }
+
   template <class T>
   L2L_INLINE T load(const T* row, int j) const {  // 0 where a lane has no coordinate
-    return present >> j & 1 ? row[offset[second(j)] + warp_lanes * j] : T(0);
+    return has(j) ? row[at(j)] : T(0);
   }
   template <class T>
   L2L_INLINE void copy(T* to, const T* row, int j) const {
-    L2L_LEVEL::copy(to, row + offset[second(j)] + warp_lanes * j, present >> j & 1);
+    L2L_LEVEL::copy(to, row + at(j), has(j));
   }
   template <class T>
   L2L_INLINE void store(T* row, int j, T value) const {
-    if (present >> j & 1) row[offset[second(j)] + warp_lanes * j] = value;
+    if (has(j)) row[at(j)] = value;
   }
 };
 
@@ -283,7 +294,19 @@ struct Rows {
   int64_t stride;
 };
 
-// One layer for a block. Shared memory: x is [below; prev], and `cells` takes c.
+// What a layer reads, into shared memory: x is [below; prev], and `cells` takes c.
+template <int C, class Columns, class T>
+L2L_INLINE void stage_layer(int thread, int threads, const Layer<T>& layer, const Lanes& lanes,
+                            const Rows<T>& rows, T* x, T* cells, int pitch) {
+  const Columns columns(lanes, thread % warp_lanes);
+  if (rows.below)
+    stage_rows<C>(thread, threads, columns, rows.below, rows.stride, layer.F, x, pitch);
+  stage_rows<C>(thread, threads, columns, rows.prev, rows.stride, layer.H, x + layer.F * pitch,
+                pitch);
+  stage_rows<C>(thread, threads, columns, rows.c, rows.stride, layer.H, cells, pitch);
+}
+
+// One layer for a block.
 template <int C, class Columns, class T, class Team>
 L2L_INLINE void layer_forward(const Team& team, const Layer<T> layer, const Lanes& lanes,
                               const Rows<T> rows, T* x, T* cells, int pitch, T* weights) {
@@ -291,14 +314,8 @@ L2L_INLINE void layer_forward(const Team& team, const Layer<T> layer, const Lane
   for (int first = 0; first < layer.tiles(); first += warps) {
     team([&](int thread) {
       const int tile = first + thread / warp_lanes, lane = thread % warp_lanes;
-      if (first == 0) {
-        const Columns columns(lanes, lane);
-        if (rows.below)
-          stage_rows<C>(thread, team.threads, columns, rows.below, rows.stride, layer.F, x, pitch);
-        stage_rows<C>(thread, team.threads, columns, rows.prev, rows.stride, layer.H,
-                      x + layer.F * pitch, pitch);
-        stage_rows<C>(thread, team.threads, columns, rows.c, rows.stride, layer.H, cells, pitch);
-      }
+      if (first == 0)
+        stage_layer<C, Columns>(thread, team.threads, layer, lanes, rows, x, cells, pitch);
       if (tile < layer.tiles()) layer.stage(lane, tile, weights + thread / warp_lanes * room);
       await_copies();
     });
@@ -339,31 +356,44 @@ L2L_INLINE int rows_read(const Shape& shape) {
   const int H = int(shape.hidden), F = int(shape.inputs());
   return H + (shape.layers > 1 && H > F ? H : F);
 }
-// Elements of shared memory: [below; prev; c], weights.
+// Elements of shared memory: [below; prev], c, weights.
 L2L_INLINE int64_t step_shared(const Shape& shape, int lanes, int warps) {
   return (rows_read(shape) + shape.hidden) * lanes +
          int64_t(warps) * (1 + rows_read(shape)) * tile_gates;
 }
 
-template <int C, class T, class Team>
+// `Products` computes a layer: the rows that it reads in shared memory, their pitch, and
+// layer(team, layer, lanes, rows, x, cells, weights).
+template <int C>
+struct Multiplied {  // with fused multiply-adds
+  static constexpr int pitch = warp_lanes * C;
+
+  L2L_INLINE static int rows(const Shape& shape) { return rows_read(shape); }
+  template <class T, class Team>
+  L2L_INLINE static void layer(const Team& team, const Layer<T>& layer, const Lanes& lanes,
+                               const Rows<T>& rows, T* x, T* cells, T* weights) {
+    layer_forward<C, StateColumns<C>>(team, layer, lanes, rows, x, cells, pitch, weights);
+  }
+};
+
+template <int C, template <int> class Products, class T, class Team>
 L2L_INLINE void step(const Team& team, const StepArguments<T>& a, int64_t block, T* shared) {
-  constexpr int P = warp_lanes * C;
+  constexpr int P = warp_lanes * C, pitch = Products<C>::pitch;
   const Shape& shape = a.shape;
   const Step<T>& call = a.call;
   const Lanes lanes = lanes_of(shape, block, P);
   const int64_t M = shape.states(), H = shape.hidden;
-  T *x = shared, *cells = x + rows_read(shape) * P, *weights = cells + H * P;
+  T *x = shared, *cells = x + Products<C>::rows(shape) * pitch, *weights = cells + H * pitch;
   team([&](int thread) {
     inputs<P>(thread, team.threads, shape, a.eq5, lanes, call.gradient + lanes.start,
-              call.theta + lanes.start, x, P);
+              call.theta + lanes.start, x, pitch);
   });
   for (int layer = 0; layer < shape.layers; ++layer) {
     const int64_t h = 2 * layer * H * M, c = h + H * M, below = h - 2 * H * M;
-    layer_forward<C, StateColumns<C>>(
-        team, Layer<T>(shape, a.phi, layer), lanes,
-        Rows<T>{layer ? call.next_state + below : nullptr, call.state + h, call.state + c,
-                call.next_state + h, call.next_state + c, M},
-        x, cells, P, weights);
+    Products<C>::layer(team, Layer<T>(shape, a.phi, layer), lanes,
+                       Rows<T>{layer ? call.next_state + below : nullptr, call.state + h,
+                               call.state + c, call.next_state + h, call.next_state + c, M},
+                       x, cells, weights);
   }
   team([&](int thread) {
     const T* h = call.next_state + 2 * (shape.layers - 1) * H * M + lanes.start;
@@ -601,12 +631,9 @@ struct BackwardBlock {
         if (tile < layer.tiles())
           layer.stage(thread % warp_lanes, tile, weights(room, thread));
         if (first) return;
-        const ScratchColumns own(lanes, thread % warp_lanes);
-        const T* below = index ? at(h(), step + 1, index - 1) : in(step);
-        stage_rows<C>(thread, team.threads, own, below, P, layer.F, x, pitch);
-        stage_rows<C>(thread, team.threads, own, at(h(), step, index), P, H, x + layer.F * pitch,
-                      pitch);
-        stage_rows<C>(thread, team.threads, own, at(c(), step, index), P, H, cells(), pitch);
+        const Rows<T> rows = {index ? at(h(), step + 1, index - 1) : in(step), at(h(), step, index),
+                              at(c(), step, index), nullptr, nullptr, P};
+        stage_layer<C, ScratchColumns>(thread, team.threads, layer, lanes, rows, x, cells(), pitch);
         for (int lane = thread; lane < P; lane += team.threads) x[columns * pitch + lane] = 1;
         if (index == L - 1) head_backward(thread, step);
         await_copies();
@@ -821,8 +848,9 @@ Plan plan(const Shape& shape, const Machine& machine, int width,
   }
 }
 template <class T>
-Plan plan_step(const Shape& shape, const Machine& machine) {
-  return plan<T>(shape, machine, step_width<T>, step_shared);
+Plan plan_step(const Shape& shape, const Machine& machine,
+               int64_t (*elements)(const Shape&, int, int)) {
+  return plan<T>(shape, machine, step_width<T>, elements);
 }
 template <class T>
 Plan plan_backward(const Shape& shape, const Machine& machine) {

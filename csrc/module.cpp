@@ -80,9 +80,9 @@ PYBIND11_MODULE(_engine, m) {
   m.def("use_level", &use_level, py::arg("name"),
         "Use the kernels of another instruction set, one of build_info()['kernels'].");
   m.def("emulate", &emulated::set_machine, py::arg("processors"), py::arg("shared_block"),
-        py::arg("shared_processor"),
-        "The GPU that the kernels 'emulated' imagine: its processors, and the bytes of shared memory "
-        "that a block of threads may have and that a processor has.");
+        py::arg("shared_processor"), py::arg("tensor_cores") = false,
+        "The GPU that the kernels 'emulated' imagine: its processors, the bytes of shared memory that "
+        "a block of threads may have and that a processor has, and whether its tensor cores are used.");
   m.def("function", &function<float>, py::arg("name"), py::arg("x").noconvert(),
         "exp2, exp2m1, log, sigmoid or tanh as the kernels compute it: x [n] -> [n], float32 or "
         "float64.");

@@ -93,6 +93,20 @@ def build_info() -> dict[str, Any] | None:
     return {**_fused().build_info(), "cuda": cuda}
 
 
+def use_tensor_cores(on: bool) -> None:
+    """Whether steps in float32 multiply on a GPU's tensor cores; off at first.
+
+    Serves φ of up to 20 units, from the Ampere generation on, as three products of TF32 numbers, to
+    about the accuracy of float32. An infinite gradient or state becomes NaN there.
+
+    Raises:
+        InputError: the extension has no CUDA half, or this torch has none.
+    """
+    if not built("cuda") or torch.version.cuda is None:
+        raise InputError(f"tensor cores need the fused engine with CUDA: '{BUILD_CUDA}' builds it")
+    import_module("l2l_ref._engine_cuda").use_tensor_cores(on)
+
+
 def _fused() -> ModuleType:
     """Imported only where it is wanted, and by a statement that torch.compile can follow."""
     from l2l_ref import fused

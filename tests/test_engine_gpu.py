@@ -22,6 +22,7 @@ from engine_cases import (
 )
 
 from l2l_ref import engine, equations
+from l2l_ref.errors import InputError
 
 KB = 1024
 # processors, shared memory of a block and of a processor
@@ -38,11 +39,11 @@ SMALL = [gpu for gpu in GPUS if gpu != "little shared memory"]
 
 @pytest.fixture
 def emulate(fused):
-    """name of a GPU -> the emulated kernels run as on that GPU."""
+    """name of a GPU, tensor_cores -> the emulated kernels run as on that GPU."""
     module = import_module("l2l_ref._engine")
     kernel = fused.build_info()["kernel"]
     module.use_level("emulated")
-    yield lambda name: module.emulate(*GPUS[name])
+    yield lambda name, tensor_cores=False: module.emulate(*GPUS[name], tensor_cores)
     module.emulate(2, *GPUS["H200"][1:])
     module.use_level(kernel)
 
@@ -91,6 +92,90 @@ class TestLaunches:
         with pytest.raises(RuntimeError, match="64 units need more shared memory than"):
             run(fused, case, given)
         assert torch.equal(given["theta"], before[0]) and torch.equal(given["state"], before[1])
+
+
+class TestTensorCores:
+    """Steps of up to 20 units in float32, as three products of numbers with 11 digits."""
+
+    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @pytest.mark.parametrize("gpu", SMALL)
+    def test_update(self, fused, emulate, gpu, theta_input, odd):
+        emulate(gpu, tensor_cores=True)
+        for n, layers, hidden in ((1, 2, 20), (33, 1, 1), (130, 3, 7), (777, 2, 20), (2000, 2, 19)):
+            case = Case(n, layers, hidden, theta_input, odd)
+            given = arguments(case, torch.float32)
+            expect_close(run_update(fused, case, given), expected(run_update, case), 1e-5)
+
+    def test_they_are_used_and_only_where_they_serve(self, fused, emulate):
+        """The same bits as without, but for float32 and up to 20 units."""
+        for hidden, dtype, same in (
+            (20, torch.float32, False),
+            (21, torch.float32, True),
+            (20, torch.float64, True),
+        ):
+            case, results = Case(300, 2, hidden), []
+            for tensor_cores in (False, True):
+                emulate("H200", tensor_cores)
+                results.append(run_update(fused, case, arguments(case, dtype)))
+            assert all(map(torch.equal, *results)) == same
+
+    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    def test_a_nan_touches_no_other_coordinate(self, fused, emulate, theta_input, odd):
+        emulate("H200", tensor_cores=True)
+        case = Case(70, 2, 20, theta_input, odd)
+        given = arguments(case, torch.float32)
+        clean = run_update(fused, case, given)
+        given["gradient"][33] = torch.nan
+        dirty = run_update(fused, case, given)
+        for a, b in zip(clean, dirty, strict=True):
+            others = [m for m in range(a.shape[-1]) if m % case.n != 33]
+            assert torch.equal(a[..., others], b[..., others])
+            assert b[..., 33].isnan().any()
+
+    def test_a_trajectory_of_100_steps(self, fused, emulate, record_property):
+        """As near to float64 as multiply-adds in float32, where errors feed back."""
+        case, paths = Case(200, 2, 20, output_scale=0.02), []
+
+        def run(module, dtype):
+            given = arguments(case, dtype)
+            theta, state, phi = given["theta"], torch.zeros_like(given["state"]), 0.6 * given["phi"]
+            for t in range(100):
+                gradient = (theta - 0.1) * given["gradient"] * (1 + t % 3)
+                module.theta_step_(theta, gradient, state, phi, **case.form)
+            return theta, state
+
+        reference = run(equations, torch.float64)
+        for tensor_cores in (False, True):
+            emulate("H200", tensor_cores)
+            paths.append(run(fused, torch.float32))
+        errors = [
+            float((theta.double() - reference[0]).norm() / reference[0].norm())
+            for theta, _ in paths
+        ]
+        record_property("relative error of θ: multiply-adds, tensor cores", errors)
+        assert errors[1] <= 1e-6 + 2 * errors[0]
+
+    def test_they_need_cuda(self, monkeypatch):
+        monkeypatch.setattr(engine, "built", lambda kind="cpu": kind == "cpu")
+        with pytest.raises(
+            InputError, match="tensor cores need the fused engine with CUDA: 'USE_CU"
+        ):
+            engine.use_tensor_cores(True)
+
+    def test_on_a_gpu(self, cuda):
+        if torch.cuda.get_device_capability()[0] < 8:
+            pytest.skip("no tensor cores for TF32")
+        case, results = Case(10_000, 2, 20, True, True), []
+        try:
+            for on in (False, True):
+                engine.use_tensor_cores(on)
+                results.append(run_update(cuda, case, on_gpu(case)))
+        finally:
+            engine.use_tensor_cores(False)
+        reference = expected(run_update, case)
+        for result in results:
+            expect_close([x.cpu() for x in result], reference, 1e-5)
+        assert not torch.equal(results[0][0], results[1][0])
 
 
 def test_no_register_is_spilled():
