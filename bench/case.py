@@ -1,15 +1,16 @@
-"""What every peer is given, and what the peers made of PyTorch's LSTM modules need of it.
+"""What every peer is given and is, and what those made of PyTorch's LSTM modules need of it.
 
 Shapes as in `l2l_ref.equations`: N coordinates, T steps, H units, L layers, F inputs, M = N, or 2N
-in the odd form. Everything is float32 on the CPU.
+in the odd form.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bench.device import CPU, free_bytes
 from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
 from l2l_ref.optimizer import MetaOptimizer
 
@@ -19,6 +20,15 @@ SHARE = 0.4  # of the free memory that one peer may take
 
 class Unavailable(Exception):
     """A peer cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`run` does the job once; `scale` turns its seconds into ns per coordinate-step."""
+
+    run: Callable[[], Tensor | None]
+    scale: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,19 +53,30 @@ class Case:
         return Case(self.meta, self.phi, self.theta[cut], *steps, by_sign[..., cut].flatten(3))
 
 
-def make_case(n: int, steps: int, *, odd: bool = False, theta_input: bool = False) -> Case:
-    """φ of the paper's size (H = 20, L = 2) with a head that is not zero, and random data.
+def make_case(
+    n: int,
+    steps: int,
+    *,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    **settings: int | bool,
+) -> Case:
+    """φ, of the paper's size (H = 20, L = 2) unless `settings` of `MetaOptimizer` say otherwise,
+    with a head that is not zero, and random data, drawn on the device.
 
     The sizes of the gradients spread over nine decades, so that both branches of Eq. 5 are taken.
     """
     generator = torch.Generator().manual_seed(0)
-    meta = MetaOptimizer(odd=odd, theta_input=theta_input, generator=generator)
+    meta = MetaOptimizer(**settings, generator=generator)
     for weight in meta.head.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
-    theta = 0.1 * torch.randn(n, generator=generator)
-    gradients = torch.randn(steps, n, generator=generator)
-    gradients *= 10 ** (9 * torch.rand(steps, n, generator=generator) - 8)
-    cotangents = torch.randn(steps, n, generator=generator)
+    meta = meta.to(device, dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    options = {"generator": generator, "device": device, "dtype": dtype}
+    theta = 0.1 * torch.randn(n, **options)
+    gradients = torch.randn(steps, n, **options)
+    gradients *= 10 ** (9 * torch.rand(steps, n, **options) - 8)
+    cotangents = torch.randn(steps, n, **options)
     state = meta.init_state(n).uniform_(-0.5, 0.5, generator=generator)
     return Case(meta, meta.phi().detach(), theta, gradients, cotangents, state)
 
@@ -93,25 +114,19 @@ def flops(meta: MetaOptimizer) -> int:
     return 2 * multiplications * (2 if meta.form["odd"] else 1)
 
 
-def free_bytes() -> float:
-    """Memory that is free now; infinite where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass  # not Linux
-    return float("inf")
+def ns(case: Case) -> float:
+    """ns per coordinate-step of a peer that takes a second for the case."""
+    return 1e9 / case.gradients.numel()
 
 
-def overfills(needed: float) -> bool:
+def overfills(needed: float, device: torch.device) -> bool:
     """Whether so many bytes are more than a peer may take of what is free."""
-    return needed > SHARE * free_bytes()
+    return needed > SHARE * free_bytes(device)
 
 
 def must_fit(case: Case) -> None:
     """Raise Unavailable where a step on all coordinates at once would overfill memory."""
-    needed = STEP_BYTES * case.state.shape[-1]
-    if overfills(needed):
-        free = free_bytes() / 1e9
+    needed, device = STEP_BYTES * case.state.shape[-1], case.theta.device
+    if overfills(needed, device):
+        free = free_bytes(device) / 1e9
         raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free:.0f} GB are free")

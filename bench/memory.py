@@ -1,8 +1,8 @@
-"""Peak memory of one peer, in a process of its own: what it takes beyond what it is given.
+"""Peak memory of one peer: what it takes beyond what it is given.
 
-As a script it measures and prints JSON; `peak_extra` starts it. The peer has run once before, so
-that libraries are loaded and graphs compiled; where the system cannot forget an old peak (anything
-but Linux), the first run is measured, with all that.
+A CPU's is measured in a process of its own: as a script this prints JSON, and `peak_extra` starts
+it. The peer has run once before, so that libraries are loaded and graphs compiled; where the system
+cannot forget an old peak (anything but Linux), the first run is measured, with all that.
 """
 
 import ctypes
@@ -21,12 +21,20 @@ import torch
 
 from bench import peers
 from bench.case import Unavailable, make_case
+from bench.device import CPU, kind
 
 
 def peak_extra(
-    name: str, operator: str, n: int, steps: int, backend: str, form: dict, **options: bool
+    name: str,
+    operator: str,
+    n: int,
+    steps: int,
+    backend: str,
+    form: dict,
+    device: torch.device = CPU,
+    **options: bool,
 ) -> dict[str, Any]:
-    """Bytes that peer `name` of `operator` takes at its peak, measured in a new process.
+    """Bytes that peer `name` of `operator` takes at its peak, of a CPU's in a new process.
 
     Args:
         form: `odd` and `theta_input`.
@@ -35,6 +43,8 @@ def peak_extra(
     Returns:
         {"bytes": x, "method": how it was measured}, or {"unavailable": why not}.
     """
+    if kind(device) == "cuda":  # its allocator knows the peak
+        return measure_on_gpu(name, operator, n, steps, backend, form, device, options)
     request = {"name": name, "operator": operator, "n": n, "steps": steps, "backend": backend}
     argument = json.dumps({**request, "form": form, "options": options})
     command = [sys.executable, str(Path(__file__).resolve()), argument]
@@ -64,6 +74,30 @@ def measure(
     peer.run()
     method = "peak resident size of a warm run" if can_forget else "peak growth in the first run"
     return {"bytes": max(0, peak() - before), "method": method}
+
+
+def measure_on_gpu(
+    name: str,
+    operator: str,
+    n: int,
+    steps: int,
+    backend: str,
+    form: dict,
+    device: torch.device,
+    options: dict,
+) -> dict[str, Any]:
+    """What `peak_extra` returns, of a GPU: what PyTorch's allocator gave at most."""
+    case = make_case(n, steps, device=device, **form)
+    try:
+        peer = peers.builders(operator, backend, device=device, **options)[name](case)
+        peer.run()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        peer.run()
+    except (Unavailable, torch.OutOfMemoryError) as error:
+        return {"unavailable": str(error).splitlines()[0]}
+    extra = torch.cuda.max_memory_allocated(device) - before
+    return {"bytes": extra, "method": "peak of PyTorch's allocator in a warm run"}
 
 
 def status(key: str) -> int | None:

@@ -2,14 +2,17 @@
 """How fast the engine's operators are, beside other ways to do the same.
 
 python bench/operators.py --threads 1 --sizes 16384
+python bench/operators.py --device cuda
 
 Prints one table: each peer's time over ours, then ns per coordinate-step with quartiles. Writes
 operators.json and operators.png into --out. The sgemm floor is the time that the operations of an
-update (meta-gradient: three times as many) take in one large float32 matrix product.
+update (meta-gradient: three times as many) take in one large float32 matrix product. On a GPU a
+second table has the floors of `bench/floors.py` and the share of the larger one in our time.
 """
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +21,40 @@ if __name__ == "__main__":  # its folder holds a `profile`, as does the standard
 
 import torch
 
-from bench import memory, peers, plot
-from bench.case import Unavailable, flops, make_case
-from bench.output import command, count, machine, write_json
-from bench.peers import FLOOR, OURS
+from bench import device as seams
+from bench import floors, memory, peers, plot
+from bench.case import Peer, Unavailable, flops, make_case
+from bench.output import command, count, machine, where, write_json
+from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS
 from bench.timing import interleave, summary
 from l2l_ref import engine
 from l2l_ref.cli import Parser, make_folder, run_as_script
 from l2l_ref.errors import InputError
 
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
-SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm"}
-COLUMNS = ("nn.LSTMCell", "nn.LSTM", "torch.compile", "reference", FLOOR)
+SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
+         GRAPH: "graph", ADAM: "Adam"}  # fmt: skip
+COLUMNS = {"cpu": ("nn.LSTMCell", "nn.LSTM", "torch.compile", "reference", FLOOR)}
+COLUMNS["cuda"] = (GRAPH, *COLUMNS["cpu"][1:], ADAM, COPY)
+SIZES = {"cpu": [1000, 10_000, 16_384, 100_000, 1_000_000],
+         "cuda": [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]}  # fmt: skip
+UNROLLS = {"cpu": dict.fromkeys(peers.OPERATORS, [1, 20]),
+           "cuda": {"step": [1], "meta_gradient": [20]}}  # fmt: skip
+MOST = {"cpu": 2_000_000, "cuda": 100_000_000}
 
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
     top = Parser(prog="operators.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     top.add_argument("--sizes", type=count, nargs="+", metavar="N",
-                     help="coordinates (1e3 1e4 16384 1e5 1e6; up to 1e7)")  # fmt: skip
-    top.add_argument("--unroll", type=count, nargs="+", metavar="T", help="steps (1 20)")
-    top.add_argument("--most", type=count, default=2_000_000, metavar="K",
-                     help="no row of more coordinate-steps, N·T (2e6)")  # fmt: skip
-    top.add_argument("--threads", type=count, nargs="+", metavar="K", help="threads (1 2)")
+                     help="coordinates (1e3 1e4 16384 1e5 1e6; on a GPU 1e4 to 1e8)")  # fmt: skip
+    top.add_argument("--unroll", type=count, nargs="+", metavar="T",
+                     help="steps (1 20; on a GPU a step 1, a meta-gradient 20)")  # fmt: skip
+    top.add_argument("--most", type=count, metavar="K",
+                     help="no row of more coordinate-steps, N·T (2e6; on a GPU 1e8)")  # fmt: skip
+    top.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, … (cpu)")
+    top.add_argument("--threads", type=count, nargs="+", metavar="K",
+                     help="threads (1 2; on a GPU 1)")  # fmt: skip
     top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="ours (auto)")
     top.add_argument("--odd", action="store_true", help="the odd form of φ")
     top.add_argument("--theta-input", action="store_true", help="φ that sees θ")
@@ -53,47 +67,80 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
     options = top.parse_args(arguments)
     cores = os.cpu_count() or 1
+    options.device = seams.chosen(options.device)
+    kind = seams.kind(options.device)
     for name in ("sizes", "unroll", "threads"):
         setattr(options, name, sorted(set(getattr(options, name) or ())))
-    options.sizes = options.sizes or ([256, 1000] if options.quick else
-                                      [1000, 10_000, 16_384, 100_000, 1_000_000])  # fmt: skip
-    options.unroll = options.unroll or ([1, 3] if options.quick else [1, 20])
-    options.threads = options.threads or [k for k in (1, 2) if k <= cores]
+    options.sizes = options.sizes or ([256, 1000] if options.quick else SIZES[kind])
+    given = options.unroll or ([1, 3] if options.quick else None)
+    options.unroll = dict.fromkeys(peers.OPERATORS, given) if given else UNROLLS[kind]
+    options.most = options.most or MOST[kind]
+    options.threads = options.threads or [k for k in (1, 2) if k <= cores and kind == "cpu"] or [1]
     if options.seconds is None:
         options.seconds = 0.1 if options.quick else 10.0
     if max(options.threads) > cores:
         raise InputError(f"--threads {max(options.threads)} is more than the {cores} cores here")
     if not 0 <= options.seconds < float("inf"):
         raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
-    engine.resolve(options.backend)
+    engine.resolve(options.backend, options.device)
     return options
 
 
-def measure(operator: str, n: int, steps: int, threads: int, options: Any) -> dict[str, Any]:
+def ready(operator: str, case: Any, options: Any) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers that run here, each checked against the reference, and why the others do not."""
+    table = peers.builders(operator, options.backend, device=options.device,
+                           compiled=not options.no_compile, whole=options.whole_unroll)  # fmt: skip
+    order = list(table)
+    if operator == "meta_gradient":  # the reference says what the others must return
+        order.sort(key=lambda name: name != "reference")
+    built, unavailable, expected = {}, {}, None
+    for name in order:
+        try:
+            peer = table[name](case)
+            if name == "reference" and operator == "meta_gradient":
+                expected = peer.run()
+            elif operator == "meta_gradient" and expected is None:
+                raise Unavailable("not checked, for the reference does not run here")
+            else:
+                peers.check(operator, case, name, peer, expected)
+        except Unavailable as error:
+            unavailable[name] = str(error)
+        except RuntimeError as error:
+            if name == OURS and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            unavailable[name] = reason(error)
+        else:
+            built[name] = peer
+    return {name: built[name] for name in table if name in built}, unavailable
+
+
+def reason(error: RuntimeError) -> str:
+    """Why a peer does not run, without what PyTorch advises."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"fails here: {'. '.join(first.split('. ')[:2])}"
+
+
+def measure(
+    operator: str, n: int, steps: int, threads: int, options: Any, limits: floors.Ceilings | None
+) -> dict[str, Any]:
     """One row: check every peer against the reference, then clock them all.
 
     Returns:
         operator, n, unroll, threads; "peers": name -> median and quartiles in ns per
         coordinate-step, with a note; "unavailable": name -> why; "ratios": name -> its median
-        over ours.
+        over ours; with `limits`, "floors": see `floors.floors`, and the share "reached".
     """
     torch.set_num_threads(threads)
-    case = make_case(n, steps, odd=options.odd, theta_input=options.theta_input)
-    table = peers.builders(
-        operator, options.backend, compiled=not options.no_compile, whole=options.whole_unroll
-    )
-    built, unavailable, expected = {}, {}, None
-    for name, build in table.items():
-        try:
-            built[name] = build(case)
-        except Unavailable as error:
-            unavailable[name] = str(error)
-    if operator == "meta_gradient":
-        expected = built["reference"].run()
-    for name, peer in built.items():
-        if name != "reference" or operator == "step":
-            peers.check(operator, case, name, peer, expected)
-    samples = interleave({name: peer.run for name, peer in built.items()}, options.seconds)
+    row = {"operator": operator, "n": n, "unroll": steps, "threads": threads}
+    form = {"odd": options.odd, "theta_input": options.theta_input}
+    try:
+        case = make_case(n, steps, device=options.device, **form)
+    except torch.OutOfMemoryError as error:
+        why = {"all": reason(error)}
+        return {**row, "peers": {}, "unavailable": why, "ratios": {}}
+    built, unavailable = ready(operator, case, options)
+    runs = {name: peer.run for name, peer in built.items()}
+    samples = interleave(runs, options.seconds, device=options.device)
     times = {
         name: {**summary(samples[name], peer.scale), "note": peer.note}
         for name, peer in built.items()
@@ -102,16 +149,20 @@ def measure(operator: str, n: int, steps: int, threads: int, options: Any) -> di
     if OURS in times:
         ours = times[OURS]["median"]
         ratios = {name: row["median"] / ours for name, row in times.items() if name != OURS}
-    return {"operator": operator, "n": n, "unroll": steps, "threads": threads, "peers": times,
-            "unavailable": unavailable, "ratios": ratios}  # fmt: skip
+    row |= {"peers": times, "unavailable": unavailable, "ratios": ratios}
+    if limits:
+        found = floors.floors(operator, case, limits)
+        row["floors"] = found | {"reached": floors.reached(found, times, (OURS, GRAPH))}
+    return row
 
 
-def header() -> str:
+def header(columns: tuple[str, ...]) -> str:
     """The two lines above the table."""
-    names = [SHORT.get(name, name) for name in COLUMNS]
+    names = [SHORT.get(name, name) for name in columns]
     ratios = "".join(f"{name:>10}" for name in names)
     times = "".join(f"{name:>19}" for name in (OURS, *names))
-    first = f"{'':32}{'peer time / ours':^50}  {'ns per coordinate-step [quartiles]':^114}"
+    over = f"{'peer time / ours':^{len(ratios)}}"
+    first = f"{'':32}{over}  {'ns per coordinate-step [quartiles]':^{len(times)}}"
     return f"{first}\n{'operator':<14}{'N':>9}{'T':>4}{'thr':>5}{ratios}  {times}"
 
 
@@ -120,14 +171,14 @@ def short(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], columns: tuple[str, ...]) -> str:
     """One row of the table, and a line for each peer that says something of itself."""
     ratios = "".join(
         f"{row['ratios'][name]:>9.2f}×" if name in row["ratios"] else f"{'–':>10}"
-        for name in COLUMNS
+        for name in columns
     )
     times = ""
-    for name in (OURS, *COLUMNS):
+    for name in (OURS, *columns):
         if found := row["peers"].get(name):
             low, high = map(short, found["quartiles"])
             times += f" {short(found['median'])} [{low}, {high}]".rjust(19)
@@ -157,13 +208,17 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def peak_memory(options: Any) -> dict[str, Any]:
     """Peak extra memory of a meta-gradient, for each peer: see `memory.peak_extra`."""
-    n, steps = (options.sizes[0], options.unroll[-1]) if options.quick else MEMORY_CASE
+    smallest = options.sizes[0], options.unroll["meta_gradient"][-1]
+    n, steps = smallest if options.quick else MEMORY_CASE
     choice = {"compiled": not options.no_compile, "whole": options.whole_unroll}
     form = {"odd": options.odd, "theta_input": options.theta_input}
-    names = [n for n in peers.builders("meta_gradient", options.backend, **choice) if n != FLOOR]
+    table = peers.builders("meta_gradient", options.backend, device=options.device, **choice)
     found = {
-        name: memory.peak_extra(name, "meta_gradient", n, steps, options.backend, form, **choice)
-        for name in names
+        name: memory.peak_extra(
+            name, "meta_gradient", n, steps, options.backend, form, options.device, **choice
+        )
+        for name in table
+        if name not in peers.YARDSTICKS
     }
     print(f"\npeak extra memory of a meta-gradient, N = {n}, T = {steps}, one thread:")
     for name, result in found.items():
@@ -176,24 +231,33 @@ def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
     make_folder(options.out)
-    about = machine(options.backend)
+    limits = floors.ceilings_of(options.device)
+    about = machine(options.backend, options.device)
     meta = make_case(1, 1, odd=options.odd, theta_input=options.theta_input).meta
     about |= {"command": command("operators.py", arguments),
               "threads": options.threads, "phi": meta.settings,
               "flops_per_coordinate_step": flops(meta)}  # fmt: skip
-    print(f"{about['cpu']}, torch {about['torch']}, ours = {about['backend']} backend, "
-          f"{flops(meta)} operations a coordinate-step\n\n{header()}", flush=True)  # fmt: skip
-    rows = []
+    if limits:
+        about["ceilings"] = asdict(limits)
+    columns = COLUMNS[seams.kind(options.device)]
+    print(f"{where(about)}, torch {about['torch']}, ours = {about['backend']} backend, "
+          f"{flops(meta)} operations a coordinate-step\n\n{header(columns)}")  # fmt: skip
+    report = {**about, "rows": [], "speedups": [], "memory": None}
     for threads in options.threads:
         for operator in peers.OPERATORS:
-            for steps in options.unroll:
+            for steps in options.unroll[operator]:
                 for n in (n for n in options.sizes if n * steps <= options.most):
-                    rows.append(measure(operator, n, steps, threads, options))
-                    print(line(rows[-1]), flush=True)
-    report = {**about, "rows": rows, "speedups": speedups(rows)}
+                    row = measure(operator, n, steps, threads, options, limits)
+                    seams.give_back(options.device)
+                    print(line(row, columns), flush=True)
+                    report["rows"].append(row)
+                    write_json(options.out / "operators.json", report)  # in case it is stopped
+    report["speedups"] = speedups(report["rows"])
     for s in report["speedups"]:
         print(f"{s['threads']} threads over {s['over']}: {s['speedup']:.2f}× "
               f"({s['operator']}, N = {s['n']}, T = {s['unroll']})")  # fmt: skip
+    if limits:
+        print(f"\n{floors.title(limits)}\n{floors.table(report['rows'])}", flush=True)
     report["memory"] = None if options.no_memory else peak_memory(options)
     write_json(options.out / "operators.json", report)
     plot.draw(options.out / "operators.png", report)

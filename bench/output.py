@@ -4,12 +4,14 @@ import argparse
 import json
 import platform
 import shlex
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.device import CPU, about
 from l2l_ref import engine
 from l2l_ref.files import replace_with
 from l2l_ref.report import processor
@@ -26,16 +28,23 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
 
 
-def machine(backend: str) -> dict[str, Any]:
+def machine(backend: str, device: torch.device = CPU) -> dict[str, Any]:
     """Date, hardware, versions, and the backend with what it says of its build."""
+    gpu, chosen = about(device), engine.resolve(backend, device)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "backend": engine.resolve(backend),
-        "build": engine.build_info() if engine.resolve(backend) == "fused" else None,
+        "backend": chosen,
+        "build": engine.build_info() if chosen == "fused" else None,
+        **({"gpu": asdict(gpu)} if gpu else {}),
     }
+
+
+def where(about: dict[str, Any]) -> str:
+    """The name of what `machine` is about: the GPU's, or the CPU's."""
+    return about["gpu"]["name"] if "gpu" in about else about["cpu"]
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -4,44 +4,59 @@ A peer does its whole job in `Peer.run()`:
 
     step           T updates in place; returns θ [N], from which the next call goes on
     meta_gradient  dφ of an unroll of T steps, forward included; returns [P]
+
+The YARDSTICKS do something else, whose time tells how much theirs is.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.case import Case, Unavailable, flops, head, inputs, lstm_state, must_fit, overfills
+from bench.case import (
+    Case,
+    Peer,
+    Unavailable,
+    flops,
+    head,
+    inputs,
+    lstm_state,
+    must_fit,
+    ns,
+    overfills,
+)
+from bench.cuda_peers import adam, copy, step_in_graph
+from bench.device import CPU, kind
 from l2l_ref import engine, equations
 
 OPERATORS = ("step", "meta_gradient")
 OURS, FLOOR = "ours", "sgemm floor"
-SIDE, COLUMNS = 2048, 512  # of the floor's product: 4.3 GFLOP, tens of milliseconds
+GRAPH, ADAM, COPY = "ours in a CUDA graph", "fused Adam", "copy"
+YARDSTICKS = (FLOOR, ADAM, COPY)
+SIDE, COLUMNS = 2048, 512  # of the floor's product: 4.3 GFLOP, tens of milliseconds on a CPU
+WIDER = 16  # as many columns on a GPU, or half of it would have nothing to do
 UNROLL_BYTES = 2400  # that autograd may take for each step of each column of the state
 TOLERANCE = 1e-3  # relative difference, in the 2-norm
 
 
-@dataclass(frozen=True)
-class Peer:
-    """`run` does the job once; `scale` turns its seconds into ns per coordinate-step."""
-
-    run: Callable[[], Tensor | None]
-    scale: float
-    note: str = ""
-
-
 def builders(
-    operator: str, backend: str, *, compiled: bool = True, whole: bool = False
+    operator: str,
+    backend: str,
+    *,
+    device: torch.device = CPU,
+    compiled: bool = True,
+    whole: bool = False,
 ) -> dict[str, Callable[[Case], Peer]]:
     """Name -> case -> peer, ours first, for one of OPERATORS.
 
     Args:
+        device: where the cases are.
         compiled: with `torch.compile`.
         whole: it compiles the graph of a whole unroll instead of one update.
     """
-    ours = engine.operators(backend, torch.empty(1, 2, 1, 1))  # all cases: float32 on the CPU
+    ours = engine.operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
+    on_gpu = kind(device) == "cuda"
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),
@@ -51,12 +66,18 @@ def builders(
             "reference": partial(step_with, equations.theta_step_),
             FLOOR: partial(floor, factor=1),
         }
+        if on_gpu:
+            del table["nn.LSTMCell"]
+            table |= {GRAPH: partial(step_in_graph, ours.theta_step_), ADAM: adam, COPY: copy}
     else:
+        eager = partial(meta_gradient_with, equations.unroll_meta_gradient)
+        if on_gpu:  # its blocks suit the cache of a CPU
+            eager = partial(meta_gradient_autograd, equations.unroll)
         table = {
             OURS: partial(meta_gradient_with, ours.unroll_meta_gradient),
             "nn.LSTM": meta_gradient_lstm,
             "torch.compile": partial(meta_gradient_compiled, whole=whole),
-            "reference": partial(meta_gradient_with, equations.unroll_meta_gradient),
+            "reference": eager,
             FLOOR: partial(floor, factor=3),
         }
     if not compiled:
@@ -72,7 +93,7 @@ def check(operator: str, case: Case, name: str, peer: Peer, expected: Tensor | N
             steps of up to 5,000 coordinates.
     """
     actual = peer.run()
-    if name == FLOOR:  # only made warm
+    if name in YARDSTICKS:  # only made warm
         return
     if operator == "step":
         few = case.part(0, min(len(case.theta), 5000))
@@ -84,17 +105,14 @@ def check(operator: str, case: Case, name: str, peer: Peer, expected: Tensor | N
         raise AssertionError(f"{name} differs from the reference's {operator} by {difference:.1e}")
 
 
-def ns(case: Case) -> float:
-    """ns per coordinate-step of a peer that takes a second for the case."""
-    return 1e9 / case.gradients.numel()
-
-
 def floor(case: Case, factor: int) -> Peer:
     """`factor` times the operations of an update, in one large float32 matrix product."""
-    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, COLUMNS)
-    out = torch.empty(SIDE, COLUMNS)
+    device = case.theta.device
+    columns = COLUMNS * WIDER if kind(device) == "cuda" else COLUMNS
+    a, b = torch.randn(SIDE, SIDE, device=device), torch.randn(SIDE, columns, device=device)
+    out = torch.empty(SIDE, columns, device=device)
     operations = factor * flops(case.meta)
-    scale = 1e9 * operations / (2 * SIDE * SIDE * COLUMNS)
+    scale = 1e9 * operations / (2 * SIDE * SIDE * columns)
     return Peer(lambda: torch.mm(a, b, out=out), scale, f"{operations} operations")
 
 
@@ -188,6 +206,17 @@ def meta_gradient_lstm(case: Case) -> Peer:
     return in_blocks(case, gradient)
 
 
+def meta_gradient_autograd(unroll: Callable, case: Case, note: str = "") -> Peer:
+    """Autograd through a function with the signature of `equations.unroll`."""
+
+    def gradient(part: Case) -> Tensor:
+        phi = part.phi.clone().requires_grad_()
+        u, _ = unroll(part.theta, part.gradients, part.state, phi, **part.meta.form)
+        return torch.autograd.grad(u, phi, part.cotangents)[0]
+
+    return in_blocks(case, gradient, note)
+
+
 def meta_gradient_compiled(case: Case, whole: bool) -> Peer:
     """Autograd through the compiled reference: the graph of all T steps, or T times that of one.
 
@@ -195,28 +224,24 @@ def meta_gradient_compiled(case: Case, whole: bool) -> Peer:
     """
     forward = fresh_compile(equations.unroll if whole else equations.update)
 
-    def gradient(part: Case) -> Tensor:
-        phi, form = part.phi.clone().requires_grad_(), part.meta.form
-        if whole:
-            u, _ = forward(part.theta, part.gradients, part.state, phi, **form)
-        else:
-            theta, state, updates = part.theta, part.state, []
-            for g in part.gradients:
-                update, state = forward(theta, g, state, phi, **form)
-                theta = theta + update.detach()
-                updates.append(update)
-            u = torch.stack(updates)
-        return torch.autograd.grad(u, phi, part.cotangents)[0]
+    def step_by_step(theta: Tensor, gradients: Tensor, state: Tensor, phi: Tensor, **form):
+        updates = []
+        for g in gradients:
+            update, state = forward(theta, g, state, phi, **form)
+            theta = theta + update.detach()
+            updates.append(update)
+        return torch.stack(updates), state
 
-    peer = in_blocks(case, gradient, "all steps in one graph" if whole else "one step a graph")
+    note = "all steps in one graph" if whole else "one step a graph"
+    peer = meta_gradient_autograd(forward if whole else step_by_step, case, note)
     attempt(peer.run)
     return peer
 
 
 def in_blocks(case: Case, gradient: Callable[[Case], Tensor], note: str = "") -> Peer:
     """Sum `gradient` over blocks of coordinates: all N at once, unless that overfills memory."""
-    n, count = len(case.theta), 1
-    while overfills(UNROLL_BYTES * len(case.gradients) * case.state.shape[-1] / count):
+    n, count, device = len(case.theta), 1, case.theta.device
+    while overfills(UNROLL_BYTES * len(case.gradients) * case.state.shape[-1] / count, device):
         count *= 2
     bounds = [n * i // count for i in range(count + 1)]
 

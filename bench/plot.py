@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from bench.peers import FLOOR, OURS
+from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS
 from l2l_ref.files import replace_with
 
 # Okabe & Ito's colour-blind-safe palette; a marker each, so that grey print will do too.
@@ -15,18 +15,22 @@ STYLES = {
     "torch.compile": ("#CC79A7", "^--"),
     "reference": ("#000000", "x:"),
     FLOOR: ("#999999", "--"),
+    GRAPH: ("#E69F00", "o--"),
+    ADAM: ("#56B4E9", "d-"),
+    COPY: ("#999999", "-."),
 }
+FLOORS = {"measured": ("least: bytes", ":"), "flops": ("least: FLOP", "-")}
 TITLES = {"step": "θ-step in place", "meta_gradient": "meta-gradient, forward included"}
 
 
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Draw ns per coordinate-step over N into the PNG at `path`: a line a peer, a panel for each
     operator and number of threads: steps one by one, unrolls at their longest; bars are
-    quartiles."""
+    quartiles. On a GPU the floors are lines, too."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, threads = report["rows"], report["threads"]
+    rows, threads, gpu = report["rows"], report["threads"], report.get("gpu")
     unrolls = [row["unroll"] for row in rows]
     at = {"step": min(unrolls), "meta_gradient": max(unrolls)}
     figure = Figure(figsize=(4.8 * len(threads) + 1.5, 8.5), layout="constrained")
@@ -47,15 +51,21 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                     [n for n, _ in found], middle, (low, high), fmt=style, color=colour,
                     lw=1.6, ms=5, capsize=2,
                 )  # fmt: skip
+            for name, (label, style) in FLOORS.items():
+                least = [(r["n"], r["floors"]["ns"][name]) for r in own if "floors" in r]
+                if least and least[0][1] is not None:
+                    x, y = zip(*least, strict=True)
+                    (handles[label],) = panel.plot(x, y, style, color="#000000", lw=0.8)
             panel.set(xscale="log", yscale="log", xlabel="coordinates N")
-            panel.set_title(f"{title}, T = {at[operator]}, {count} thread{'s' * (count > 1)}")
+            where = "" if gpu else f", {count} thread{'s' * (count > 1)}"
+            panel.set_title(f"{title}, T = {at[operator]}{where}")
             panel.grid(alpha=0.3, which="both")
         line[0].set_ylabel("ns per coordinate-step")
     labels = [f"ours ({report['backend']})" if name == OURS else name for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=3, frameon=False)
     counts = " and ".join(map(str, threads))
-    figure.suptitle(f"{report['cpu']}, {counts} thread{'s' * (threads != [1])}, "
-                    f"torch {report['torch']}, float32")  # fmt: skip
+    where = gpu["name"] if gpu else f"{report['cpu']}, {counts} thread{'s' * (threads != [1])}"
+    figure.suptitle(f"{where}, torch {report['torch']}, float32")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
     replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))

@@ -4,16 +4,23 @@ import gc
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from bench.device import CPU, clock
 
 SAMPLE = 0.005  # seconds that one sample lasts at least
 WARM = 0.1  # a run shorter than this is repeated once, unclocked, before each sample
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]], seconds: float, least: int = 3, most: int = 15
+    runs: dict[str, Callable[[], Any]],
+    seconds: float,
+    least: int = 3,
+    most: int = 15,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
     """Clock `runs` in turn, each once a round, in an order drawn anew for each round.
 
@@ -21,12 +28,13 @@ def interleave(
         runs: name -> what to clock; each has been called before, so that it is warm.
         seconds: the rounds together take about this long.
         least, most: bounds on the number of rounds.
+        device: where they run.
 
     Returns:
         name -> seconds a call, one number a round.
     """
     gc.collect()
-    first = {name: clock(run, 1) for name, run in runs.items()}
+    first = {name: clock(run, 1, device) for name, run in runs.items()}
     calls = {name: max(1, math.ceil(SAMPLE / max(t, 1e-9))) for name, t in first.items()}
     round_time = sum(t * (calls[name] + (t < WARM)) for name, t in first.items())
     rounds = min(most, max(least, int(seconds / round_time)))
@@ -39,16 +47,8 @@ def interleave(
         for name in order:
             if first[name] < WARM:
                 runs[name]()
-            samples[name].append(clock(runs[name], calls[name]))
+            samples[name].append(clock(runs[name], calls[name], device))
     return samples
-
-
-def clock(run: Callable[[], Any], calls: int) -> float:
-    """Seconds a call."""
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
 
 
 def summary(samples: list[float], scale: float = 1.0) -> dict[str, Any]:

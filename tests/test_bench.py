@@ -64,7 +64,7 @@ def test_a_peer_that_differs_is_caught():
 def test_blocks_add_up(monkeypatch):
     case = make_case(37, 3, odd=True)
     whole = peers.meta_gradient_lstm(case).run()
-    monkeypatch.setattr(peers, "overfills", lambda needed: needed > 1e5)
+    monkeypatch.setattr(peers, "overfills", lambda needed, device: needed > 1e5)
     peer = peers.meta_gradient_lstm(case)
     assert "blocks" in peer.note
     torch.testing.assert_close(peer.run(), whole, rtol=1e-4, atol=1e-4)
