@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Runs the engine's operators on a GPU, for a profiler or a sanitizer to look at.
+
+compute-sanitizer --tool memcheck python bench/kernels.py --every-form
+ncu --profile-from-start off python bench/kernels.py --sizes 1e6
+python bench/kernels.py --sizes 1e6 --times
+
+A profiler that starts when the program says so (`--profile-from-start off`) sees the operators
+alone, each once and warm. `--every-form` is for a sanitizer: small cases of every form, dtype and
+number of layers, sizes beside those of warps and blocks, and the differentiable step.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+
+from bench import device as seams
+from bench.case import Case, make_case
+from bench.output import count
+from l2l_ref import engine
+from l2l_ref.cli import Parser, run_as_script
+
+OPERATORS = ("step", "meta_gradient", "differentiable_step")
+SMALL = (1, 31, 33, 257, 1000)  # coordinates of --every-form
+LAYERS_AND_UNITS = ((2, 20), (1, 20), (3, 20), (2, 1), (2, 33))
+
+
+def parse(arguments: list[str]) -> Any:
+    """The options; raises InputError for any that are wrong."""
+    top = Parser(prog="kernels.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    top.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:1, …, cpu (cuda)")
+    top.add_argument("--backend", choices=engine.BACKENDS, default="fused", help="(fused)")
+    top.add_argument("--operators", choices=OPERATORS, nargs="+", default=OPERATORS[:2],
+                     help="(step and meta_gradient)")  # fmt: skip
+    top.add_argument("--sizes", type=count, nargs="+", default=[1_000_000], metavar="N")
+    top.add_argument("--unroll", type=count, default=20, metavar="T",
+                     help="steps of a meta-gradient (20)")  # fmt: skip
+    top.add_argument("--every-form", action="store_true", help="small cases of every kind")
+    top.add_argument("--times", action="store_true", help="print what PyTorch's profiler sees")
+    options = top.parse_args(arguments)
+    options.device = seams.chosen(options.device)
+    engine.resolve(options.backend, options.device)
+    return options
+
+
+def cases(options: Any) -> Iterator[Case]:
+    """The paper's φ at `--sizes`, or small cases of every kind."""
+    if not options.every_form:
+        for n in options.sizes:
+            yield make_case(n, options.unroll, device=options.device)
+        return
+    forms = product((False, True), (False, True), (torch.float32, torch.float64), LAYERS_AND_UNITS)
+    for n, (odd, theta_input, dtype, (layers, units)) in product(SMALL, forms):
+        shape = {"num_layers": layers, "hidden_size": units}
+        form = {"odd": odd, "theta_input": theta_input}
+        yield make_case(n, 3, device=options.device, dtype=dtype, **shape, **form)
+
+
+def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tensor, ...]]:
+    """One of OPERATORS, to be called on copies of what it changes; returns all that it wrote."""
+    ours, form = engine.operators(backend, case.state), case.meta.form
+    theta, state, gradient = case.theta.clone(), case.state.clone(), case.gradients[0]
+
+    def step() -> tuple[Tensor, ...]:
+        ours.theta_step_(theta, gradient, state, case.phi, **form)
+        return theta, state
+
+    def meta_gradient() -> tuple[Tensor, ...]:
+        data = (theta, case.gradients, state, case.cotangents, case.phi)
+        return (ours.unroll_meta_gradient(*data, **form),)
+
+    inputs = [x.clone().requires_grad_() for x in (theta, gradient, state, case.phi)]
+    cotangents = [torch.ones_like(theta), torch.ones_like(state)]
+
+    def differentiable_step() -> tuple[Tensor, ...]:
+        outputs = ours.theta_step(*inputs, **form)
+        return torch.autograd.grad(outputs, inputs, cotangents)
+
+    return {f.__name__: f for f in (step, meta_gradient, differentiable_step)}[operator]
+
+
+@contextmanager
+def watched(options: Any) -> Iterator[None]:
+    """Where the profilers look: a CUDA profiler's range, and PyTorch's for `--times`."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu := seams.kind(options.device) == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        kinds = [torch.profiler.ProfilerActivity.CUDA]
+    if not options.times:
+        yield
+    else:
+        with torch.profiler.profile(activities=kinds) as profiler:
+            yield
+            if on_gpu:
+                torch.cuda.synchronize()
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=100))
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run: twice, of which the second time is watched; every form once."""
+    options = parse(arguments)
+    operators = OPERATORS if options.every_form else options.operators
+    done = 0
+    for case in cases(options):
+        calls = {name: prepared(name, case, options.backend) for name in operators}
+        for name, call in calls.items():
+            if not all(result.isfinite().all() for result in call()):
+                raise AssertionError(f"{name} of {len(case.theta)} coordinates is not finite")
+            done += 1
+        if not options.every_form:
+            with watched(options):
+                for call in calls.values():
+                    call()
+    print(f"{done} cases of {', '.join(operators)} on {options.device}")
+
+
+if __name__ == "__main__":
+    run_as_script("kernels.py", main)
