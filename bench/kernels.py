@@ -7,7 +7,7 @@ python bench/kernels.py --sizes 1e6 --times
 
 A profiler that starts when the program says so (`--profile-from-start off`) sees the operators
 alone, each once and warm. `--every-form` is for a sanitizer: small cases of every form, dtype and
-number of layers, sizes beside those of warps and blocks, and the differentiable step.
+shape of φ, sizes beside those of warps and blocks, and the differentiable step.
 """
 
 import sys
@@ -31,7 +31,7 @@ from l2l_ref.cli import Parser, run_as_script
 
 OPERATORS = ("step", "meta_gradient", "differentiable_step")
 SMALL = (1, 31, 33, 257, 1000)  # coordinates of --every-form
-LAYERS_AND_UNITS = ((2, 20), (1, 20), (3, 20), (2, 1), (2, 33))
+SHAPES = ((1, 20), (2, 20), (3, 20), (2, 1), (2, 33))  # layers and units, at SMALL[2] coordinates
 
 
 def parse(arguments: list[str]) -> Any:
@@ -58,11 +58,13 @@ def cases(options: Any) -> Iterator[Case]:
         for n in options.sizes:
             yield make_case(n, options.unroll, device=options.device)
         return
-    forms = product((False, True), (False, True), (torch.float32, torch.float64), LAYERS_AND_UNITS)
-    for n, (odd, theta_input, dtype, (layers, units)) in product(SMALL, forms):
-        shape = {"num_layers": layers, "hidden_size": units}
-        form = {"odd": odd, "theta_input": theta_input}
-        yield make_case(n, 3, device=options.device, dtype=dtype, **shape, **form)
+    for odd, theta_input in product((False, True), (False, True)):
+        common = {"device": options.device, "odd": odd, "theta_input": theta_input}
+        for n in SMALL:
+            yield make_case(n, 3, **common)
+        for (layers, units), dtype in product(SHAPES, (torch.float32, torch.float64)):
+            shape = {"num_layers": layers, "hidden_size": units}
+            yield make_case(SMALL[2], 3, dtype=dtype, **shape, **common)
 
 
 def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -118,7 +120,7 @@ def main(arguments: list[str]) -> None:
     for case in cases(options):
         calls = {name: prepared(name, case, options.backend) for name in operators}
         for name, call in calls.items():
-            if not all(result.isfinite().all() for result in call()):
+            if not all(result.cpu().isfinite().all() for result in call()):
                 raise AssertionError(f"{name} of {len(case.theta)} coordinates is not finite")
             done += 1
         if not options.every_form:

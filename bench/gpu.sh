@@ -1,0 +1,167 @@
+#!/usr/bin/env bash
+# Builds, tests and measures the CUDA engine on a machine with a GPU. Needs no network and less than
+# eight minutes; writes all it finds into one folder, first what machine it is.
+#
+#   OUT=results bash bench/gpu.sh
+#   PARTS="build tests" bash bench/gpu.sh
+#
+# OUT           the folder (gpu-results)
+# PARTS         which, in this order: all of those below
+# PYTHON        the interpreter, with torch and pytest (python3)
+# L2L_DATA_DIR  real images for the runs; without it the stand-in is drawn
+#
+# Each part has a log of its own and a limit on its time. One that fails stops no other, is listed at
+# the end, and makes the exit code 1. Without a GPU the exit code is 2.
+set -uo pipefail
+
+ALL="build tests memcheck racecheck operators robust resnet kernels counters mnist cifar10"
+TOTAL=465 # seconds; whoever does not stop when told to has ten more
+
+PARTS=${PARTS:-$ALL}
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-gpu-results}
+export PYTHON OUT PYTHONUNBUFFERED=1
+
+give_up() {
+  echo "gpu.sh: $1" >&2
+  exit 2
+}
+
+for part in $PARTS; do
+  [[ " $ALL " == *" $part "* ]] || give_up "PARTS has '$part': choose among $ALL"
+done
+"$PYTHON" -c "import torch" 2>/dev/null || give_up "$PYTHON has no torch: name another, PYTHON=..."
+"$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null ||
+  give_up "$PYTHON's torch sees no GPU here: run it on a machine that has one"
+
+mkdir -p "$OUT" || give_up "OUT=$OUT cannot be made: name a folder you may write to"
+OUT=$(cd "$OUT" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+for home in "${CUDA_HOME:-}" /usr/local/cuda /usr/local/cuda-*; do # where the tools may be
+  [ ! -d "$home/bin" ] || PATH+=":$home/bin:$home/compute-sanitizer"
+done
+for home in /opt/nvidia/nsight-compute/*; do
+  [ ! -d "$home" ] || PATH+=":$home"
+done
+
+machine() {
+  date -u +"%Y-%m-%dT%H:%M:%SZ"
+  git rev-parse HEAD 2>/dev/null || echo "not a checkout"
+  git status --porcelain --untracked-files=no 2>/dev/null
+  uname -srm
+  echo "$(nproc) cores"
+  "$PYTHON" - <<'VERSIONS'
+import platform, torch
+
+print("python", platform.python_version())
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
+print(torch.cuda.get_device_properties(0))
+VERSIONS
+  for tool in nvcc g++ ncu compute-sanitizer cuobjdump; do
+    echo "$tool: $(command -v "$tool" || echo none)"
+  done
+  nvcc --version 2>/dev/null | tail -2
+  g++ --version 2>/dev/null | head -1
+  nvidia-smi 2>/dev/null
+}
+
+build() { # setup.py says why it built nothing, and succeeds: so ask for the engine afterwards
+  TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c \
+    "import torch; print('{}.{}'.format(*torch.cuda.get_device_capability()))")
+  export TORCH_CUDA_ARCH_LIST USE_CUDA=1 L2L_VERBOSE=1
+  "$PYTHON" setup.py build_ext --inplace --force
+  "$PYTHON" -c "from l2l_ref import engine
+print(engine.resolve('fused', 'cuda'), 'on cuda:', engine.build_info())"
+}
+
+tests() {
+  shopt -s nullglob
+  local workers=()
+  if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n auto); fi
+  "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" -k "cuda or gpu" \
+    tests/test_engine*.py tests/test_*graph*.py tests/test_bench*.py
+}
+
+sanitize() { # without PyTorch's pool each tensor is an allocation, whose end is known
+  command -v compute-sanitizer || return 77
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    "$PYTHON" bench/kernels.py --every-form
+}
+
+memcheck() { sanitize memcheck; }
+racecheck() { sanitize racecheck; }
+
+operators() { "$PYTHON" bench/operators.py --device cuda --seconds 2 --out "$OUT"; }
+
+robust() {
+  "$PYTHON" bench/operators.py --device cuda --seconds 2 --sizes 1e4 1e6 1e7 --odd --theta-input \
+    --no-compile --no-memory --out "$OUT/robust"
+}
+
+resnet() { "$PYTHON" bench/resnet_step.py --device cuda --seconds 2 --out "$OUT"; }
+
+kernels() {
+  "$PYTHON" bench/kernels.py --sizes 1e4 1e6 --times
+  "$PYTHON" bench/kernels.py --sizes 1e6 --operators differentiable_step --times
+  if command -v cuobjdump; then cuobjdump -res-usage l2l_ref/_engine_cuda*.so 2>&1; fi
+}
+
+counters() { # the clocks stay as they are; not every machine lets a program read the counters
+  command -v ncu || return 77
+  local code=0 sections=(SpeedOfLight Occupancy WarpStateStats MemoryWorkloadAnalysis LaunchStats)
+  ncu --clock-control none --profile-from-start off "${sections[@]/#/--section=}" \
+    "$PYTHON" bench/kernels.py --sizes 1e6 2>&1 | tee "$OUT/.ncu" || code=$?
+  if grep -qE "ERR_NVGPUCTRPERM|LibraryNotLoaded|No kernels were profiled" "$OUT/.ncu"; then
+    return 78
+  fi
+  return "$code"
+}
+
+experiment() { # NAME OPTION...: run.py, into a new folder of runs/; its report without its φ in OUT
+  local name=$1 folder
+  folder=runs/gpu-$1-$(date +%Y%m%d-%H%M%S)
+  shift
+  [ -z "${L2L_DATA_DIR:-}" ] || set -- "$@" --data-dir "$L2L_DATA_DIR"
+  echo "if stopped, continue with: python run.py $* --out $folder --resume"
+  time "$PYTHON" run.py "$@" --out "$folder"
+  mkdir -p "$OUT/$name"
+  cp "$folder"/{config.json,summary.json,curves.png} "$OUT/$name"
+}
+
+mnist() { experiment mnist; }
+cifar10() { experiment cifar10 --dataset cifar10 --attack pgd --eps 0.03; }
+
+export -f machine build tests sanitize memcheck racecheck operators robust resnet kernels counters \
+  experiment mnist cifar10
+
+declare -A LIMITS=([build]=240 [tests]=120 [memcheck]=45 [racecheck]=45 [operators]=150 [robust]=40
+  [resnet]=40 [kernels]=40 [counters]=60 [mnist]=40 [cifar10]=190)
+
+timeout 60 bash -c machine >"$OUT/machine.txt" 2>&1
+echo "$OUT: machine.txt, and a log of each part"
+: >"$OUT/parts.txt"
+failed=()
+for part in $PARTS; do
+  begin=$SECONDS
+  limit=$((TOTAL - begin < LIMITS[$part] ? TOTAL - begin : LIMITS[$part]))
+  if ((limit < 5)); then
+    code=0 state="left out: no time left" && failed+=("$part")
+  else
+    timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT \
+      bash -euo pipefail -c "$part" >"$OUT/$part.log" 2>&1
+    code=$?
+    case $code in
+      0) state="done" ;;
+      77) state="left out: there is no such tool" ;;
+      78) state="left out: the counters cannot be read" ;;
+      124 | 137) state="stopped after $limit s" && failed+=("$part") ;;
+      *) state="failed with exit code $code" && failed+=("$part") ;;
+    esac
+  fi
+  printf '%-10s %4d s  %s\n' "$part" $((SECONDS - begin)) "$state" | tee -a "$OUT/parts.txt"
+done
+rm -f "$OUT/.ncu"
+if ((${#failed[@]})); then
+  echo "not done: ${failed[*]}; see their logs in $OUT" | tee -a "$OUT/parts.txt"
+  exit 1
+fi
