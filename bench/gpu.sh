@@ -79,7 +79,7 @@ tests() {
   local workers=()
   if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n auto); fi
   "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" -k "cuda or gpu" \
-    tests/test_engine*.py tests/test_*graph*.py tests/test_bench*.py
+    tests/test_engine*.py tests/test_*graph*.py tests/test_bench*.py tests/test_gpu*.py
 }
 
 sanitize() { # without PyTorch's pool each tensor is an allocation, whose end is known

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, operators, peers, timing, transfer_step
+from bench import memory, operators, peers, resnet_step, timing, transfer_step
 from bench.case import flops, make_case
-from l2l_ref import cli
+from l2l_ref import cli, engine
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,50 @@ def test_transfer_step_in_miniature(tmp_path):
     for row in report["rows"]:
         assert len(row["methods"]) == 4 and row["ratios"]["Adam (PGD-7)"] == 1
         assert all(method["median"] > 0 for method in row["methods"].values())
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """The "ResNet" has 1,005 parameters."""
+
+    def params(classes, device):
+        found = [torch.randn(classes, 100, device=device), torch.randn(5, device=device)]
+        for param in found:
+            param.grad = torch.randn_like(param)
+        return found
+
+    monkeypatch.setattr(resnet_step, "resnet", params)
+
+
+def test_resnet_step_in_miniature(tmp_path, capsys, small_net):
+    resnet_step.main(["--seconds", "0", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "resnet_step.json").read_text())
+    assert report["parameters"] == 1005
+    adam, *others = report["optimizers"].values()
+    assert len(others) == 4 and adam["over_adam"] == 1
+    for row in others:
+        assert row["over_adam"] == row["median"] / adam["median"]
+        assert row["ns_per_parameter"] == pytest.approx(1e6 * row["median"] / 1005)
+    assert "φ, robust, one vector" in capsys.readouterr().out
+
+
+def test_a_state_that_does_not_fit_is_a_line(tmp_path, capsys, small_net, monkeypatch):
+    monkeypatch.setattr(resnet_step.seams, "free_bytes", lambda device: 2 * 320 * 1005)
+    resnet_step.main(["--seconds", "0", "--backend", "auto", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "resnet_step.json").read_text())["optimizers"]
+    assert [label for label, row in rows.items() if "unavailable" in row] == (
+        ["φ, robust", "φ, robust, one vector"] if engine.built() else list(rows)[1:]
+    )
+    assert "GB are free" in capsys.readouterr().out
+
+
+def test_one_vector_keeps_the_gradients():
+    params = [torch.randn(3, 4), torch.randn(5)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    expected = torch.cat([param.grad.reshape(-1) for param in params])
+    (theta,) = resnet_step.one_vector(params)
+    assert torch.equal(theta.grad, expected) and params[0].grad is not None
 
 
 @pytest.mark.parametrize(
