@@ -58,6 +58,12 @@ def pretended(monkeypatch):
     monkeypatch.setattr(peers, "SIDE", 64)
 
 
+def test_the_clock_of_a_gpu(pretended):
+    calls = []
+    found = device.clock(lambda: calls.append(time.sleep(0.01)), 5)
+    assert len(calls) == 5 and 0.01 <= found < 0.03
+
+
 def test_bytes_of_a_step():
     one, two = (floors.traffic("step", make_case(n, 1)) for n in (1, 2))
     assert two - one == 2 * 2 * 2 * 20 * 4 + 8 + 4 == 652  # h and c of two layers; θ; ∇
