@@ -1,9 +1,9 @@
 """The least time that an operator can take on a GPU: what it must move, what it must compute.
 
-    bytes   each input read once and each output written once, over the bandwidth of memory.
-            A state smaller than the L2 cache can stay there from step to step, and beat this one
-    FLOP    the matrix products of an update, three times as many for a meta-gradient (forward,
-            dx, dφ), over what the float32 lanes do: multiprocessors × lanes × 2 × highest clock
+bytes   each input read once and each output written once, over the bandwidth of memory.
+        A state smaller than the L2 cache can stay there from step to step, and beat this one
+FLOP    the matrix products of an update, three times as many for a meta-gradient (forward,
+        dx, dφ), over what the float32 lanes do: multiprocessors × lanes × 2 × highest clock
 """
 
 from dataclasses import dataclass

@@ -86,6 +86,8 @@ sanitize() { # without PyTorch's pool each tensor is an allocation, whose end is
   command -v compute-sanitizer || return 77
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
     "$PYTHON" bench/kernels.py --every-form
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
+    "$PYTHON" bench/kernels.py --every-form --operators step --tensor-cores
 }
 
 memcheck() { sanitize memcheck; }
@@ -102,6 +104,7 @@ resnet() { "$PYTHON" bench/resnet_step.py --device cuda --seconds 2 --out "$OUT"
 
 kernels() {
   "$PYTHON" bench/kernels.py --sizes 1e4 1e6 --times
+  "$PYTHON" bench/kernels.py --sizes 1e6 --operators step --tensor-cores --times
   "$PYTHON" bench/kernels.py --sizes 1e6 --operators differentiable_step --times
   if command -v cuobjdump; then cuobjdump -res-usage l2l_ref/_engine_cuda*.so 2>&1; fi
 }

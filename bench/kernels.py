@@ -39,16 +39,19 @@ def parse(arguments: list[str]) -> Any:
     top = Parser(prog="kernels.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     top.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:1, …, cpu (cuda)")
     top.add_argument("--backend", choices=engine.BACKENDS, default="fused", help="(fused)")
-    top.add_argument("--operators", choices=OPERATORS, nargs="+", default=OPERATORS[:2],
-                     help="(step and meta_gradient)")  # fmt: skip
+    top.add_argument("--operators", choices=OPERATORS, nargs="+",
+                     help="(step and meta_gradient; with --every-form all)")  # fmt: skip
     top.add_argument("--sizes", type=count, nargs="+", default=[1_000_000], metavar="N")
     top.add_argument("--unroll", type=count, default=20, metavar="T",
                      help="steps of a meta-gradient (20)")  # fmt: skip
     top.add_argument("--every-form", action="store_true", help="small cases of every kind")
     top.add_argument("--times", action="store_true", help="print what PyTorch's profiler sees")
+    top.add_argument("--tensor-cores", action="store_true", help="in the steps that they serve")
     options = top.parse_args(arguments)
     options.device = seams.chosen(options.device)
     engine.resolve(options.backend, options.device)
+    if options.tensor_cores:
+        engine.use_tensor_cores(True)
     return options
 
 
@@ -115,7 +118,7 @@ def watched(options: Any) -> Iterator[None]:
 def main(arguments: list[str]) -> None:
     """Parse and run: twice, of which the second time is watched; every form once."""
     options = parse(arguments)
-    operators = OPERATORS if options.every_form else options.operators
+    operators = options.operators or (OPERATORS if options.every_form else OPERATORS[:2])
     done = 0
     for case in cases(options):
         calls = {name: prepared(name, case, options.backend) for name in operators}

@@ -25,7 +25,7 @@ from bench import device as seams
 from bench import floors, memory, peers, plot
 from bench.case import Peer, Unavailable, flops, make_case
 from bench.output import command, count, machine, where, write_json
-from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS
+from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
 from bench.timing import interleave, summary
 from l2l_ref import engine
 from l2l_ref.cli import Parser, make_folder, run_as_script
@@ -33,9 +33,9 @@ from l2l_ref.errors import InputError
 
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
 SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
-         GRAPH: "graph", ADAM: "Adam"}  # fmt: skip
+         GRAPH: "graph", TENSOR: "tensor", ADAM: "Adam"}  # fmt: skip
 COLUMNS = {"cpu": ("nn.LSTMCell", "nn.LSTM", "torch.compile", "reference", FLOOR)}
-COLUMNS["cuda"] = (GRAPH, *COLUMNS["cpu"][1:], ADAM, COPY)
+COLUMNS["cuda"] = (GRAPH, TENSOR, *COLUMNS["cpu"][1:], ADAM, COPY)
 SIZES = {"cpu": [1000, 10_000, 16_384, 100_000, 1_000_000],
          "cuda": [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]}  # fmt: skip
 UNROLLS = {"cpu": dict.fromkeys(peers.OPERATORS, [1, 20]),
@@ -152,7 +152,7 @@ def measure(
     row |= {"peers": times, "unavailable": unavailable, "ratios": ratios}
     if limits:
         found = floors.floors(operator, case, limits)
-        row["floors"] = found | {"reached": floors.reached(found, times, (OURS, GRAPH))}
+        row["floors"] = found | {"reached": floors.reached(found, times, (OURS, GRAPH, TENSOR))}
     return row
 
 

@@ -26,13 +26,14 @@ from bench.case import (
     ns,
     overfills,
 )
-from bench.cuda_peers import adam, copy, step_in_graph
+from bench.cuda_peers import adam, copy, step_in_graph, step_on_tensor_cores
 from bench.device import CPU, kind
 from l2l_ref import engine, equations
 
 OPERATORS = ("step", "meta_gradient")
 OURS, FLOOR = "ours", "sgemm floor"
-GRAPH, ADAM, COPY = "ours in a CUDA graph", "fused Adam", "copy"
+GRAPH, TENSOR = "ours in a CUDA graph", "ours on tensor cores"
+ADAM, COPY = "fused Adam", "copy"
 YARDSTICKS = (FLOOR, ADAM, COPY)
 SIDE, COLUMNS = 2048, 512  # of the floor's product: 4.3 GFLOP, tens of milliseconds on a CPU
 WIDER = 16  # as many columns on a GPU, or half of it would have nothing to do
@@ -68,7 +69,12 @@ def builders(
         }
         if on_gpu:
             del table["nn.LSTMCell"]
-            table |= {GRAPH: partial(step_in_graph, ours.theta_step_), ADAM: adam, COPY: copy}
+            table |= {
+                GRAPH: partial(step_in_graph, ours.theta_step_),
+                TENSOR: partial(step_on_tensor_cores, ours.theta_step_),
+                ADAM: adam,
+                COPY: copy,
+            }
     else:
         eager = partial(meta_gradient_with, equations.unroll_meta_gradient)
         if on_gpu:  # its blocks suit the cache of a CPU

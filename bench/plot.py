@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS
+from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
 from l2l_ref.files import replace_with
 
 # Okabe & Ito's colour-blind-safe palette; a marker each, so that grey print will do too.
@@ -16,6 +16,7 @@ STYLES = {
     "reference": ("#000000", "x:"),
     FLOOR: ("#999999", "--"),
     GRAPH: ("#E69F00", "o--"),
+    TENSOR: ("#F0E442", "p-"),
     ADAM: ("#56B4E9", "d-"),
     COPY: ("#999999", "-."),
 }
