@@ -166,40 +166,54 @@ struct ScratchColumns {
   }
 };
 
-// A layer's part of φ.
+// A layer's part of φ: w_ih [4H, F], w_hh [4H, H], b_ih [4H], b_hh [4H], one after the other.
 template <class T>
 struct Layer {
-  const T *w_ih, *w_hh, *b_ih, *b_hh;  // [4H, F], [4H, H], [4H], [4H]
+  const T* w_ih;
   int H, F;
 
   L2L_INLINE Layer(const Shape& shape, const T* phi, int layer)
-      : H(int(shape.hidden)), F(int(shape.width(layer))) {
+      : w_ih(phi), H(int(shape.hidden)), F(int(shape.width(layer))) {
     const int64_t gates = 4 * H;
-    if (layer) phi += gates * (shape.inputs() + H + 2) + (layer - 1) * gates * (2 * H + 2);
-    w_ih = phi, w_hh = w_ih + gates * F, b_ih = w_hh + gates * H, b_hh = b_ih + gates;
+    if (layer) w_ih += gates * (shape.inputs() + H + 2) + (layer - 1) * gates * (2 * H + 2);
+  }
+  L2L_INLINE const T* w_hh() const { return w_ih + 4 * H * F; }
+  L2L_INLINE T bias(int row) const {
+    const T* both = w_hh() + 4 * H * H;
+    return both[row] + both[4 * H + row];
   }
   L2L_INLINE int tiles() const { return ceil_div(H, tile_units); }
   L2L_INLINE int columns() const { return F + H; }  // of [below; prev]
   L2L_INLINE T weight(int row, int column) const {
-    return column < F ? w_ih[row * F + column] : w_hh[row * H + column - F];
+    return column < F ? w_ih[row * F + column] : w_hh()[row * H + column - F];
   }
 
   // The units of a tile, scaled as cell.h wants its gates: [bias, below..., prev...][unit][gate].
-  // Every warp stages its own; 32 lanes are two of the rows.
+  // Every warp stages its own: a thread one gate, of every other row.
   L2L_INLINE void stage(int lane, int tile, T* to) const {
     const int unit = tile * tile_units + lane % tile_gates / 4, gate = lane % 4;
     const T scale = unit < H ? T(gate == 2 ? tanh_scale : sigmoid_scale) : T(0);
-    const int row = unit < H ? gate * H + unit : 0;
-    for (int i = lane; i < (1 + columns()) * tile_gates; i += warp_lanes) {
-      const int k = i / tile_gates - 1;
-      to[i] = scale * (k < 0 ? b_ih[row] + b_hh[row] : weight(row, k));
-    }
+    const int row = unit < H ? gate * H + unit : 0, half = lane / tile_gates;
+    to += lane % tile_gates;
+    if (!half) *to = scale * bias(row);
+    stage_every(to + tile_gates, w_ih + row * F, 1, scale, half, 2, F, tile_gates);
+    stage_every(to + (1 + F) * tile_gates, w_hh() + row * H, 1, scale, half, 2, H, tile_gates);
   }
-  // A tile of columns for the way back: [gate row][column].
+  // A tile of columns for the way back: [gate row][column]. A thread stages one column.
   L2L_INLINE void stage_transposed(int lane, int tile, T* to) const {
-    const int column = tile * tile_columns + lane % tile_columns;
-    for (int i = lane; i < 4 * H * tile_columns; i += warp_lanes)
-      to[i] = column < columns() ? weight(i / tile_columns, column) : T(0);
+    const int of_tile = lane % tile_columns, column = tile * tile_columns + of_tile;
+    const T scale = column < columns() ? T(1) : T(0);
+    const T* from = column < F ? w_ih + column : w_hh() + (column < columns() ? column - F : 0);
+    stage_every(to + of_tile, from, column < F ? F : H, scale, lane / tile_columns,
+                warp_lanes / tile_columns, 4 * H, tile_columns);
+  }
+
+ private:
+  // to[i·pitch] = scale·from[i·stride] for i = first, first + step, ...
+  L2L_INLINE static void stage_every(T* to, const T* from, int stride, T scale, int first, int step,
+                                     int end, int pitch) {
+#pragma unroll 2  // more cost registers, and the copies of the state take longer
+    for (int i = first; i < end; i += step) to[i * pitch] = scale * from[i * stride];
   }
 };
 template <class T>

@@ -117,7 +117,7 @@ L2L_INLINE void tile_tensor(const Warp& warp, const Layer<float>& layer, int til
       const int gate = g / 4 + 2 * second, row = unit < layer.H ? gate * layer.H + unit : 0;
       const float scale =
           unit < layer.H ? float(gate == 2 ? tanh_scale : sigmoid_scale) : 0.0f;
-      const float sum = scale * (layer.b_ih[row] + layer.b_hh[row]);
+      const float sum = scale * layer.bias(row);
       bias[lane].of[2 * second] = bias[lane].of[2 * second + 1] = sum;
 #pragma unroll
       for (int k = 0; k < steps_of_k; ++k)
