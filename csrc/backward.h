@@ -1,8 +1,8 @@
 // The derivative of an unroll, back through time, one block of coordinates at a time.
 //
-// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and T = 20; it grows
-// with T), then back. dφ is summed over the block's lanes by register tiles that put the gate rows in the vector's lanes, for which the
-// gates' derivatives are transposed.
+// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and T = 20; it
+// grows with T), then back. dφ is summed over the block's lanes by register tiles that put the gate
+// rows in the vector's lanes, for which the gates' derivatives are transposed.
 #pragma once
 
 #include "forward.h"
@@ -140,10 +140,10 @@ struct BackwardScratch {
   Arena<T> arena;
   int64_t F, states;  // states: elements of h (or c) of all layers
   T *theta, *gradient, *cotangent, *d_in;
-  T *in;      // [T][F][lanes]
-  T *h, *c;   // [T + 1][L][H][lanes]
-  T* kept;    // [T][L][H][5][lanes]: i, f, g, o, tanh c
-  T *dh, *dc;  // [L][H][lanes]
+  T* in;                // [T][F][lanes]
+  T *h, *c;             // [T + 1][L][H][lanes]
+  T* kept;              // [T][L][H][5][lanes]: i, f, g, o, tanh c
+  T *dh, *dc;           // [L][H][lanes]
   T *d_gates, *d_rows;  // [gate row][lanes] and its transpose
   T *one, *zero;
   Sums<T> sums;
@@ -180,8 +180,8 @@ void unroll_forward(const Shape& shape, const Backward<T>& call, const Packed<co
     const T* below = s.in + step * s.F * lanes;
     for (int64_t layer = 0; layer < L; ++layer) {
       const int64_t now = step * s.states + layer * H * lanes, next = now + s.states;
-      layer_forward<true>(packed[layer].forward, below, shape.width(layer), s.h + now, H,
-                          s.c + now, s.c + next, s.h + next, s.kept + 5 * now);
+      layer_forward<true>(packed[layer].forward, below, shape.width(layer), s.h + now, H, s.c + now,
+                          s.c + next, s.h + next, s.kept + 5 * now);
       below = s.h + next;
     }
     if (shape.form.theta_input && step + 1 < call.steps)  // the only reader of θ
@@ -287,8 +287,8 @@ void step_backward(const Shape& shape, const Backward<T>& call, const BackwardSc
     store(d_gradient + lane, eq5.backward(load<V>(s.gradient + lane), load<V>(s.d_in + lane),
                                           load<V>(s.d_in + lanes + lane)));
     if (shape.form.theta_input)
-      store(d_theta + lane, clamped_theta_backward(load<V>(s.theta + lane),
-                                                   load<V>(s.d_in + 2 * lanes + lane)));
+      store(d_theta + lane,
+            clamped_theta_backward(load<V>(s.theta + lane), load<V>(s.d_in + 2 * lanes + lane)));
   }
   block.store_signed(call.d_gradient, d_gradient);
   block.store_signed(call.d_theta, d_theta);

@@ -1,7 +1,7 @@
 // How a block of coordinates lies in cache, and φ beside it.
 //
-// A block has 64 lanes; its arrays are [row][lane]. In the odd form the lanes 32... are m(-x) of the
-// coordinates in the lanes 0...31: only loading, u and storing know of the form.
+// A block has 64 lanes; its arrays are [row][lane]. In the odd form the lanes 32... are m(-x) of
+// the coordinates in the lanes 0...31: only loading, u and storing know of the form.
 #pragma once
 
 #include "cell.h"

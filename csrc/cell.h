@@ -1,6 +1,6 @@
-// The arithmetic of one coordinate, written once for any vector type V (simd.h) and for plain numbers,
-// as a thread of a GPU works on them (scalar.h): the functions, Eq. 5, and the LSTM cell with its
-// backward. Its twin in PyTorch is l2l_ref/equations.py.
+// The arithmetic of one coordinate, written once for any vector type V (simd.h) and for plain
+// numbers, as a thread of a GPU works on them (scalar.h): the functions, Eq. 5, and the LSTM cell
+// with its backward. Its twin in PyTorch is l2l_ref/equations.py.
 //
 // Gates arrive scaled: the weights of i, f, o are packed times -log2(e), those of g times
 // 2·log2(e). Then sigmoid(x) = 1 / (1 + 2^y) and tanh(x) = (2^y - 1) / (2^y + 1), with no product
@@ -41,13 +41,11 @@ template <>
 struct Fit<float> {
   // 2^r, |r| <= 1/2: 1.4e-7
   static L2L_INLINE constexpr Coefficients<float, 6> exp2() {
-    return {{1.0f, 0.69314697f, 0.2402212f, 0.055507133f,
-             0.0096755413f, 0.0013276473f}};
+    return {{1.0f, 0.69314697f, 0.2402212f, 0.055507133f, 0.0096755413f, 0.0013276473f}};
   }
   // (2^r - 1) / r: 1.1e-8
   static L2L_INLINE constexpr Coefficients<float, 6> exp2m1() {
-    return {{0.69314718f, 0.24022649f, 0.055503573f, 0.0096182376f,
-             0.0013390736f, 0.00015403512f}};
+    return {{0.69314718f, 0.24022649f, 0.055503573f, 0.0096182376f, 0.0013390736f, 0.00015403512f}};
   }
   // 2·atanh(√z) / √z, z <= 0.0295: 6.9e-10
   static L2L_INLINE constexpr Coefficients<float, 4> log() {
@@ -59,23 +57,22 @@ template <>
 struct Fit<double> {
   // 3.1e-18
   static L2L_INLINE constexpr Coefficients<double, 12> exp2() {
-    return {{1.0, 0.6931471805599453, 0.24022650695910155,
-             0.055504108664819925, 0.009618129107588335, 0.0013333558146789923,
-             0.00015403530462514432, 1.5252733489988525e-05, 1.32154330896764e-06,
-             1.0178198021671931e-07, 7.074105613508143e-09, 4.435282706957277e-10}};
+    return {{1.0, 0.6931471805599453, 0.24022650695910155, 0.055504108664819925,
+             0.009618129107588335, 0.0013333558146789923, 0.00015403530462514432,
+             1.5252733489988525e-05, 1.32154330896764e-06, 1.0178198021671931e-07,
+             7.074105613508143e-09, 4.435282706957277e-10}};
   }
   // 2.3e-19
   static L2L_INLINE constexpr Coefficients<double, 12> exp2m1() {
-    return {{0.6931471805599453, 0.24022650695910072, 0.055504108664821625,
-             0.009618129107628437, 0.001333355814640663, 0.00015403530393466168,
-             1.5252733841278434e-05, 1.3215486721358577e-06, 1.0178057169304503e-07,
-             7.054932271604157e-09, 4.45580485154588e-10, 2.5678429104123612e-11}};
+    return {{0.6931471805599453, 0.24022650695910072, 0.055504108664821625, 0.009618129107628437,
+             0.001333355814640663, 0.00015403530393466168, 1.5252733841278434e-05,
+             1.3215486721358577e-06, 1.0178057169304503e-07, 7.054932271604157e-09,
+             4.45580485154588e-10, 2.5678429104123612e-11}};
   }
   // 7.7e-21
   static L2L_INLINE constexpr Coefficients<double, 9> log() {
-    return {{2.0, 0.6666666666666666, 0.4000000000000759,
-             0.2857142856879206, 0.22222222680735929, 0.18181773448107766,
-             0.15387173128658563, 0.13248496224926834, 0.1326446979650844}};
+    return {{2.0, 0.6666666666666666, 0.4000000000000759, 0.2857142856879206, 0.22222222680735929,
+             0.18181773448107766, 0.15387173128658563, 0.13248496224926834, 0.1326446979650844}};
   }
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };

@@ -36,8 +36,7 @@ std::vector<const Level*> levels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
     here.push_back(&avx512::level);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    here.push_back(&avx2::level);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) here.push_back(&avx2::level);
 #endif
   here.push_back(&baseline::level);
   here.push_back(&emulated::level);
@@ -68,7 +67,8 @@ struct Memory {  // 64-byte aligned, uninitialised
   T* const at;
 };
 
-// A thread's memory, kept from call to call and never shrunk: a warm in-place step allocates nothing.
+// A thread's memory, kept from call to call and never shrunk: a warm in-place step allocates
+// nothing.
 enum class Use { packed, scratch };
 template <class T, Use>
 T* kept_memory(size_t size) {
@@ -118,8 +118,8 @@ struct Cpu {
         });
   }
 
-  // The coordinates are cut into segments without regard to the number of threads, each with a sum of
-  // its own, and the sums are added in order: the same bits whatever the threads.
+  // The coordinates are cut into segments without regard to the number of threads, each with a sum
+  // of its own, and the sums are added in order: the same bits whatever the threads.
   template <class T>
   static void backward(const Shape& shape, const Backward<T>& call, const Tensor& phi, T* d_phi) {
     constexpr int64_t sums_bytes = 32 << 20;  // as many as fit, but 8 for the threads' sake

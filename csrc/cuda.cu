@@ -1,12 +1,11 @@
 // The launches of gpu.h's kernels.
-#include "cuda.h"
-
 #include <cuda_runtime.h>
 
 #include <atomic>
 #include <stdexcept>
 #include <string>
 
+#include "cuda.h"
 #include "gpu.h"
 #include "tensor.h"
 
@@ -90,8 +89,8 @@ __global__ void preprocess_kernel(const __grid_constant__ PreprocessArguments<T>
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Plan& plan, const Arguments& arguments, void* stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(plan.shared)));
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
   if (plan.grid > 0x7fffffff) throw std::runtime_error("too many coordinates for one launch");
   kernel<<<unsigned(plan.grid), plan.warps * warp_lanes, plan.shared,
            static_cast<cudaStream_t>(stream)>>>(arguments);
@@ -104,10 +103,8 @@ void use_tensor_cores(bool on) { tensor_cores = on; }
 
 template <class T>
 bool step(const Shape& shape, const Step<T>& call, const T* phi, int device, void* stream) {
-  const bool tensor =
-      tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
-  const Plan plan =
-      plan_step<T>(shape, machine_of(device), tensor ? tensor_shared : step_shared);
+  const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
+  const Plan plan = plan_step<T>(shape, machine_of(device), tensor ? tensor_shared : step_shared);
   if (!plan.shared) return false;
   if (!plan.grid) return true;
   const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
@@ -131,7 +128,7 @@ bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_ph
   const Plan plan = plan_backward<T>(shape, machine_of(device));
   if (!plan.shared) return false;
   const BackwardArguments<T> arguments = {
-      shape,    call,    phi, Eq5<T>(shape.form.p), layout_of<T>(shape, call.steps, plan),
+      shape,    call,    phi,      Eq5<T>(shape.form.p), layout_of<T>(shape, call.steps, plan),
       elements, doubles, plan.grid};
   if (plan.grid)
     with_width<backward_width<T>>(plan.width, [&](auto width) {

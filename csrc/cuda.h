@@ -1,6 +1,6 @@
-// The CUDA kernels, without a header of CUDA or PyTorch: cuda.cu is compiled by nvcc, what calls it by
-// the C++ compiler. All pointers are to memory of `device`, which must be the current one; work is
-// queued on `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
+// The CUDA kernels, without a header of CUDA or PyTorch: cuda.cu is compiled by nvcc, what calls it
+// by the C++ compiler. All pointers are to memory of `device`, which must be the current one; work
+// is queued on `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
 #pragma once
 
 #include "kernels.h"
@@ -21,8 +21,8 @@ struct Scratch {
 template <class T>
 Scratch backward_scratch(const Shape&, int64_t steps, int device);
 template <class T>
-bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements, double* doubles,
-              int device, void* stream);
+bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements,
+              double* doubles, int device, void* stream);
 
 template <class T>
 void preprocess(const Preprocess<T>&, void* stream);

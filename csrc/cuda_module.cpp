@@ -1,5 +1,5 @@
-// The module l2l_ref._engine_cuda: importing it registers the operators on CUDA. The schemas are those
-// that l2l_ref._engine registers.
+// The module l2l_ref._engine_cuda: importing it registers the operators on CUDA. The schemas are
+// those that l2l_ref._engine registers.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -26,8 +26,8 @@ struct Cuda {
 
   template <class T>
   static void step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
-    check_fits(shape, cuda::step(shape, call, in<T>(phi), phi.get_device_index(),
-                                 current_stream(phi)));
+    check_fits(shape,
+               cuda::step(shape, call, in<T>(phi), phi.get_device_index(), current_stream(phi)));
   }
 
   template <class T>

@@ -1,6 +1,7 @@
-// The GPU's kernels on the host, for the tests: the same launches, thread by thread and phase by phase.
-// Where a barrier is missing, or memory is read that nobody wrote, the results are wrong: the threads
-// of a phase run in an order that changes from phase to phase, and memory starts as NaN.
+// The GPU's kernels on the host, for the tests: the same launches, thread by thread and phase by
+// phase. Where a barrier is missing, or memory is read that nobody wrote, the results are wrong:
+// the threads of a phase run in an order that changes from phase to phase, and memory starts as
+// NaN.
 #define L2L_SCALAR
 #define L2L_LEVEL emulated
 #include "emulated.h"

@@ -59,8 +59,7 @@ void inputs(const Shape& shape, const Eq5<T>& eq5, const T* gradient, const T* t
     eq5.forward(load<V>(gradient + lane), log_size, direction);
     store(to + lane, log_size);
     store(to + lanes + lane, direction);
-    if (shape.form.theta_input)
-      store(to + 2 * lanes + lane, clamped_theta(load<V>(theta + lane)));
+    if (shape.form.theta_input) store(to + 2 * lanes + lane, clamped_theta(load<V>(theta + lane)));
   }
 }
 

@@ -1,13 +1,14 @@
 // The kernels of the GPU, as one block of threads runs them.
 //
-// A block has 32·C lanes, each a column of the state: a coordinate, or in the odd form its m(x) or its
-// m(-x). A warp computes 4 units of a layer for all of them, a thread for the lanes l, l + 32, ...: a
-// register tile of 16 gates by C lanes. What a layer reads, [below; prev], is staged in shared memory,
-// and beside it the weights of the units at work, of which all threads of a warp read the same.
+// A block has 32·C lanes, each a column of the state: a coordinate, or in the odd form its m(x) or
+// its m(-x). A warp computes 4 units of a layer for all of them, a thread for the lanes l, l + 32,
+// ...: a register tile of 16 gates by C lanes. What a layer reads, [below; prev], is staged in
+// shared memory, and beside it the weights of the units at work, of which all threads of a warp
+// read the same.
 //
-// `team(f)` runs f(thread) on all threads of a block, which then meet: on a GPU one call and a barrier
-// (cuda.cu), on the host a loop over the threads (emulated.cpp). So a kernel is a sequence of phases,
-// and whatever goes from one to the next lies in shared memory or in scratch.
+// `team(f)` runs f(thread) on all threads of a block, which then meet: on a GPU one call and a
+// barrier (cuda.cu), on the host a loop over the threads (emulated.cpp). So a kernel is a sequence
+// of phases, and whatever goes from one to the next lies in shared memory or in scratch.
 #pragma once
 
 #include <type_traits>
@@ -66,8 +67,8 @@ L2L_INLINE void store_row(T* to, const T (&from)[n]) {
   }
 }
 
-// *to = present ? *from : 0, from global to shared memory, done when `await_copies` returns. `from` may
-// be anywhere where nothing is present.
+// *to = present ? *from : 0, from global to shared memory, done when `await_copies` returns. `from`
+// may be anywhere where nothing is present.
 template <class T>
 L2L_INLINE void copy(T* to, const T* from, bool present) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -109,8 +110,8 @@ L2L_INLINE Lanes lanes_of(const Shape& shape, int64_t block, int lanes) {
           shape.form.odd ? room : 0};
 }
 
-// Where a thread finds its C lanes l, l + apart, ... in a row of the state. Both halves of a block's lanes
-// are runs of columns, so two offsets say it all.
+// Where a thread finds its C lanes l, l + apart, ... in a row of the state. Both halves of a
+// block's lanes are runs of columns, so two offsets say it all.
 template <int C, int apart = warp_lanes>
 struct StateColumns {
   int64_t first, second;
@@ -125,10 +126,11 @@ struct StateColumns {
     }
     constexpr int length = C / 2, further = apart * length;
     if (lanes.half) second += lanes.N - further;
-    present = run(lanes.count - lane) |
-              run(lanes.count - lane - (lanes.half ? 0 : further)) << length;
+    present = run(lanes.count - lane) | run(lanes.count - lane - (lanes.half ? 0 : further))
+                                            << length;
   }
-  // A bit for each of C / 2 lanes that has a coordinate, if so many are left from the first of them on.
+  // A bit for each of C / 2 lanes that has a coordinate, if so many are left from the first of them
+  // on.
   L2L_INLINE static unsigned run(int coordinates) {
     const int most = C / 2, many = ceil_div(greater(coordinates, 0), apart);
     return (1u << least(many, most)) - 1;
@@ -223,8 +225,8 @@ L2L_INLINE const T* head_of(const Shape& shape, const T* phi) {  // [H], bias
 
 // ---- what threads do in a phase; `lane` is the thread's in its warp ----
 
-// Rows into shared memory, shared out among the warps. All loads are under way at once, none through
-// registers: `await_copies` before the threads meet.
+// Rows into shared memory, shared out among the warps. All loads are under way at once, none
+// through registers: `await_copies` before the threads meet.
 template <int C, class Columns, class T>
 L2L_INLINE void stage_rows(int thread, int threads, const Columns& columns, const T* from,
                            int64_t stride, int rows, T* to, int pitch) {
@@ -238,7 +240,7 @@ L2L_INLINE void stage_rows(int thread, int threads, const Columns& columns, cons
 // sum[r][j] += Σ_k w[k][r]·x[k][32·j]
 template <int R, int C, class T>
 L2L_INLINE void multiply(T (&sum)[R][C], const T* w, const T* x, int pitch, int K) {
-#pragma unroll(R * C < 64 ? 2 : 1)
+#pragma unroll(R* C < 64 ? 2 : 1)
   for (int k = 0; k < K; ++k, w += R, x += pitch) {
     T weight[R], in[C];
     load_row(weight, w);
@@ -279,11 +281,11 @@ L2L_INLINE void inputs(int thread, int threads, const Shape& shape, const Eq5<T>
   }
 }
 
-// Eq. 3-4 for a block's coordinates: θ + u from the top layer's h, in rows of `stride`; that of m(-x)
-// lies `minus` columns after that of m(x).
+// Eq. 3-4 for a block's coordinates: θ + u from the top layer's h, in rows of `stride`; that of
+// m(-x) lies `minus` columns after that of m(x).
 template <class T>
-L2L_INLINE void add_update(int thread, int threads, const Shape& shape, const T* head,
-                           const T* h, int64_t stride, int64_t minus, int count, const T* theta,
+L2L_INLINE void add_update(int thread, int threads, const Shape& shape, const T* head, const T* h,
+                           int64_t stride, int64_t minus, int count, const T* theta,
                            T* next_theta) {
   const int H = int(shape.hidden);
   const bool odd = shape.form.odd;
@@ -434,14 +436,12 @@ struct Tasks {
   L2L_INLINE int task(int row, int column, int split) const {
     return (split * column_tiles + column / n) * row_tiles + row % row_tiles;
   }
-  L2L_INLINE int element(int row, int column) const {
-    return row / row_tiles * n + column % n;
-  }
+  L2L_INLINE int element(int row, int column) const { return row / row_tiles * n + column % n; }
 };
 
-// Where a block's arrays begin, in elements: in its scratch, where h is first, and in shared memory,
-// where [below; prev; one] is. Rows in shared memory are 4 elements longer than there are lanes: threads
-// that read different rows at once then meet in different banks.
+// Where a block's arrays begin, in elements: in its scratch, where h is first, and in shared
+// memory, where [below; prev; one] is. Rows in shared memory are 4 elements longer than there are
+// lanes: threads that read different rows at once then meet in different banks.
 template <class T>
 struct BackwardLayout {
   static constexpr int n = tile_sums<T>;
@@ -496,8 +496,8 @@ struct BackwardArguments {
   int64_t grid;   // blocks of threads, each of which takes a run of blocks of coordinates
 };
 
-// Adds a thread's part of the sums of d [rows] times x [columns], up to whole tiles of both: what lies
-// beyond is summed with them and never read.
+// Adds a thread's part of the sums of d [rows] times x [columns], up to whole tiles of both: what
+// lies beyond is summed with them and never read.
 template <int P, class T>
 L2L_INLINE void sum_outer(int thread, int threads, const Tasks<tile_sums<T>> tasks, const T* d,
                           const T* x, T* sums) {
@@ -513,8 +513,7 @@ L2L_INLINE void sum_outer(int thread, int threads, const Tasks<tile_sums<T>> tas
     for (int lane = first; lane < first + lanes; lane += 4) {
       T a[n][4];
 #pragma unroll
-      for (int i = 0; i < n; ++i)
-        load_row(a[i], d + (row + i * tasks.row_tiles) * pitch + lane);
+      for (int i = 0; i < n; ++i) load_row(a[i], d + (row + i * tasks.row_tiles) * pitch + lane);
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         T b[4];
@@ -588,7 +587,8 @@ struct BackwardBlock {
 #pragma unroll
         for (int j = 0; j < C; ++j) {
           const int i = row * P + lane + warp_lanes * j;
-          h()[i] = columns.load(call.state + first, j), c()[i] = columns.load(call.state + second, j);
+          h()[i] = columns.load(call.state + first, j),
+          c()[i] = columns.load(call.state + second, j);
           dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
           dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
         }
@@ -642,11 +642,14 @@ struct BackwardBlock {
     for (int first = 0; first < layer.tiles(); first += warps) {
       team([&](int thread) {
         const int tile = first + thread / warp_lanes;
-        if (tile < layer.tiles())
-          layer.stage(thread % warp_lanes, tile, weights(room, thread));
+        if (tile < layer.tiles()) layer.stage(thread % warp_lanes, tile, weights(room, thread));
         if (first) return;
-        const Rows<T> rows = {index ? at(h(), step + 1, index - 1) : in(step), at(h(), step, index),
-                              at(c(), step, index), nullptr, nullptr, P};
+        const Rows<T> rows = {index ? at(h(), step + 1, index - 1) : in(step),
+                              at(h(), step, index),
+                              at(c(), step, index),
+                              nullptr,
+                              nullptr,
+                              P};
         stage_layer<C, ScratchColumns>(thread, team.threads, layer, lanes, rows, x, cells(), pitch);
         for (int lane = thread; lane < P; lane += team.threads) x[columns * pitch + lane] = 1;
         if (index == L - 1) head_backward(thread, step);
@@ -741,7 +744,8 @@ struct BackwardBlock {
       const auto& tasks = a.layout.tasks(index);
       const T* sums = scratch + a.layout.sums_of(index);
       for (int split = 0; split < tasks.splits; ++split)
-        sum += sums[tasks.task(row, column, split) * tile_sums<T> * tile_sums<T> + tasks.element(row, column)];
+        sum += sums[tasks.task(row, column, split) * tile_sums<T> * tile_sums<T> +
+                    tasks.element(row, column)];
       return sum;
     }
     for (int lane = 0; lane < P; ++lane) sum += head_sums()[e * P + lane];
@@ -841,8 +845,8 @@ template <class T>
 constexpr int backward_width = sizeof(T) == 4 ? 4 : 1;
 constexpr int blocks_each = 2;  // blocks of threads that a processor should have at once
 
-// The widest tile with which every processor has work and room for two blocks, or else the narrowest;
-// as many warps as share the tiles of units evenly, or as fit.
+// The widest tile with which every processor has work and room for two blocks, or else the
+// narrowest; as many warps as share the tiles of units evenly, or as fit.
 template <class T>
 Plan plan(const Shape& shape, const Machine& machine, int width,
           int64_t (*elements)(const Shape&, int, int)) {
@@ -853,8 +857,8 @@ Plan plan(const Shape& shape, const Machine& machine, int width,
     for (int warps = ceil_div(tiles, ceil_div(tiles, most_warps)); warps >= 1; --warps) {
       const int64_t shared = elements(shape, lanes, warps) * int64_t(sizeof(T));
       const bool fits = shared <= machine.shared_block;
-      const bool well = blocks >= machine.processors &&
-                        blocks_each * (shared + 1024) <= machine.shared_processor;
+      const bool well =
+          blocks >= machine.processors && blocks_each * (shared + 1024) <= machine.shared_processor;
       if (fits && (well || width == 1)) return {width, warps, blocks, shared};
       if (width > 1) break;  // fewer warps are for a tile that cannot shrink
     }

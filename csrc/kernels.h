@@ -28,10 +28,12 @@ struct Shape {
   int64_t coordinates, layers, hidden;  // N, L, H
   Form form;
 
-  L2L_INLINE int64_t inputs() const { return form.theta_input ? 3 : 2; }                    // F
-  L2L_INLINE int64_t width(int64_t layer) const { return layer ? hidden : inputs(); }       // what it reads
-  L2L_INLINE int64_t states() const { return form.odd ? 2 * coordinates : coordinates; }    // M
-  L2L_INLINE int64_t phi() const {                                                          // P
+  L2L_INLINE int64_t inputs() const { return form.theta_input ? 3 : 2; }  // F
+  L2L_INLINE int64_t width(int64_t layer) const {
+    return layer ? hidden : inputs();
+  }  // what it reads
+  L2L_INLINE int64_t states() const { return form.odd ? 2 * coordinates : coordinates; }  // M
+  L2L_INLINE int64_t phi() const {                                                        // P
     int64_t size = hidden + 1;
     for (int64_t layer = 0; layer < layers; ++layer)
       size += 4 * hidden * (width(layer) + hidden + 2);
@@ -55,8 +57,8 @@ struct Backward {
   T *d_theta, *d_gradient, *d_state;  // [N], [N], [L, 2, H, M]
 };
 
-// Eq. 5 alone: result [2, size] of gradient [size], or if d_result [2, size] is there the derivative
-// [size] with respect to gradient.
+// Eq. 5 alone: result [2, size] of gradient [size], or if d_result [2, size] is there the
+// derivative [size] with respect to gradient.
 template <class T>
 struct Preprocess {
   double p;
@@ -81,8 +83,8 @@ struct Kernels {
   void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
   // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
   bool (*function)(const char* name, const T* x, T* y, int64_t n);
-  // Instead of all before `preprocess`, of the kernels that share their work out themselves: a whole call,
-  // with φ as it is [P]. False where they cannot take the shape.
+  // Instead of all before `preprocess`, of the kernels that share their work out themselves: a
+  // whole call, with φ as it is [P]. False where they cannot take the shape.
   bool (*whole_step)(const Shape&, const Step<T>&, const T* phi);
   bool (*whole_backward)(const Shape&, const Backward<T>&, const T* phi, T* d_phi);
 };

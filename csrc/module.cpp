@@ -1,5 +1,5 @@
-// The module l2l_ref._engine: importing it registers the operators; what it binds itself says how it
-// was built.
+// The module l2l_ref._engine: importing it registers the operators; what it binds itself says how
+// it was built.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -54,7 +54,8 @@ STABLE_TORCH_LIBRARY(l2l_ref, m) {
         ") -> (Tensor, Tensor)");
   m.def(
       "theta_step_backward(Tensor theta, Tensor gradient, Tensor state, Tensor phi, "
-      "Tensor d_next_theta, Tensor d_next_state, " L2L_FORM ") -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor d_next_theta, Tensor d_next_state, " L2L_FORM
+      ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "unroll_meta_gradient(Tensor theta, Tensor gradients, Tensor state, Tensor cotangents, "
       "Tensor phi, " L2L_FORM ") -> Tensor");
@@ -75,14 +76,17 @@ PYBIND11_MODULE(_engine, m) {
         info["kernel"] = l2l::level().name;
         return info;
       },
-      "How the module was built: compiler, the torch it was built with and the oldest it runs with, "
+      "How the module was built: compiler, the torch it was built with and the oldest it runs "
+      "with, "
       "the kernels that this machine can run and the one in use.");
   m.def("use_level", &use_level, py::arg("name"),
         "Use the kernels of another instruction set, one of build_info()['kernels'].");
   m.def("emulate", &emulated::set_machine, py::arg("processors"), py::arg("shared_block"),
         py::arg("shared_processor"), py::arg("tensor_cores") = false,
-        "The GPU that the kernels 'emulated' imagine: its processors, the bytes of shared memory that "
-        "a block of threads may have and that a processor has, and whether its tensor cores are used.");
+        "The GPU that the kernels 'emulated' imagine: its processors, the bytes of shared memory "
+        "that "
+        "a block of threads may have and that a processor has, and whether its tensor cores are "
+        "used.");
   m.def("function", &function<float>, py::arg("name"), py::arg("x").noconvert(),
         "exp2, exp2m1, log, sigmoid or tanh as the kernels compute it: x [n] -> [n], float32 or "
         "float64.");

@@ -1,4 +1,5 @@
-// The operators for any device: checks of the tensors, results, dtypes. A `Device` runs them; it has
+// The operators for any device: checks of the tensors, results, dtypes. A `Device` runs them; it
+// has
 //   Guard(const Tensor&)                                  makes the tensor's device the current one
 //   step(const Shape&, const Step<T>&, const Tensor& phi)
 //   backward(const Shape&, const Backward<T>&, const Tensor& phi, T* d_phi)
@@ -49,13 +50,11 @@ inline void check_like(const Tensor& theta, const Tensor& tensor, const char* na
                   ", where theta is");
   STD_TORCH_CHECK(tensor.scalar_type() == theta.scalar_type(), name,
                   " and theta differ in dtype: all tensors of a call share one");
-  STD_TORCH_CHECK(
-      tensor.sizes().size() == sizes.size() &&
-          std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin()),
-      name, " has shape ", text(tensor.sizes()), ", expected ",
-      text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())));
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous: pass ", name,
-                  ".contiguous()");
+  STD_TORCH_CHECK(tensor.sizes().size() == sizes.size() &&
+                      std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin()),
+                  name, " has shape ", text(tensor.sizes()), ", expected ",
+                  text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())));
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous: pass ", name, ".contiguous()");
 }
 
 // Checks what every operator takes, and says what shape of problem it is.
@@ -102,8 +101,9 @@ void theta_step_(const Tensor& theta, const Tensor& gradient, const Tensor& stat
   const typename Device::Guard guard(theta);
   with_dtype(theta, [&](auto zero) {
     using T = decltype(zero);
-    Device::step(shape, Step<T>{in<T>(theta), in<T>(gradient), in<T>(state), out<T>(theta), out<T>(state)},
-                phi);
+    Device::step(shape,
+                 Step<T>{in<T>(theta), in<T>(gradient), in<T>(state), out<T>(theta), out<T>(state)},
+                 phi);
   });
 }
 
@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor> theta_step(const Tensor& theta, const Tensor& gradien
     using T = decltype(zero);
     Device::step(shape,
                  Step<T>{in<T>(theta), in<T>(gradient), in<T>(state), out<T>(next_theta),
-                 out<T>(next_state)},
-                phi);
+                         out<T>(next_state)},
+                 phi);
   });
   return {next_theta, next_state};
 }
@@ -134,8 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
   const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
   check_like(theta, gradient, "gradient", {shape.coordinates});
   check_like(theta, d_next_theta, "d_next_theta", {shape.coordinates});
-  check_like(theta, d_next_state, "d_next_state",
-             {shape.layers, 2, shape.hidden, shape.states()});
+  check_like(theta, d_next_state, "d_next_state", {shape.layers, 2, shape.hidden, shape.states()});
   Tensor d_theta = torch::stable::empty_like(theta);
   Tensor d_gradient = torch::stable::empty_like(gradient);
   Tensor d_state = torch::stable::empty_like(state);
@@ -143,10 +142,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
   const typename Device::Guard guard(theta);
   with_dtype(theta, [&](auto zero) {
     using T = decltype(zero);
-    Device::backward(shape,
-                     Backward<T>{1, in<T>(theta), in<T>(gradient), in<T>(state), in<T>(d_next_theta), nullptr,
-                     in<T>(d_next_state), out<T>(d_theta), out<T>(d_gradient), out<T>(d_state)},
-                    phi, out<T>(d_phi));
+    Device::backward(
+        shape,
+        Backward<T>{1, in<T>(theta), in<T>(gradient), in<T>(state), in<T>(d_next_theta), nullptr,
+                    in<T>(d_next_state), out<T>(d_theta), out<T>(d_gradient), out<T>(d_state)},
+        phi, out<T>(d_phi));
   });
   return {d_theta, d_gradient, d_state, d_phi};
 }
@@ -166,9 +166,9 @@ Tensor unroll_meta_gradient(const Tensor& theta, const Tensor& gradients, const 
   with_dtype(theta, [&](auto zero) {
     using T = decltype(zero);
     Device::backward(shape,
-                     Backward<T>{steps, in<T>(theta), in<T>(gradients), in<T>(state), in<T>(cotangents),
-                     nullptr, nullptr, nullptr, nullptr, nullptr},
-                    phi, out<T>(d_phi));
+                     Backward<T>{steps, in<T>(theta), in<T>(gradients), in<T>(state),
+                                 in<T>(cotangents), nullptr, nullptr, nullptr, nullptr, nullptr},
+                     phi, out<T>(d_phi));
   });
   return d_phi;
 }
@@ -185,8 +185,8 @@ Tensor preprocess(const Tensor& gradient, double p) {
   const typename Device::Guard guard(gradient);
   with_dtype(gradient, [&](auto zero) {
     using T = decltype(zero);
-    Device::preprocess(gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient), nullptr,
-                                               out<T>(result)});
+    Device::preprocess(
+        gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient), nullptr, out<T>(result)});
   });
   return result;
 }
@@ -196,13 +196,13 @@ Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, doubl
   check_dtype(gradient, "gradient");
   check_p(p);
   const auto sizes = d_result.sizes();
-  STD_TORCH_CHECK(sizes.size() == gradient.sizes().size() + 1 && sizes[0] == 2 &&
-                      std::equal(gradient.sizes().begin(), gradient.sizes().end(),
-                                 sizes.begin() + 1) &&
-                      d_result.scalar_type() == gradient.scalar_type() &&
-                      d_result.device() == gradient.device() && gradient.is_contiguous() &&
-                      d_result.is_contiguous(),
-                  "d_result must be contiguous like gradient, with a first dimension of 2");
+  STD_TORCH_CHECK(
+      sizes.size() == gradient.sizes().size() + 1 && sizes[0] == 2 &&
+          std::equal(gradient.sizes().begin(), gradient.sizes().end(), sizes.begin() + 1) &&
+          d_result.scalar_type() == gradient.scalar_type() &&
+          d_result.device() == gradient.device() && gradient.is_contiguous() &&
+          d_result.is_contiguous(),
+      "d_result must be contiguous like gradient, with a first dimension of 2");
   Tensor d_gradient = torch::stable::empty_like(gradient);
   const typename Device::Guard guard(gradient);
   with_dtype(gradient, [&](auto zero) {
@@ -216,10 +216,10 @@ Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, doubl
 }  // namespace l2l
 
 // Every operator for a device; `m` is of STABLE_TORCH_LIBRARY_IMPL.
-#define L2L_IMPLEMENT(m, Device)                                                        \
-  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                          \
-  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                            \
-  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>));          \
-  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>));        \
-  m.impl("preprocess", TORCH_BOX(&l2l::preprocess<Device>));                            \
+#define L2L_IMPLEMENT(m, Device)                                                 \
+  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                   \
+  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                     \
+  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>));   \
+  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>)); \
+  m.impl("preprocess", TORCH_BOX(&l2l::preprocess<Device>));                     \
   m.impl("preprocess_backward", TORCH_BOX(&l2l::preprocess_backward<Device>))

@@ -1,6 +1,6 @@
 // The names of simd.h for one lane, V = float or double: what a thread of a GPU computes with.
-// Included by nvcc for the device, and by a C++ compiler for the tests that run the GPU's kernels on
-// the host.
+// Included by nvcc for the device, and by a C++ compiler for the tests that run the GPU's kernels
+// on the host.
 #pragma once
 
 #include <cmath>

@@ -2,19 +2,20 @@
 // products of TF32 numbers. x = high + low, both with 11 digits of their own, and
 // w·x = w_high·x_high + w_high·x_low + w_low·x_high but for 2^-22 of it. An infinite x is NaN here.
 //
-// Threads of a warp hold parts of matrices together, so code is written for a whole warp: `Each<V>` is
-// a V of every thread, `each(f)` runs f(lane) in every thread. On a GPU a thread knows only its own.
+// Threads of a warp hold parts of matrices together, so code is written for a whole warp: `Each<V>`
+// is a V of every thread, `each(f)` runs f(lane) in every thread. On a GPU a thread knows only its
+// own.
 #pragma once
 
 #include "gpu.h"
 
 namespace L2L_LEVEL {
 
-constexpr int steps_of_k = 5;              // of 8 rows of [below; prev]
-constexpr int most_tensor_units = 20;      // then [below; prev] has 40 rows
-constexpr int tensor_lanes = 8;            // of a matrix; a warp has several at work
+constexpr int steps_of_k = 5;          // of 8 rows of [below; prev]
+constexpr int most_tensor_units = 20;  // then [below; prev] has 40 rows
+constexpr int tensor_lanes = 8;        // of a matrix; a warp has several at work
 constexpr int at_work = 4;
-constexpr int tensor_padding = 8;          // of rows in shared memory: 8 lanes by 4 rows, 32 banks
+constexpr int tensor_padding = 8;  // of rows in shared memory: 8 lanes by 4 rows, 32 banks
 
 L2L_INLINE float high_part(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & ~0x1fff); }
 
@@ -98,9 +99,9 @@ struct Warp {
 };
 #endif
 
-// The units of a tile for all lanes of a block. Its 16 gates are rows of A, gate by gate. So a thread
-// comes by two gates of a unit for two lanes; its partner 16 lanes on has the other two, and each gives
-// the other what it needs for one of the lanes.
+// The units of a tile for all lanes of a block. Its 16 gates are rows of A, gate by gate. So a
+// thread comes by two gates of a unit for two lanes; its partner 16 lanes on has the other two, and
+// each gives the other what it needs for one of the lanes.
 template <int P>
 L2L_INLINE void tile_tensor(const Warp& warp, const Layer<float>& layer, int tile,
                             const Lanes& lanes, const Rows<float>& rows, const float* x,
@@ -115,8 +116,7 @@ L2L_INLINE void tile_tensor(const Warp& warp, const Layer<float>& layer, int til
 #pragma unroll
     for (int second = 0; second < 2; ++second) {  // rows g and g + 8
       const int gate = g / 4 + 2 * second, row = unit < layer.H ? gate * layer.H + unit : 0;
-      const float scale =
-          unit < layer.H ? float(gate == 2 ? tanh_scale : sigmoid_scale) : 0.0f;
+      const float scale = unit < layer.H ? float(gate == 2 ? tanh_scale : sigmoid_scale) : 0.0f;
       const float sum = scale * layer.bias(row);
       bias[lane].of[2 * second] = bias[lane].of[2 * second + 1] = sum;
 #pragma unroll
@@ -145,8 +145,8 @@ L2L_INLINE void tile_tensor(const Warp& warp, const Layer<float>& layer, int til
       for (int n = 0; n < at_work; ++n) {
         Warp::Each<B> x_high, x_low;
         warp.each([&](int lane) {
-          const float* from = x + (8 * k + lane % 4) * pitch +
-                              (batch * at_work + n) * tensor_lanes + lane / 4;
+          const float* from =
+              x + (8 * k + lane % 4) * pitch + (batch * at_work + n) * tensor_lanes + lane / 4;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const float value = from[4 * i * pitch];
