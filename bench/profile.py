@@ -9,6 +9,7 @@ seconds go to profile-<dataset>-<attack>-<recipe>-<backend>.json in `--out` (run
 
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,11 +26,20 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench.output import command, write_json  # noqa: E402
-from l2l_ref import attacks, cli, data, engine, evaluate, experiment, report, tuning  # noqa: E402
+from l2l_ref import (  # noqa: E402
+    attacks,
+    cli,
+    data,
+    engine,
+    evaluate,
+    experiment,
+    graphs,
+    report,
+    tuning,
+)
 from l2l_ref.heap import keep_freed_memory  # noqa: E402
 from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
 from l2l_ref.task import Reporter, Task, prepare  # noqa: E402
-from l2l_ref.transfer import now  # noqa: E402
 
 OPTIMIZEE, CRAFTING = "optimizee: forward, backward", "attacks: forward, backward"
 LSTM, ATTACKS, OPTIMIZERS = "LSTM", "attacks: steps, projections", "optimizers without the LSTM"
@@ -43,6 +53,13 @@ SHORT = {
 }
 
 
+def now(device: torch.device) -> float:
+    """Seconds on the clock once the device has done all it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Clock:
     """Wall time by (phase, what the program does): the innermost range counts, alone."""
 
@@ -52,9 +69,9 @@ class Clock:
 
     def lap(self) -> None:
         """Give the time since the last lap to the range that is open."""
-        time = now(self.device)
-        self.seconds[self.stack[-1]] += time - self.since
-        self.since = time
+        then = now(self.device)
+        self.seconds[self.stack[-1]] += then - self.since
+        self.since = then
 
     def timed(self, function: Callable, what: str = "", phase: str = "") -> Callable:
         """`function` with its calls in a range; what is not named stays as it is outside."""
@@ -85,6 +102,7 @@ def instrument(clock: Clock, task: Task) -> Task:
         for name in names:
             setattr(owner, name, clock.timed(getattr(owner, name), **ranges))
 
+    graphs.graphs_of = lambda device, generators: None  # a replay could not be told apart
     patch(experiment, "learn", phase="meta-training")
     patch(tuning, "baselines", phase="tuning")
     patch(experiment, "run_method", phase="transfer")

@@ -136,10 +136,3 @@ def mark(device: torch.device) -> float | torch.cuda.Event:
 def milliseconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     """Between two marks, both in the past."""
     return 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on the clock once the device has done all it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
