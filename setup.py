@@ -23,7 +23,7 @@ STABLE_ABI = "2.11"  # the oldest torch that one build serves
 # Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
 OPTIMIZED = (
     "-std=c++17 -O3 -g0 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
-    "-Wno-unknown-pragmas -fvisibility=hidden".split()
+    "-Wno-unknown-pragmas -Wno-pass-failed -fvisibility=hidden".split()
 )
 SANITIZED = []
 if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
@@ -39,8 +39,9 @@ if X86:
     )
 
 
-# A cubin serves the later GPUs of its generation: 8.0 also 8.6 and 8.9; PTX whatever follows.
-ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+# A cubin serves the later GPUs of its generation, 8.0 also 8.6 and 8.9; PTX all that follow, that
+# of 9.0 those from 10 to 12 that have no cubin.
+ARCHITECTURES = ("7.5", "8.0", "9.0+PTX", "10.0", "12.0")
 CPU, CUDA = "l2l_ref._engine", "l2l_ref._engine_cuda"
 
 
@@ -188,9 +189,11 @@ def find_nvcc():
 def architectures(known):
     """Names of the GPU architectures to compile for, and nvcc's flags for them."""
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    names = wish or [n for n in ARCHITECTURES if f"sm_{n.replace('.', '')}\n" in known + "\n"]
+    names = wish
     if not wish:
-        names[-1] += "+PTX"
+        numbers = {line.removeprefix("sm_") for line in known.splitlines()}
+        names = [n for n in ARCHITECTURES if n.removesuffix("+PTX").replace(".", "") in numbers]
+        names[-1] = names[-1].removesuffix("+PTX") + "+PTX"
     flags = []
     for name in names:
         if not (match := re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", name)):

@@ -2,8 +2,11 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda.h"
 #include "gpu.h"
@@ -15,8 +18,9 @@ namespace {
 using namespace L2L_LEVEL;
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call would meet it again
+  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 Machine machine_of(int device) {
@@ -87,11 +91,25 @@ __global__ void preprocess_kernel(const __grid_constant__ PreprocessArguments<T>
     L2L_LEVEL::preprocess(arguments, at);
 }
 
+// A kernel's limit on shared memory is all that the device has, whatever this launch takes: it
+// belongs to the kernel, and another thread may be about to launch the same. Set once for each
+// device.
 template <class Arguments>
-void launch(void (*kernel)(Arguments), const Plan& plan, const Arguments& arguments, void* stream) {
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
+void allow_shared_memory(void (*kernel)(Arguments), const Machine& machine, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Arguments), int>> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(machine.shared_block)));
+  done.insert({kernel, device});
+}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), const Plan& plan, const Machine& machine,
+            const Arguments& arguments, int device, void* stream) {
   if (plan.grid > 0x7fffffff) throw std::runtime_error("too many coordinates for one launch");
+  allow_shared_memory(kernel, machine, device);
   kernel<<<unsigned(plan.grid), plan.warps * warp_lanes, plan.shared,
            static_cast<cudaStream_t>(stream)>>>(arguments);
   check(cudaGetLastError());
@@ -104,14 +122,16 @@ void use_tensor_cores(bool on) { tensor_cores = on; }
 template <class T>
 bool step(const Shape& shape, const Step<T>& call, const T* phi, int device, void* stream) {
   const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
-  const Plan plan = plan_step<T>(shape, machine_of(device), tensor ? tensor_shared : step_shared);
+  const Machine machine = machine_of(device);
+  const Plan plan = plan_step<T>(shape, machine, tensor ? tensor_shared : step_shared);
   if (!plan.shared) return false;
   if (!plan.grid) return true;
   const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
   with_width<step_width<T>>(plan.width, [&](auto width) {
     if constexpr (sizeof(T) == sizeof(float))
-      if (tensor) return launch(step_kernel<width, Tensored, T>, plan, arguments, stream);
-    launch(step_kernel<width, Multiplied, T>, plan, arguments, stream);
+      if (tensor)
+        return launch(step_kernel<width, Tensored, T>, plan, machine, arguments, device, stream);
+    launch(step_kernel<width, Multiplied, T>, plan, machine, arguments, device, stream);
   });
   return true;
 }
@@ -125,14 +145,15 @@ Scratch backward_scratch(const Shape& shape, int64_t steps, int device) {
 template <class T>
 bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi, T* elements,
               double* doubles, int device, void* stream) {
-  const Plan plan = plan_backward<T>(shape, machine_of(device));
+  const Machine machine = machine_of(device);
+  const Plan plan = plan_backward<T>(shape, machine);
   if (!plan.shared) return false;
   const BackwardArguments<T> arguments = {
       shape,    call,    phi,      Eq5<T>(shape.form.p), layout_of<T>(shape, call.steps, plan),
       elements, doubles, plan.grid};
   if (plan.grid)
     with_width<backward_width<T>>(plan.width, [&](auto width) {
-      launch(backward_kernel<width, T>, plan, arguments, stream);
+      launch(backward_kernel<width, T>, plan, machine, arguments, device, stream);
     });
   constexpr int threads = 128;
   reduce_kernel<<<unsigned(ceil_div<int64_t>(shape.phi(), threads)), threads, 0,

@@ -48,7 +48,8 @@ struct Warp {
   L2L_INLINE void multiply(Each<D>& d, const Each<A>& a, const Each<B>& b) const {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const auto bits = [](float x) { return __float_as_uint(x); };
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d.own.of[0]), "+f"(d.own.of[1]), "+f"(d.own.of[2]), "+f"(d.own.of[3])
         : "r"(bits(a.own.of[0])), "r"(bits(a.own.of[1])), "r"(bits(a.own.of[2])),

@@ -1,7 +1,9 @@
 """A step of a training loop as a CUDA graph: hundreds of small kernels become one launch."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +79,7 @@ class Cuda:
     """What capturing takes from CUDA. A test puts something else in its place."""
 
     def __init__(self, device: torch.device, generators: Sequence[Generator]):
-        self.stream, self.generators = torch.cuda.Stream(device), generators
+        self.stream, self.generators = side_stream(device), generators
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -85,23 +87,37 @@ class Cuda:
         to a stream, and the default one cannot capture."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """Records what `function` launches, runs none of it, and returns what does."""
+        device = self.stream.device
         graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=self.stream):
-            outputs = function()
+        # Generators put their offsets on the current device. The outer stream is what a capture
+        # that failed returns to: torch before 2.15 stays on the side stream.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            for generator in self.generators:
+                with warnings.catch_warnings():  # later versions find generators by themselves
+                    warnings.simplefilter("ignore")
+                    graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=self.stream):
+                outputs = function()
 
         def replay() -> Any:
             graph.replay()
             return outputs
 
         return replay
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: cuBLAS keeps some MB for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 def graphs_of(device: torch.device, generators: Sequence[Generator]) -> Cuda | None:

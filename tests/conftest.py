@@ -53,16 +53,29 @@ def fused():
     return import_module("l2l_ref.fused")
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, fused):
+    """Where a test that makes its own tensors has them; skips where the engine does not run."""
+    if request.param == "cuda":
+        need_cuda()
+    return request.param
+
+
+def need_cuda():
+    """Skips the test where there is no GPU, or no engine for it."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not engine.built("cuda"):
+        pytest.skip(f"the CUDA engine is not built: {engine.BUILD_CUDA}")
+
+
 CPU_LEVELS = ["avx512", "avx2", "baseline"]
 
 
 def use_level(name, fused, monkeypatch):
     """The kernels `name` run the operators for the rest of a test; skips where they are not."""
     if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        if not engine.built("cuda"):
-            pytest.skip(f"the CUDA engine is not built: {engine.BUILD_CUDA}")
+        need_cuda()
         for operator in ("preprocess", "theta_step_", "theta_step", "unroll_meta_gradient"):
             monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
         return

@@ -35,7 +35,7 @@ NVCC = "sm_75\nsm_80\nsm_86\nsm_90\nsm_100\nsm_120\n"
 class TestArchitectures:
     def test_all_that_the_toolkit_knows_and_what_follows(self, build):
         names, flags = build.architectures(NVCC)
-        assert names == ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]
+        assert names == ["7.5", "8.0", "9.0+PTX", "10.0", "12.0+PTX"]
         assert flags[0] == "-gencode=arch=compute_75,code=sm_75"
         assert flags[-1] == "-gencode=arch=compute_120,code=compute_120"
         names, flags = build.architectures("sm_80\nsm_90\nsm_90a\n")

@@ -42,10 +42,12 @@ OPERATORS = {
 }
 
 
-def take(case: Case, names, dtype=torch.float64, requires_grad=()) -> list[torch.Tensor]:
+def take(
+    case: Case, names, dtype=torch.float64, requires_grad=(), device="cpu"
+) -> list[torch.Tensor]:
     """Those arguments of a case."""
     given = arguments(case, dtype)
-    return [given[name].requires_grad_(name in requires_grad) for name in names]
+    return [given[name].to(device).requires_grad_(name in requires_grad) for name in names]
 
 
 class TestDerivatives:
@@ -105,12 +107,13 @@ class TestDerivatives:
 class TestRegistration:
     @forms
     @pytest.mark.parametrize("name", OPERATORS)
-    def test_opcheck(self, fused, name, theta_input, odd):
+    def test_opcheck(self, fused, device, name, theta_input, odd):
         case = Case(5, 2, 3, theta_input, odd, steps=2)
         operator = getattr(torch.ops.l2l_ref, name).default
         differentiable = name not in ("theta_step_", "unroll_meta_gradient")
         names = OPERATORS[name]
-        inputs = take(case, names, torch.float32, names if differentiable else ())
+        inputs = take(case, names, torch.float32, device=device)
+        inputs = [x.requires_grad_(differentiable) for x in inputs]
         form = {"p": case.p} if name.startswith("preprocess") else case.form
         torch.library.opcheck(operator, tuple(inputs), form)
 

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from engine_cases import BACKWARD, STEP, UNROLL, Case, arguments
+from engine_cases import BACKWARD, STEP, UNROLL, Case
+from engine_cases import arguments as cpu_arguments
+
+from l2l_ref import engine
 
 OPERATORS = {
     "theta_step_": STEP,
@@ -13,9 +16,19 @@ OPERATORS = {
 CASE = Case(6, 2, 4, odd=True, steps=3)
 
 
+@pytest.fixture
+def arguments(device):
+    """`engine_cases.arguments` on the CPU, then on a GPU."""
+
+    def make(case=CASE, dtype=torch.float32):
+        return {name: x.to(device) for name, x in cpu_arguments(case, dtype).items()}
+
+    return make
+
+
 def every_other(x):
     """The same shape and numbers, a stride of 2 in the last axis."""
-    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], device=x.device)
     wide[..., ::2] = x
     return wide[..., ::2]
 
@@ -27,13 +40,13 @@ DEFECTS = {
     "integers": torch.Tensor.long,
     "complex": lambda x: x.to(torch.complex64),
     "bool": torch.Tensor.bool,
-    "0-dim": lambda x: torch.tensor(1.0),
+    "0-dim": lambda x: torch.tensor(1.0, device=x.device),
     "empty": lambda x: x.flatten()[:0],
     "one axis more": lambda x: x[None],
     "one element more": lambda x: torch.cat((x, x[..., :1]), dim=-1),
     "one row more": lambda x: torch.cat((x, x[:1])),
     "every other element": every_other,
-    "broadcast": lambda x: torch.zeros(1).expand(x.shape),
+    "broadcast": lambda x: torch.zeros(1, device=x.device).expand(x.shape),
     "meta": lambda x: x.to("meta"),
 }
 # Where θ differs from the rest, the rest may be named; the state says how many layers φ has, and
@@ -51,8 +64,8 @@ def call(name, given, **form):
 @pytest.mark.parametrize(
     "name, argument", [(name, argument) for name in OPERATORS for argument in OPERATORS[name]]
 )
-def test_a_wrong_tensor_is_named(fused, name, argument, defect):
-    given = arguments(CASE, torch.float32)
+def test_a_wrong_tensor_is_named(fused, arguments, name, argument, defect):
+    given = arguments()
     call(name, given)
     before = given["theta"].clone(), given["state"].clone()
     bad = given | {argument: DEFECTS[defect](given[argument])}
@@ -70,69 +83,71 @@ def test_a_wrong_tensor_is_named(fused, name, argument, defect):
 @pytest.mark.parametrize("name", OPERATORS)
 class TestWhateverTheOperator:
     @pytest.mark.parametrize("p", [0.0, -1.0, 80.5, float("inf"), float("nan")])
-    def test_p_out_of_range(self, fused, name, p):
+    def test_p_out_of_range(self, fused, arguments, name, p):
         with pytest.raises(RuntimeError, match="p is .*: it must be above 0 and at most 80"):
-            call(name, arguments(CASE, torch.float32), p=p)
+            call(name, arguments(), p=p)
 
     @pytest.mark.parametrize("form", [{"theta_input": True}, {"odd": False}])
-    def test_a_form_that_the_tensors_do_not_fit(self, fused, name, form):
+    def test_a_form_that_the_tensors_do_not_fit(self, fused, arguments, name, form):
         with pytest.raises(RuntimeError, match="(phi|state) has shape .*, expected"):
-            call(name, arguments(CASE, torch.float32), **form)
+            call(name, arguments(), **form)
 
     @pytest.mark.parametrize(
         "shape", [(0, 2, 4, 12), (2, 2, 0, 12), (2, 1, 4, 12), (2, 3, 4, 12), (2, 4, 12)]
     )
-    def test_a_state_of_another_layout(self, fused, name, shape):
-        given = arguments(CASE, torch.float32) | {"state": torch.zeros(shape)}
+    def test_a_state_of_another_layout(self, fused, arguments, name, shape):
+        given = arguments()
+        given["state"] = given["state"].new_zeros(shape)
         with pytest.raises(RuntimeError, match="(state|phi) has shape .*, expected"):
             call(name, given)
 
-    def test_too_many_units(self, fused, name):
-        given = arguments(CASE, torch.float32) | {"state": torch.zeros(2, 2, 257, 12)}
+    def test_too_many_units(self, fused, arguments, name):
+        given = arguments()
+        given["state"] = given["state"].new_zeros(2, 2, 257, 12)
         with pytest.raises(RuntimeError, match="state has 257 units, .* at most 256"):
             call(name, given)
 
-    def test_a_sparse_tensor(self, fused, name):
-        given = arguments(CASE, torch.float32)
+    def test_a_sparse_tensor(self, fused, arguments, name):
+        given = arguments()
         with pytest.raises((RuntimeError, NotImplementedError)):
             call(name, given | {"theta": given["theta"].to_sparse()})
 
-    def test_no_coordinates_still_need_a_phi_that_fits(self, fused, name):
+    def test_no_coordinates_still_need_a_phi_that_fits(self, fused, arguments, name):
         case = CASE._replace(n=0)
-        given = arguments(case, torch.float32)
+        given = arguments(case)
         call(name, given)
         with pytest.raises(RuntimeError, match="phi has shape"):
             call(name, given | {"phi": given["phi"][1:]})
 
 
 @pytest.mark.parametrize("argument", ["gradients", "cotangents"])
-def test_steps_that_differ(fused, argument):
+def test_steps_that_differ(fused, arguments, argument):
     """`gradients` says how many steps there are."""
-    given = arguments(CASE, torch.float32)
+    given = arguments()
     given[argument] = given[argument][:2]
     with pytest.raises(RuntimeError, match="cotangents has shape"):
         call("unroll_meta_gradient", given)
 
 
-@pytest.mark.parametrize("hidden", [255, 256])
+@pytest.mark.parametrize("hidden", [engine.MAX_HIDDEN["cpu"] - 1, engine.MAX_HIDDEN["cpu"]])
 def test_as_many_units_as_promised(fused, hidden):
     case = Case(3, 1, hidden, steps=1)
-    given = arguments(case, torch.float32)
+    given = cpu_arguments(case, torch.float32)
     results = fused.unroll_meta_gradient(*(given[n] for n in UNROLL), **case.form)
     assert results.isfinite().all() and results.any()
 
 
 @pytest.mark.parametrize("argument", STEP)
-def test_the_functions_refuse_what_the_operators_refuse(fused, argument):
-    given = arguments(CASE, torch.float32)
+def test_the_functions_refuse_what_the_operators_refuse(fused, arguments, argument):
+    given = arguments()
     given[argument] = every_other(given[argument])
     for function in (fused.theta_step_, fused.theta_step):
         with pytest.raises(RuntimeError, match=f"{argument} is not contiguous: pass {argument}"):
             function(*(given[name] for name in STEP), **CASE.form)
 
 
-def test_a_wrong_keyword_is_refused(fused):
-    given = arguments(CASE, torch.float32)
+def test_a_wrong_keyword_is_refused(fused, arguments):
+    given = arguments()
     tensors = [given[name] for name in STEP]
     form = {**CASE.form}
     del form["odd"]
@@ -141,10 +156,11 @@ def test_a_wrong_keyword_is_refused(fused):
             fused.theta_step_(*tensors, **wrong)
 
 
-def test_a_gradient_in_an_arbitrary_layout_gets_its_derivative(fused):
+def test_a_gradient_in_an_arbitrary_layout_gets_its_derivative(fused, arguments):
     """Cotangents come from autograd in any layout."""
     case = Case(4, 1, 3)
-    tensors = [arguments(case)[name].requires_grad_() for name in STEP]
+    given = arguments(case)
+    tensors = [given[name].requires_grad_() for name in STEP]
     theta, state = fused.theta_step(*tensors, **case.form)
     grads = torch.autograd.grad((theta.sum(), state.transpose(2, 3).square().sum()), tensors)
     assert all(g.isfinite().all() for g in grads)

@@ -269,6 +269,12 @@ class TestOnAGpu:
     """Replayed against launched one by one. Some sums may be taken in another order."""
 
     device = torch.device("cuda")
+
+    @pytest.fixture(autouse=True)
+    def deterministic(self, monkeypatch):
+        """As in a run (`task.prepare`); else a sign that flips would be another trajectory."""
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
     close = staticmethod(partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5))
 
     @pytest.mark.parametrize("backend", ["auto", "reference"])
