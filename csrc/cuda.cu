@@ -137,6 +137,13 @@ bool step(const Shape& shape, const Step<T>& call, const T* phi, int device, voi
 }
 
 template <class T>
+bool serves(const Shape& shape, int device) {
+  const Machine machine = machine_of(device);
+  return plan_step<T>(shape, machine, step_shared).shared &&
+         plan_backward<T>(shape, machine).shared;
+}
+
+template <class T>
 Scratch backward_scratch(const Shape& shape, int64_t steps, int device) {
   const Plan plan = plan_backward<T>(shape, machine_of(device));
   return {plan.grid * layout_of<T>(shape, steps, plan).size, plan.grid * shape.phi()};
@@ -175,6 +182,8 @@ void preprocess(const Preprocess<T>& call, void* stream) {
 
 template bool step(const Shape&, const Step<float>&, const float*, int, void*);
 template bool step(const Shape&, const Step<double>&, const double*, int, void*);
+template bool serves<float>(const Shape&, int);
+template bool serves<double>(const Shape&, int);
 template Scratch backward_scratch<float>(const Shape&, int64_t, int);
 template Scratch backward_scratch<double>(const Shape&, int64_t, int);
 template bool backward(const Shape&, const Backward<float>&, const float*, float*, float*, double*,

@@ -10,6 +10,10 @@ namespace l2l::cuda {
 // Whether `step` may take the tensor cores (tensor.h), where it has them; off at first.
 void use_tensor_cores(bool on);
 
+// Whether both `step` and `backward` have shared memory enough on the device.
+template <class T>
+bool serves(const Shape&, int device);
+
 // float and double. False where the shape needs more shared memory than the device has.
 template <class T>
 bool step(const Shape&, const Step<T>&, const T* phi, int device, void* stream);

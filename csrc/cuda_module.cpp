@@ -71,6 +71,16 @@ PYBIND11_MODULE(_engine_cuda, m) {
       },
       "How the module was built: the CUDA toolkit, the architectures, torch, and for each "
       "architecture how many bytes of registers go through local memory.");
+  m.def(
+      "serves",
+      [](int layers, int units, bool float64, int device) {
+        const l2l::Shape shape = {
+            1, layers, units, {1, 1, true, true}};  // the form that takes most
+        return float64 ? l2l::cuda::serves<double>(shape, device)
+                       : l2l::cuda::serves<float>(shape, device);
+      },
+      py::arg("layers"), py::arg("units"), py::arg("float64"), py::arg("device"),
+      "Whether a GPU has shared memory enough for an LSTM.");
   m.def("use_tensor_cores", &l2l::cuda::use_tensor_cores, py::arg("on"),
         "Whether steps in float32 of up to 20 units multiply on tensor cores, as three products of "
         "TF32 numbers; off at first.");

@@ -16,7 +16,8 @@ from l2l_ref.errors import InputError
 BACKENDS = ("auto", "reference", "fused")
 BUILD = "python setup.py build_ext --inplace"  # in a checkout; pip install does the same
 BUILD_CUDA = f"USE_CUDA=1 {BUILD}"
-MAX_HIDDEN = {"cpu": 256, "cuda": 64}  # units that the fused kernels take
+DEVICES = ("cpu", "cuda")
+MAX_HIDDEN = 256  # units that the fused kernels take; some GPUs take fewer
 
 
 @cache
@@ -46,7 +47,7 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
             f"compiler '{BUILD}' in a checkout, or 'pip install .', builds it",
         )
     kind = torch.device(device).type
-    if kind not in MAX_HIDDEN:
+    if kind not in DEVICES:
         return _fall_back(backend, f"does not run on {device}")
     if not built(kind):
         return _fall_back(
@@ -66,17 +67,14 @@ def operators(backend: str, state: Tensor) -> ModuleType:
         InputError: as `resolve`, or "fused" for a state that its kernels do not serve.
         ImportError: an extension that is there but broken is never mistaken for a missing one.
     """
-    resolved = resolve(backend, state.device)
+    resolved, units = resolve(backend, state.device), state.shape[2]
     if resolved == "fused" and state.dtype not in (torch.float32, torch.float64):
         resolved = _fall_back(backend, f"does not serve {state.dtype}, only float32 and float64")
-    elif resolved == "fused" and state.shape[2] > MAX_HIDDEN[state.device.type]:
-        most, where = (
-            MAX_HIDDEN[state.device.type],
-            "" if state.device.type == "cpu" else " on CUDA",
-        )
-        resolved = _fall_back(
-            backend, f"does not serve {state.shape[2]} hidden units{where}, only up to {most}"
-        )
+    elif resolved == "fused" and not _takes(len(state), units, state.dtype, state.device):
+        why = f"does not serve {units} hidden units, only up to {MAX_HIDDEN}"
+        if units <= MAX_HIDDEN:
+            why = f"has not the shared memory for {units} hidden units on {state.device}"
+        resolved = _fall_back(backend, why)
     return equations if resolved == "reference" else _fused()
 
 
@@ -105,6 +103,16 @@ def use_tensor_cores(on: bool) -> None:
     if not built("cuda") or torch.version.cuda is None:
         raise InputError(f"tensor cores need the fused engine with CUDA: '{BUILD_CUDA}' builds it")
     import_module("l2l_ref._engine_cuda").use_tensor_cores(on)
+
+
+@cache
+def _takes(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels take an LSTM of that size; a GPU's shared memory may be too small."""
+    if units > MAX_HIDDEN or device.type == "cpu":
+        return units <= MAX_HIDDEN
+    cuda = import_module("l2l_ref._engine_cuda")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return cuda.serves(layers, units, dtype == torch.float64, index)
 
 
 def _fused() -> ModuleType:

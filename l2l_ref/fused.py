@@ -2,9 +2,9 @@
 
 They are PyTorch operators, `torch.ops.l2l_ref.*`, registered by the extensions `l2l_ref._engine`
 (the CPU) and `l2l_ref._engine_cuda` (csrc/): float32 and float64, contiguous tensors, any number of
-layers, up to 256 units on the CPU and 64 on a GPU. What they cannot take raises a RuntimeError that
-says so. On a GPU they queue their work on the current stream, wait for nothing, and may be captured
-in a CUDA graph. Shapes are those of `equations.py`.
+layers, up to 256 units on the CPU and as many as a GPU has shared memory for. What they cannot take
+raises a RuntimeError that says so. On a GPU they queue their work on the current stream, wait for
+nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`.
 """
 
 from importlib import import_module

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -97,6 +98,29 @@ class TestChoice:
         monkeypatch.setattr(engine, "built", lambda kind="cpu": True)
         assert engine.resolve("auto", "cuda") == "fused" == engine.resolve("fused", "cuda:1")
         assert len(recwarn) == 0
+
+    def test_a_gpu_with_too_little_shared_memory(self, fused, monkeypatch):
+        """As on a T4, asked by way of a state that says it is on CUDA."""
+
+        class Module:
+            @staticmethod
+            def serves(layers, units, float64, device):
+                return units <= (28 if float64 else 56) and (layers, device) == (2, 1)
+
+        monkeypatch.setattr(engine, "built", lambda kind="cpu": True)
+        monkeypatch.setattr(engine, "import_module", lambda name: Module)
+        engine._takes.cache_clear()
+        device, ask = torch.device("cuda:1"), engine._takes
+        assert ask(2, 56, torch.float32, device) and not ask(2, 57, torch.float32, device)
+        assert ask(2, 28, torch.float64, device) and not ask(2, 29, torch.float64, device)
+        engine._takes.cache_clear()
+        large = MagicMock(shape=(2, 2, 64, 3), dtype=torch.float32, device=device)
+        large.__len__.return_value = 2
+        with pytest.warns(UserWarning, match="shared memory for 64 hidden units on cuda:1"):
+            assert engine.operators("auto", large) is equations
+        with pytest.raises(InputError, match="'fused' has not the shared memory for 64"):
+            engine.operators("fused", large)
+        engine._takes.cache_clear()
 
     def test_unknown(self):
         with pytest.raises(InputError, match="'cuda' is unknown: choose one of auto, reference"):

@@ -64,7 +64,7 @@ class TestLaunches:
             expect_close(run_update(fused, case, given), expected(run_update, case), 1e-5)
             expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-4)
 
-    @pytest.mark.parametrize("hidden", [1, 3, 4, 21, 40, 63, 64])
+    @pytest.mark.parametrize("hidden", [1, 3, 4, 21, 40, 63, 64, 97])
     @pytest.mark.parametrize("gpu", ["H200", "one processor"])
     def test_units_take_turns_where_warps_are_few(self, fused, emulate, gpu, hidden):
         emulate(gpu)
@@ -210,9 +210,11 @@ def on_gpu(case: Case, names=None, dtype=torch.float32, device="cuda"):
 class TestCuda:
     def test_it_is_chosen(self, cuda, recwarn):
         assert engine.resolve("auto", "cuda") == "fused"
-        state = torch.zeros(2, 2, 64, 3, device="cuda")
+        state = torch.zeros(2, 2, 56, 3, device="cuda")
         assert engine.operators("auto", state) is cuda
         assert len(recwarn) == 0
+        with pytest.warns(UserWarning, match="shared memory for 256 hidden units on cuda:0"):
+            assert engine.operators("auto", torch.zeros(2, 2, 256, 3, device="cuda")) is equations
 
     @pytest.mark.parametrize("theta_input, odd", FORMS)
     def test_the_same_bits_every_time(self, cuda, theta_input, odd):

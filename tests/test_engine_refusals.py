@@ -129,7 +129,7 @@ def test_steps_that_differ(fused, arguments, argument):
         call("unroll_meta_gradient", given)
 
 
-@pytest.mark.parametrize("hidden", [engine.MAX_HIDDEN["cpu"] - 1, engine.MAX_HIDDEN["cpu"]])
+@pytest.mark.parametrize("hidden", [engine.MAX_HIDDEN - 1, engine.MAX_HIDDEN])
 def test_as_many_units_as_promised(fused, hidden):
     case = Case(3, 1, hidden, steps=1)
     given = cpu_arguments(case, torch.float32)
