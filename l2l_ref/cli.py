@@ -129,6 +129,12 @@ def parser() -> Parser:
     count(run, "--seed", "base of all randomness (0)")
     run.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (cuda where there is one)")
     run.add_argument("--backend", choices=BACKENDS, help="who runs the LSTM (auto)")
+    run.add_argument(
+        "--no-graphs",
+        dest="graphs",
+        action="store_false",
+        help="on a GPU, launch every kernel on its own,\nnot an update as a CUDA graph",
+    )
     run.add_argument("--data-dir", metavar="DIR", help="where data is or is downloaded to (data)")
     run.add_argument("--strict-data", action="store_true", help="no stand-in for missing data")
     run.add_argument("--out", metavar="DIR", help="results (runs/<dataset>-<attack>-<recipe>)")

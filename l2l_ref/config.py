@@ -67,6 +67,7 @@ class Config:
     seed: int
     device: str
     backend: str
+    graphs: bool  # on a GPU, updates are CUDA graphs
     data_dir: str
     strict_data: bool
     out: str | None
@@ -110,8 +111,8 @@ DEFAULTS: dict[str, Any] = {
     "num_layers": 2, "tasks": 1, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine",
     "meta_seeds": 1, "grid": {}, "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5,
     "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000, "restarts": 2, "seed": 0,
-    "device": "auto", "backend": "auto", "data_dir": "data", "strict_data": False, "out": None,
-    "resume": False, "load": None, "quick": False,
+    "device": "auto", "backend": "auto", "graphs": True, "data_dir": "data",
+    "strict_data": False, "out": None, "resume": False, "load": None, "quick": False,
 }  # fmt: skip
 # The paper's steps and folds; episodes give 350, 400 and 500 unrolls.
 BY_DATASET: dict[str, dict[str, Any]] = {
@@ -194,7 +195,15 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
     return replace(config, **changes)
 
 
-PLACES = {"out", "resume", "data_dir", "strict_data", "device", "backend"}  # where, not what
+PLACES = {
+    "out",
+    "resume",
+    "data_dir",
+    "strict_data",
+    "device",
+    "backend",
+    "graphs",
+}  # where, not what
 
 
 def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> None:

@@ -63,7 +63,7 @@ class Graphed:
             except RuntimeError as error:  # ending a capture that failed raises once more
                 raise InputError(
                     f"the step cannot be captured as a CUDA graph ({error.__context__ or error}): "
-                    "mend that, or give capture=False"
+                    "mend that, or give capture=False (run.py: --no-graphs)"
                 ) from error
         for own, x in zip(self.inputs, inputs, strict=True):
             if own.shape != x.shape:

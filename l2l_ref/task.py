@@ -175,6 +175,7 @@ class Task:
             steps=self.config.steps,
             record=self.recorder(probe, eps, *labels),
             every=every,
+            capture=self.config.graphs,
         )
         return model, curve
 
@@ -231,6 +232,7 @@ def learn(
         settings,
         draw,
         backend=c.backend,
+        capture=c.graphs,
         checkpoint=checkpoint,
         on_episode=on_episode,
     )

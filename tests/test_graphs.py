@@ -264,6 +264,20 @@ def test_an_optimizer_that_cannot_be_captured_is_named(emulated):
         transfer_run(partial(tuning.adam, 1e-3), True)  # on a CPU its step count is read
 
 
+def test_a_run_captures_unless_told_not_to(tmp_path, monkeypatch, emulated):
+    """With and without, the same results. SGD is in Adam's place, which reads its step count on a
+    CPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuning, "adam", tuning.sgd)
+    arguments = ["--quick", "--dataset", "quadratic", "--steps", "8", "--unroll", "4"]
+    run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "a"])
+    assert sum(each.replays for each in emulated) > 0
+    emulated.clear()
+    run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "b", "--no-graphs"])
+    assert emulated == []
+    assert (tmp_path / "a/metrics.csv").read_text() == (tmp_path / "b/metrics.csv").read_text()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 class TestOnAGpu:
     """Replayed against launched one by one. Some sums may be taken in another order."""
