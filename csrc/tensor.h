@@ -201,10 +201,9 @@ struct Tensored {
       for (int i = from + thread; i < to; i += team.threads) x[i] = 0;  // its weights are 0 too
       await_copies();
     });
-    team.warps([&](const Warp& warp) {
-      for (int tile = warp.index; tile < layer.tiles(); tile += team.threads / warp_lanes)
-        tile_tensor<P>(warp, layer, tile, lanes, rows, x, cells);
-    });
+    static_assert(most_tensor_units <= most_warps * tile_units, "a warp for every tile");
+    team.warps(
+        [&](const Warp& warp) { tile_tensor<P>(warp, layer, warp.index, lanes, rows, x, cells); });
   }
 };
 
