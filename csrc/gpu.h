@@ -587,7 +587,7 @@ struct BackwardBlock {
 #pragma unroll
         for (int j = 0; j < C; ++j) {
           const int i = row * P + lane + warp_lanes * j;
-          h()[i] = columns.load(call.state + first, j),
+          h()[i] = columns.load(call.state + first, j);
           c()[i] = columns.load(call.state + second, j);
           dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
           dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
