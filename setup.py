@@ -60,18 +60,14 @@ class BuildEngine(build_ext):
         extensions, self.extensions = self.extensions, []
         for extension in extensions:
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # an earlier build
+        parts = {CPU: ("fused engine", self.build_cpu), CUDA: ("CUDA engine", self.build_cuda)}
         failed = False
         for extension in extensions:
-            what = "CUDA engine" if extension.name == CUDA else "fused engine"
+            what, build = parts[extension.name]
             try:
                 if failed:
                     raise NotBuilt("it needs the other half")
-                done = (
-                    self.build_cuda(extension)
-                    if extension.name == CUDA
-                    else self.build_cpu(extension)
-                )
-                print(f"l2l_ref: the {what} is built with {done}", file=sys.stderr)
+                print(f"l2l_ref: the {what} is built with {build(extension)}", file=sys.stderr)
             except (NotBuilt, BaseError, CCompilerError, OSError) as error:
                 failed = True
                 why = error if isinstance(error, NotBuilt) else f"the C++ compiler failed ({error})"
@@ -193,6 +189,8 @@ def architectures(known):
     if not wish:
         numbers = {line.removeprefix("sm_") for line in known.splitlines()}
         names = [n for n in ARCHITECTURES if n.removesuffix("+PTX").replace(".", "") in numbers]
+        if not names:
+            raise NotBuilt(f"the toolkit knows none of {', '.join(ARCHITECTURES)}")
         names[-1] = names[-1].removesuffix("+PTX") + "+PTX"
     flags = []
     for name in names:

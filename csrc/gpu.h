@@ -126,11 +126,10 @@ struct StateColumns {
     }
     constexpr int length = C / 2, further = apart * length;
     if (lanes.half) second += lanes.N - further;
-    present = run(lanes.count - lane) | run(lanes.count - lane - (lanes.half ? 0 : further))
-                                            << length;
+    const int left = lanes.count - lane, left_second = lanes.half ? left : left - further;
+    present = run(left) | run(left_second) << length;
   }
-  // A bit for each of C / 2 lanes that has a coordinate, if so many are left from the first of them
-  // on.
+  // C / 2 lanes: a bit for each that has a coordinate, when so many are left from the first on.
   L2L_INLINE static unsigned run(int coordinates) {
     const int most = C / 2, many = ceil_div(greater(coordinates, 0), apart);
     return (1u << least(many, most)) - 1;
@@ -578,21 +577,27 @@ struct BackwardBlock {
     return (2 * (unit / H) * H + unit % H) * shape.states();
   }
 
+  // f(columns, j, rows of h and c in the state, index in scratch) for all that a thread has of
+  // them.
+  template <class F>
+  L2L_INLINE void each_of_state(int thread, F f) const {
+    const int lane = thread % warp_lanes;
+    const StateColumns<C> columns(lanes, lane);
+    for (int row = thread / warp_lanes; row < L * H; row += warps) {
+      const int64_t first = state_row(row), second = first + H * shape.states();
+#pragma unroll
+      for (int j = 0; j < C; ++j) f(columns, j, first, second, row * P + lane + warp_lanes * j);
+    }
+  }
+
   L2L_INLINE void begin() const {
     team([&](int thread) {
-      const int lane = thread % warp_lanes;
-      const StateColumns<C> columns(lanes, lane);
-      for (int row = thread / warp_lanes; row < L * H; row += warps) {
-        const int64_t first = state_row(row), second = first + H * shape.states();
-#pragma unroll
-        for (int j = 0; j < C; ++j) {
-          const int i = row * P + lane + warp_lanes * j;
-          h()[i] = columns.load(call.state + first, j);
-          c()[i] = columns.load(call.state + second, j);
-          dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
-          dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
-        }
-      }
+      each_of_state(thread, [&](const auto& columns, int j, int64_t first, int64_t second, int i) {
+        h()[i] = columns.load(call.state + first, j);
+        c()[i] = columns.load(call.state + second, j);
+        dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
+        dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
+      });
       for (int i = thread; i < lanes.count; i += team.threads)
         theta()[i] = call.theta[lanes.start + i];
       for (int i = thread; i < (H + 1) * P; i += team.threads) head_sums()[i] = 0;
@@ -755,17 +760,10 @@ struct BackwardBlock {
   // To what a single step took, as in backward.h.
   L2L_INLINE void step_backward() const {
     team([&](int thread) {
-      const int lane = thread % warp_lanes;
-      const StateColumns<C> columns(lanes, lane);
-      for (int row = thread / warp_lanes; row < L * H; row += warps) {
-        const int64_t first = state_row(row), second = first + H * shape.states();
-#pragma unroll
-        for (int j = 0; j < C; ++j) {
-          const int i = row * P + lane + warp_lanes * j;
-          columns.store(call.d_state + first, j, dh(0)[i]);
-          columns.store(call.d_state + second, j, dc(0)[i]);
-        }
-      }
+      each_of_state(thread, [&](const auto& columns, int j, int64_t first, int64_t second, int i) {
+        columns.store(call.d_state + first, j, dh(0)[i]);
+        columns.store(call.d_state + second, j, dc(0)[i]);
+      });
       for (int at = thread; at < lanes.count; at += team.threads) {
         const int64_t i = lanes.start + at;
         T d_gradient = 0, d_theta = 0;

@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
@@ -31,30 +30,14 @@ template <class V>
 L2L_INLINE V all(scalar_t<V> x) {
   return x;
 }
-template <class To, class From>
-L2L_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
 template <class V>
 L2L_INLINE V whole(integers_t<V> n) {
   return V(n);
 }
 template <class V>
 L2L_INLINE integers_t<V> shifted(integers_t<V> n, int bits) {
-  return n * (integers_t<V>(1) << bits);
-}
-
-// The right operand where either is NaN.
-template <class V>
-L2L_INLINE V lesser(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
-L2L_INLINE V greater(V a, V b) {
-  return a > b ? a : b;
+  using Unsigned = typename std::make_unsigned<integers_t<V>>::type;  // a shift of what is negative
+  return integers_t<V>(Unsigned(n) << bits);
 }
 
 // a / b to 2 ulp; 0 where 1 / b would be subnormal.
@@ -81,17 +64,13 @@ L2L_INLINE V exp2(V y) {
   return ::exp2(y);
 }
 
-// y = n + r with n whole and |r| <= 1/2, and f·2^n, as in the general form of simd.h; y is at most
-// exponent_bias.
-template <class V>
-struct Split {
-  V n, r;
-};
-template <class V>
-constexpr int mantissa_bits = sizeof(V) == 4 ? 23 : 52;
-template <class V>
-constexpr int exponent_bias = sizeof(V) == 4 ? 127 : 1023;
+}  // namespace L2L_LEVEL
 
+#include "common.h"
+
+namespace L2L_LEVEL {
+
+// y = n + r with n whole and |r| <= 1/2; y is at most exponent_bias.
 template <class V>
 L2L_INLINE Split<V> split(V y) {
   constexpr V lowest = -exponent_bias<V>;
@@ -99,13 +78,6 @@ L2L_INLINE Split<V> split(V y) {
   y = greater(lowest, y);
   const V n = (y + magic) - magic;
   return {n, y - n};
-}
-template <class V>
-L2L_INLINE V pow2(V f, V n) {
-  using I = integers_t<V>;
-  using U = typename std::make_unsigned<I>::type;
-  constexpr V magic = V(3) * (int64_t(1) << (mantissa_bits<V> - 1)) + exponent_bias<V>;
-  return f * bit_cast<V>(I(U(bit_cast<I>(n + magic)) << mantissa_bits<V>));
 }
 
 }  // namespace L2L_LEVEL

@@ -77,13 +77,6 @@ template <class V>
 inline V all(scalar_t<V> x) {
   return x - V{};  // x in every lane, signed zeros included
 }
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 // Integers as floating-point numbers.
 template <class V>
@@ -101,27 +94,14 @@ inline integers_t<V> shifted(integers_t<V> n, int bits) {
   return n << bits;
 }
 
-// The right operand where either is NaN, as in x86's minps and maxps.
-template <class V>
-inline V lesser(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
-inline V greater(V a, V b) {
-  return a > b ? a : b;
-}
+}  // namespace L2L_LEVEL
 
-// y = n + r with n whole and |r| <= 1/2; `pow2(f, n)` = f·2^n. The general form keeps n within
-// [-127, 128] (float) or [-1023, 1024] (double), where 2^n is 0 at one end and inf at the other.
-template <class V>
-struct Split {
-  V n, r;
-};
-template <class V>
-inline constexpr int mantissa_bits = sizeof(scalar_t<V>) == 4 ? 23 : 52;
-template <class V>
-inline constexpr int exponent_bias = sizeof(scalar_t<V>) == 4 ? 127 : 1023;
+#include "common.h"
 
+namespace L2L_LEVEL {
+
+// y = n + r with n whole and |r| <= 1/2. The general form keeps n within [-127, 128] (float) or
+// [-1023, 1024] (double), where 2^n is 0 at one end and inf at the other.
 template <class V>
 inline Split<V> split(V y) {
   using T = scalar_t<V>;
@@ -131,14 +111,6 @@ inline Split<V> split(V y) {
   constexpr T magic = T(3) * (int64_t(1) << (mantissa_bits<V> - 1));  // adding it rounds to whole
   V n = (y + magic) - magic;
   return {n, y - n};
-}
-template <class V>
-inline V pow2(V f, V n) {
-  using I = integers_t<V>;
-  constexpr scalar_t<V> magic =
-      scalar_t<V>(3) * (int64_t(1) << (mantissa_bits<V> - 1)) + exponent_bias<V>;
-  // A product, so that a NaN in f stays one: an integer added to its bits could make it a number.
-  return f * bit_cast<V>(bit_cast<I>(n + magic) << mantissa_bits<V>);
 }
 
 #if defined(__has_builtin)

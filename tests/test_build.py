@@ -40,6 +40,8 @@ class TestArchitectures:
         assert flags[-1] == "-gencode=arch=compute_120,code=compute_120"
         names, flags = build.architectures("sm_80\nsm_90\nsm_90a\n")
         assert names == ["8.0", "9.0+PTX"] and len(flags) == 3
+        with pytest.raises(build.NotBuilt, match="the toolkit knows none of 7.5, 8.0"):
+            build.architectures("sm_35\nsm_60\n")
 
     @pytest.mark.parametrize("wish", ["8.6;9.0a+PTX", "8.6 9.0a+PTX"])
     def test_what_is_asked_for(self, build, monkeypatch, wish):

@@ -1,0 +1,49 @@
+// What a vector (simd.h) and a plain number (scalar.h) have in common; either defines scalar_t,
+// integers_t and shifted first.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace L2L_LEVEL {
+
+template <class To, class From>
+L2L_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The right operand where either is NaN, as in x86's minps and maxps.
+template <class V>
+L2L_INLINE V lesser(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+L2L_INLINE V greater(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class V>
+struct Split {
+  V n, r;
+};
+template <class V>
+inline constexpr int mantissa_bits = sizeof(scalar_t<V>) == 4 ? 23 : 52;
+template <class V>
+inline constexpr int exponent_bias = sizeof(scalar_t<V>) == 4 ? 127 : 1023;
+
+// f·2^n, n as `split` makes it.
+template <class V>
+L2L_INLINE V pow2(V f, V n) {
+  using I = integers_t<V>;
+  constexpr scalar_t<V> magic =
+      scalar_t<V>(3) * (int64_t(1) << (mantissa_bits<V> - 1)) + exponent_bias<V>;
+  // A product, so that a NaN in f stays one: an integer added to its bits could make it a number.
+  return f * bit_cast<V>(shifted<V>(bit_cast<I>(n + magic), mantissa_bits<V>));
+}
+
+}  // namespace L2L_LEVEL
