@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from l2l_ref.errors import InputError
+from l2l_ref.engine import available_device
 
 CPU = torch.device("cpu")
 ASKED = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit")  # of nvidia-smi
@@ -44,13 +44,7 @@ def chosen(name: str) -> torch.device:
     Raises:
         InputError: a device that is not there, or neither a CPU nor a GPU with CUDA.
     """
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("of another type")
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):  # torch raises either, by the way it was built
-        raise InputError(f"--device {name} is not available here: use --device cpu") from None
+    device = torch.empty(0, device=available_device(name)).device
     if kind(device) == "cuda":
         torch.cuda.set_device(device)  # streams and events are the current device's
         torch.backends.cudnn.allow_tf32 = False  # cuDNN's LSTM would round to 10 bits

@@ -27,6 +27,22 @@ def built(device: str = "cpu") -> bool:
     return all(find_spec(name) is not None for name in names)
 
 
+def available_device(name: str) -> torch.device:
+    """The device that is called so.
+
+    Raises:
+        InputError: it is not there, or is neither a CPU nor a GPU with CUDA.
+    """
+    try:
+        device = torch.device(name)
+        if device.type not in DEVICES:
+            raise RuntimeError("of another type")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch raises either, by the way it was built
+        raise InputError(f"--device {name} is not available here: use --device cpu") from None
+    return device
+
+
 def resolve(backend: str, device: torch.device | str = "cpu") -> str:
     """The backend that `backend` stands for on a device: "reference" or "fused".
 

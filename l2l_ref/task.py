@@ -266,13 +266,7 @@ def prepare(config: Config) -> Task:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("of another type")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch raises either, by the way it was built
-        raise InputError(f"--device {name} is not available here: use --device cpu") from None
+    device = engine.available_device(name)
     engine.resolve(config.backend, device)
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)

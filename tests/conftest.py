@@ -72,16 +72,20 @@ def need_cuda():
 CPU_LEVELS = ["avx512", "avx2", "baseline"]
 
 
-def use_level(name, fused, monkeypatch):
-    """The kernels `name` run the operators for the rest of a test; skips where they are not."""
+def using(name, fused, monkeypatch):
+    """For a fixture to yield from: the kernels `name` run the operators, or the test skips."""
     if name == "cuda":
         need_cuda()
         for operator in ("preprocess", "theta_step_", "theta_step", "unroll_meta_gradient"):
             monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
+        yield name
         return
-    if name not in fused.build_info()["kernels"]:
+    info, module = fused.build_info(), import_module("l2l_ref._engine")
+    if name not in info["kernels"]:
         pytest.skip(f"no {name} kernels in this build or on this machine")
-    import_module("l2l_ref._engine").use_level(name)
+    module.use_level(name)
+    yield name
+    module.use_level(info["kernel"])
 
 
 def on_gpu(operator):
@@ -106,16 +110,10 @@ def level(request, fused, monkeypatch):
     """The name of the kernels in use: the test runs once with each that this machine has.
 
     "emulated" are the GPU's on the host, "cuda" those on a GPU, to which tensors are moved."""
-    kernel = fused.build_info()["kernel"]
-    use_level(request.param, fused, monkeypatch)
-    yield request.param
-    import_module("l2l_ref._engine").use_level(kernel)
+    yield from using(request.param, fused, monkeypatch)
 
 
 @pytest.fixture(params=CPU_LEVELS)
 def cpu_level(request, fused, monkeypatch):
     """`level`, of the kernels that a CPU runs when it is not testing."""
-    kernel = fused.build_info()["kernel"]
-    use_level(request.param, fused, monkeypatch)
-    yield request.param
-    import_module("l2l_ref._engine").use_level(kernel)
+    yield from using(request.param, fused, monkeypatch)
