@@ -105,6 +105,7 @@ def pgd(
     step_size: float | None = None,
     random_start: bool = True,
     restarts: int = 1,
+    loss: str = "cross_entropy",
     generator: Generator | None = None,
 ) -> Tensor:
     """Several such steps, each projected on the ball and the box (Eq. 8; Madry et al., 2018).
@@ -115,9 +116,11 @@ def pgd(
         step_size: length of one step, finite and > 0; None is 2.5 * eps / steps.
         random_start: start from a uniform point of the ball instead of x.
         restarts: number of runs, >= 1; each sample keeps its result of highest loss.
+        loss: what is raised, one of LOSSES. The margin does not vanish where a model is sure, nor
+            where its logits are small, so it tells a robust model from one that hides its gradient.
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
-    _check(eps, steps, step_size, restarts)
+    _check(eps, steps, step_size, restarts, loss)
     if eps == 0:
         return x
     step_size = 2.5 * eps / steps if step_size is None else step_size
@@ -125,12 +128,12 @@ def pgd(
     for _ in range(restarts):
         x_adv = _uniform_in_ball(x, eps, generator) if random_start else x
         for _ in range(steps):
-            x_adv = _step(model, x_adv, x, y, eps, step_size)
+            x_adv = _step(model, x_adv, x, y, eps, step_size, loss)
         runs.append(x_adv)
     if restarts == 1:
         return x_adv
     with torch.no_grad():
-        losses = torch.stack([F.cross_entropy(model(run), y, reduction="none") for run in runs])
+        losses = torch.stack([LOSSES[loss](model(run), y) for run in runs])
     best = losses.argmax(0)  # [b]; NaN, a broken sample, counts as the highest
     # By y: samples may lie on two axes of x (`problems.Stacked`).
     samples = torch.stack(runs).reshape(restarts, len(y), x.numel() // max(1, len(y)))
@@ -144,6 +147,7 @@ def make(
     steps: int = 7,
     step_size: float | None = None,
     restarts: int = 1,
+    loss: str = "cross_entropy",
     generator: Generator | None = None,
 ) -> Attack:
     """The attack of that name, its options bound; those it does not have are checked and dropped.
@@ -153,13 +157,13 @@ def make(
     Returns:
         A callable (model, x, y) -> x_adv.
     """
-    _check(eps, steps, step_size, restarts)
+    _check(eps, steps, step_size, restarts, loss)
     if name == "none":
         return none
     if name == "fgsm":
         return partial(fgsm, eps=eps)
     if name == "pgd":
-        options = {"steps": steps, "step_size": step_size, "restarts": restarts}
+        options = {"steps": steps, "step_size": step_size, "restarts": restarts, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
     raise InputError(f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}.")
 
@@ -175,11 +179,29 @@ def generators(function: Callable) -> list[Generator]:
     return found
 
 
-def _step(model, x_adv: Tensor, x: Tensor, y: Tensor, eps: float, step_size: float) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Of each sample: [b, classes], [b] -> [b]."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The best wrong logit less the true one (Carlini & Wagner 2017): [b, classes], [b] -> [b]."""
+    true = y[:, None]
+    others = logits.scatter(1, true, -math.inf)
+    return others.amax(1) - logits.gather(1, true).squeeze(1)
+
+
+LOSSES = {"cross_entropy": cross_entropy, "margin": margin}
+
+
+def _step(
+    model, x_adv: Tensor, x: Tensor, y: Tensor, eps: float, step_size: float,
+    loss: str = "cross_entropy",
+) -> Tensor:  # fmt: skip
     x_adv = x_adv.detach().requires_grad_()
     # A sum, not a mean, so that one sample's gradient does not depend on the batch size.
-    loss = F.cross_entropy(model(x_adv), y, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x_adv)
+    total = LOSSES[loss](model(x_adv), y).sum()
+    (gradient,) = torch.autograd.grad(total, x_adv)
     return _project_(gradient.sign().mul_(step_size).add_(x_adv.detach()), x, eps)
 
 
@@ -195,7 +217,13 @@ def _uniform_in_ball(x: Tensor, eps: float, generator: Generator | None) -> Tens
     return _project_(noise.to(x.device).add_(x), x, eps)
 
 
-def _check(eps: float, steps: int = 1, step_size: float | None = None, restarts: int = 1) -> None:
+def _check(
+    eps: float,
+    steps: int = 1,
+    step_size: float | None = None,
+    restarts: int = 1,
+    loss: str = "cross_entropy",
+) -> None:
     if not 0 <= eps < math.inf:
         raise InputError(f"eps is {eps}, but must be finite and >= 0; pixels are in [0, 1].")
     if not steps >= 1:
@@ -207,3 +235,5 @@ def _check(eps: float, steps: int = 1, step_size: float | None = None, restarts:
         )
     if not restarts >= 1:
         raise InputError(f"restarts is {restarts}, but must be >= 1; 1 runs the attack once.")
+    if loss not in LOSSES:
+        raise InputError(f"loss is {loss!r}, which is unknown; choose one of {', '.join(LOSSES)}.")

@@ -10,6 +10,7 @@ from l2l_ref.config import (
     ATTACKS,
     DATASETS,
     GRID_NAMES,
+    JUDGES,
     RECIPES,
     Config,
     complete,
@@ -21,8 +22,8 @@ from l2l_ref.engine import BACKENDS
 from l2l_ref.errors import InputError
 
 # What a loaded φ has settled already.
-SETTLED_BY_LOAD = {"recipe", "alpha", "p", "episodes", "tasks", "unroll", "meta_lr", "eps_warmup",
-                   "grid"}  # fmt: skip
+SETTLED_BY_LOAD = {"recipe", "alpha", "p", "episodes", "tasks", "unroll", "meta_lr",
+                   "curriculum", "episode_steps", "nominal", "penalty", "grid"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,9 +85,10 @@ def parser() -> Parser:
     what.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
-        help="paper: as printed, with a warm-up of eps (default);\n"
+        help="paper: as printed, after a curriculum (default);\n"
         "robust: φ reads clean gradients, is judged under\n"
-        "attack, is odd, sees θ",
+        "attack, is odd, sees θ, has a nominal term;\n"
+        "penalty: the same, reading l + eps·|dl/dx|",
     )
     what.add_argument(
         "--optimizee",
@@ -97,13 +99,34 @@ def parser() -> Parser:
     real(what, "--attack-step-size", "pixel values (2.5·eps/steps)")
 
     meta = top.add_argument_group("meta-training")
-    count(meta, "--episodes", "each trains fresh optimizees (70; CIFAR-10: 8;\nquadratic: 100)")
+    count(meta, "--episodes", "each trains fresh optimizees (70; robust: 40,\nCIFAR-10: 30; quadratic: 100)")
+    meta.add_argument(
+        "--episode-steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="updates of an episode, or smallest and largest\n"
+        "(100; robust: 100 400, CIFAR-10: 100 700)",
+    )
     count(meta, "--tasks", "optimizees an episode trains at once (1)")
     count(meta, "--unroll", "updates an unroll (20)")
     real(meta, "--meta-lr", "Adam's on φ (1e-3; robust: 3e-3; quadratic: 1e-2)")
     real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0; robust: 0)")
     real(meta, "--p", "log range of Eq. 5 (10)")
-    real(meta, "--eps-warmup", "share of the episodes in which eps grows (0.5; robust: 0)")
+    real(meta, "--penalty", "λ/eps of the loss that φ reads (0; penalty: 1)")
+    meta.add_argument(
+        "--curriculum",
+        type=number,
+        nargs=2,
+        metavar="X",
+        help="shares of the episodes: clean up to one, as set\n"
+        "from the other on (1/3 2/3; robust: 0 0)",
+    )
+    meta.add_argument(
+        "--nominal",
+        action=argparse.BooleanOptionalAction,
+        help="θ ← θ + u - η·d, Adam's direction d (robust)",
+    )
     count(meta, "--meta-seeds", "φ meta-trained (1)")
     meta.add_argument(
         "--grid",
@@ -117,12 +140,19 @@ def parser() -> Parser:
 
     transfer = top.add_argument_group("transfer and evaluation")
     count(transfer, "--steps", "updates of an optimizee (100; CIFAR-10: 1000)")
+    count(transfer, "--images", "that an optimizee trains on (all of its half)")
     count(transfer, "--batch-size", "samples (128)")
-    count(transfer, "--seeds", "transfer runs of each method (5)")
-    count(transfer, "--folds", "2: the halves change places too (1; CIFAR-10: 2)")
+    count(transfer, "--seeds", "transfer runs of each method (5; CIFAR-10: 3)")
+    count(transfer, "--folds", "2: the halves change places too (1)")
     real(transfer, "--transfer-alpha", "clean share in L2L-Transfer (mixed) (0.5)")
     count(transfer, "--eval-samples", "test images for the accuracies (2000)")
+    count(transfer, "--record-every", "updates between points of a curve (steps/100)")
     count(transfer, "--restarts", "of PGD-20 (2)")
+    transfer.add_argument(
+        "--judge",
+        choices=JUDGES,
+        help="test (default); validation: all is trained and\njudged on the meta-training half",
+    )
 
     run = top.add_argument_group("the run")
     run.add_argument("--quick", action="store_true", help="a miniature of all of it")
@@ -153,8 +183,9 @@ def parse(arguments: list[str]) -> Config:
     if clash:
         names = ", ".join("--" + name.replace("_", "-") for name in clash)
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
-    if "eps" in given:
-        given["eps"] = tuple(given["eps"])
+    for name in ("eps", "episode_steps", "curriculum"):
+        if name in given:
+            given[name] = tuple(given[name])
     if "grid" in given:
         axes = [(name.replace("-", "_"), values) for name, values in given["grid"]]
         given["grid"] = dict(axes)

@@ -13,6 +13,7 @@ from l2l_ref.problems import OPTIMIZEES
 
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
+JUDGES = ("test", "validation")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,16 @@ class Config:
     output_scale: float
     theta_input: bool
     odd: bool
+    nominal: bool  # θ ← θ + u - η·d, with Adam's direction d
     hidden_size: int
     num_layers: int
     # meta-training
     alpha: float  # Eq. 6 of the loss that judges φ
     read_alpha: float  # Eq. 6 of the loss whose gradient φ reads
-    eps_warmup: float  # share of the episodes over which ε grows from 0 to its value
+    penalty: float  # λ/ε of that loss
+    curriculum: tuple[float, ...]  # shares of the episodes: clean up to one, all of it from the other
     episodes: int
+    episode_steps: tuple[int, ...]  # updates of an episode, drawn from the first to the last
     tasks: int  # optimizees that an episode trains at once
     unroll: int  # updates
     meta_lr: float
@@ -51,7 +55,8 @@ class Config:
     meta_seeds: int  # how many φ
     grid: dict[str, tuple[float, ...]]  # candidates by name; empty: no search
     # transfer
-    steps: int  # updates of an optimizee, in meta-training too
+    steps: int  # updates of an optimizee
+    images: int | None  # that an optimizee trains on; None: all of its half
     batch_size: int
     seeds: int  # how many runs of each method
     folds: int  # 1, or 2: the halves change places
@@ -62,7 +67,9 @@ class Config:
     # evaluation
     eval_samples: int  # test images for accuracies
     curve_samples: int  # test images for the curves
+    record_every: int  # updates between two points of a curve
     restarts: int  # of PGD-20
+    judge: str  # "test", or "validation": the meta-training half alone
     # the run
     seed: int
     device: str
@@ -78,10 +85,19 @@ class Config:
     def __post_init__(self):
         for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "tasks", "unroll",
                      "steps", "batch_size", "seeds", "meta_seeds", "tune_seeds", "tune_every",
-                     "eval_samples", "curve_samples", "restarts"):  # fmt: skip
+                     "eval_samples", "curve_samples", "record_every", "restarts"):  # fmt: skip
             require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
-        for name in ("alpha", "read_alpha", "eps_warmup", "transfer_alpha", "attacked_alpha"):
+        few = self.images is not None and self.images < self.batch_size
+        require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
+        for name in ("alpha", "read_alpha", "transfer_alpha", "attacked_alpha"):
             require(name, 0 <= getattr(self, name) <= 1, getattr(self, name), "between 0 and 1")
+        penalty, shares, lengths = self.penalty, self.curriculum, self.episode_steps
+        require("penalty", 0 <= penalty < math.inf, penalty, "at least 0, in units of eps")
+        ordered = len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1
+        require("curriculum", ordered, list(shares), "two shares from 0 to 1, the smaller one first")
+        ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
+        require("episode_steps", ordered, list(lengths), "a length, or the smallest and the largest")
+        require("judge", self.judge in JUDGES, self.judge, f"one of {', '.join(JUDGES)}")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
         for name in ("output_scale", "meta_lr", "clip"):
             value = getattr(self, name)
@@ -108,42 +124,53 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
 
 DEFAULTS: dict[str, Any] = {
     "recipe": "paper", "attack_steps": 7, "attack_step_size": None, "p": 10.0, "hidden_size": 20,
-    "num_layers": 2, "tasks": 1, "unroll": 20, "clip": 1.0, "meta_schedule": "cosine",
-    "meta_seeds": 1, "grid": {}, "batch_size": 128, "seeds": 5, "transfer_alpha": 0.5,
-    "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000, "restarts": 2, "seed": 0,
-    "device": "auto", "backend": "auto", "graphs": True, "data_dir": "data",
-    "strict_data": False, "out": None, "resume": False, "load": None, "quick": False,
+    "num_layers": 2, "nominal": False, "penalty": 0.0, "tasks": 1, "unroll": 20, "clip": 1.0,
+    "meta_schedule": "cosine", "meta_seeds": 1, "grid": {}, "batch_size": 128, "seeds": 5,
+    "transfer_alpha": 0.5, "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000, "restarts": 2,
+    "judge": "test", "images": None, "seed": 0, "device": "auto", "backend": "auto", "graphs": True,
+    "data_dir": "data", "strict_data": False, "out": None, "resume": False, "load": None,
+    "quick": False,
 }  # fmt: skip
-# The paper's steps and folds; episodes give 350, 400 and 500 unrolls.
+# The paper's steps.
 BY_DATASET: dict[str, dict[str, Any]] = {
     "mnist": {"attack": "fgsm", "eps": (0.1,), "steps": 100, "episodes": 70, "folds": 1,
               "curve_samples": 1000},
-    "cifar10": {"attack": "fgsm", "eps": (0.03,), "steps": 1000, "episodes": 8, "folds": 2,
-                "curve_samples": 256, "tune_seeds": 1},
+    "cifar10": {"attack": "fgsm", "eps": (0.03,), "steps": 1000, "episodes": 70, "folds": 1,
+                "seeds": 3, "curve_samples": 256, "tune_seeds": 1},
     "quadratic": {"attack": "none", "eps": (0.0,), "steps": 100, "episodes": 100, "folds": 1,
                   "curve_samples": 1},
 }  # fmt: skip
-# The odd form cannot drift, so it needs no warm-up of ε.
+# Literally, φ drifts to a constant predictor unless it meets clean batches first.
+PAPER = {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3,
+         "episode_steps": (100,), "curriculum": (1 / 3, 2 / 3)}  # fmt: skip
+# The odd form cannot drift; θ as input and lengths up to what transfer has hold it there.
+ROBUST = {"output_scale": 0.1, "theta_input": True, "odd": True, "nominal": True, "meta_lr": 3e-3,
+          "read_alpha": 1.0, "curriculum": (0.0, 0.0), "episode_steps": (100, 400),
+          "episodes": 40}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3,
-              "eps_warmup": 0.5},
-    "robust": {"output_scale": 0.1, "theta_input": True, "odd": True, "meta_lr": 3e-3,
-               "eps_warmup": 0.0, "read_alpha": 1.0},
+    "paper": PAPER, "robust": ROBUST, "penalty": {**ROBUST, "penalty": 1.0},
 }  # fmt: skip
+# What a recipe takes elsewhere.
+BY_BOTH: dict[tuple[str, str], dict[str, Any]] = {
+    ("cifar10", "robust"): {"episode_steps": (100, 700), "episodes": 30},
+    ("cifar10", "penalty"): {"episode_steps": (60, 300), "episodes": 30},
+}
 # θ of a quadratic travels much farther than a network's.
-QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2}
+QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2, "curriculum": (0.0, 0.0), "nominal": False,
+             "penalty": 0.0, "episode_steps": (100,), "episodes": 100}  # fmt: skip
 # The paper mixes clean and FGSM losses, and takes the PGD loss alone (sections 4.1, 4.2).
 ALPHA = {"fgsm": 0.5, "pgd": 0.0, "none": 1.0}
 QUICK: dict[str, dict[str, Any]] = {
-    "mnist": {"episodes": 4, "steps": 40},
-    "cifar10": {"episodes": 1, "steps": 10, "unroll": 5, "seeds": 1, "batch_size": 32,
-                "curve_samples": 32, "eval_samples": 100},
-    "quadratic": {"episodes": 10, "steps": 40},
+    "mnist": {"episodes": 4, "steps": 40, "episode_steps": (40,)},
+    "cifar10": {"episodes": 1, "steps": 10, "episode_steps": (10,), "unroll": 5, "seeds": 1,
+                "batch_size": 32, "curve_samples": 32, "eval_samples": 100},
+    "quadratic": {"episodes": 10, "steps": 40, "episode_steps": (40,)},
 }  # fmt: skip
 QUICK_ALL: dict[str, Any] = {
     "seeds": 2, "tune_seeds": 1, "tune_every": 2, "eval_samples": 500, "curve_samples": 100,
     "restarts": 1, "unroll": 10,
 }  # fmt: skip
+POINTS = 100  # of a curve
 GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
 
 
@@ -154,7 +181,7 @@ def complete(given: dict[str, Any]) -> Config:
     attack = given.get("attack", by_dataset["attack"])
     recipe = given.get("recipe", "paper")
     alpha = given.get("alpha", ALPHA[attack])
-    judged = 0.0 if recipe == "robust" and attack != "none" else alpha
+    judged = alpha if recipe == "paper" or attack == "none" else 0.0
     settings = {
         **DEFAULTS,
         "optimizee": OPTIMIZEES.get(dataset, ("quadratic",))[0],
@@ -163,11 +190,13 @@ def complete(given: dict[str, Any]) -> Config:
         "attacked_alpha": ALPHA[attack],
         **by_dataset,
         **RECIPES[recipe],
+        **BY_BOTH.get((dataset, recipe), {}),
         **(QUADRATIC if dataset == "quadratic" else {}),
         **({**QUICK_ALL, **QUICK[dataset]} if given.get("quick") else {}),
         **given,
         "dataset": dataset,
     }
+    settings.setdefault("record_every", math.ceil(settings["steps"] / POINTS))
     return Config(**settings)
 
 
@@ -193,6 +222,18 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
     if "alpha" in changes and config.read_alpha == config.alpha:
         changes["read_alpha"] = changes["alpha"]
     return replace(config, **changes)
+
+
+# What settings that came later were before, for runs and φ that do not name them.
+BEFORE: dict[str, Any] = {
+    "tasks": 1, "nominal": False, "penalty": 0.0, "record_every": 1, "judge": "test",
+    "images": None, "curriculum": [0.0, 0.0],
+}  # fmt: skip
+
+
+def as_saved(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json or a φ file, those that came later filled in."""
+    return {**BEFORE, "episode_steps": [settings.get("steps")], **settings}
 
 
 PLACES = {
@@ -222,7 +263,7 @@ def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> No
         return
     try:
         saved = json.loads(path.read_text())
-        before, environment = saved["settings"], saved["environment"]
+        before, environment = as_saved(saved["settings"]), saved["environment"]
         data_before = environment["data"], environment["data_sha256"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is broken: start afresh with another --out") from None

@@ -6,7 +6,8 @@ Shapes: N coordinates, H hidden units, L layers, F inputs (2, or 3 with `theta_i
     gradient   [N]           what φ reads; the `gradients` of an unroll are [T, N]
     state      [L, 2, H, M]  layer, (h, c), unit, coordinate. M = N, or 2N in the odd form:
                              the states of m(x) first, then those of m(-x)
-    phi        [P]           φ packed in the order of `MetaOptimizer.parameters()`
+    phi        [P]           φ packed in the order of `MetaOptimizer.weights()`
+    moments    [3, N]        of the nominal term: Adam's two moments and the number of gradients seen
 
 The coordinate is the contiguous axis, so SIMD lanes and GPU warps read neighbours. `theta_step_`,
 `theta_step` and `unroll_meta_gradient` are the three operators of the engine, with the signatures
@@ -23,6 +24,7 @@ from typing_extensions import Unpack
 
 THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
 MAX_P = 80  # beyond, e^p overflows float32 and a zero gradient would become nan
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's direction (Kingma & Ba 2015)
 BLOCK = 2048  # coordinates whose graph `unroll_meta_gradient` holds at once
 
 
@@ -85,7 +87,7 @@ def unpack(phi: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def update(
-    theta: Tensor,
+    theta: Tensor | None,
     gradient: Tensor,
     state: Tensor,
     phi: Tensor,
@@ -100,7 +102,7 @@ def update(
     Eq. 3 reads θ ← θ + c, but the cell has 20 units and θ is one number: a linear head (w, b) on
     the top layer's h makes it one, and the output scale s keeps early updates small
     (Andrychowicz et al. 2016). Odd: u = m(x) - m(-x), so that u(-g) = -u(g); the head's bias
-    cancels and φ cannot drift where there is no gradient.
+    cancels and φ cannot drift where there is no gradient. Only a φ that sees θ needs `theta`.
 
     Returns:
         u [N] and the next state, shaped like `state`.
@@ -147,28 +149,44 @@ def theta_step_(
     state.copy_(next_state)
 
 
+def check_thetas(thetas: Tensor | None, gradients: Tensor, theta_input: bool) -> None:
+    """Raise a RuntimeError unless there is a θ for each of the gradients [T, N], if φ sees θ."""
+    if thetas is not None and thetas.shape != gradients.shape:
+        shapes = f"{list(thetas.shape)}, expected {list(gradients.shape)}"
+        raise RuntimeError(f"thetas has shape {shapes}")
+    if thetas is None and theta_input:
+        raise RuntimeError(
+            "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
+        )
+
+
 def unroll(
-    theta: Tensor, gradients: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+    gradients: Tensor,
+    state: Tensor,
+    phi: Tensor,
+    thetas: Tensor | None = None,
+    **form: Unpack[Form],
 ) -> tuple[Tensor, Tensor]:
     """The T updates that φ makes of T gradients: [T, N] and the last state.
 
-    First order: the gradients, and θ where φ sees it, enter detached. Differentiable in phi and in
-    the first state.
+    First order: the gradients, and the `thetas` [T, N] that φ saw, enter detached. Differentiable
+    in phi and in the first state.
     """
-    theta, updates = theta.detach(), []
-    for gradient in gradients.detach():
+    check_thetas(thetas, gradients, form["theta_input"])
+    updates = []
+    for t, gradient in enumerate(gradients.detach()):
+        theta = None if thetas is None else thetas[t].detach()
         u, state = update(theta, gradient, state, phi, **form)
-        theta = theta + u.detach()
         updates.append(u)
     return torch.stack(updates), state
 
 
 def unroll_meta_gradient(
-    theta: Tensor,
     gradients: Tensor,
     state: Tensor,
     cotangents: Tensor,
     phi: Tensor,
+    thetas: Tensor | None = None,
     **form: Unpack[Form],
 ) -> Tensor:
     """dφ of an unroll in closed form: Σ_s (du_s/dφ)ᵀ · cotangents[s], back through time.
@@ -178,16 +196,18 @@ def unroll_meta_gradient(
     forward and back at a time, so memory does not grow with N·T times the activations.
 
     Args:
-        theta: [N], before the first update.
         gradients: [T, N], what φ read.
         state: [L, 2, H, M], before the first update.
         cotangents: [T, N], derivative of the meta-loss with respect to each update.
         phi: [P].
+        thetas: [T, N], θ before each update; only a φ that sees θ (`theta_input`) needs them. What
+            moved θ from row to row does not matter: φ's updates need not be all.
 
     Returns:
         [P], packed like `phi`.
     """
-    n = theta.numel()
+    check_thetas(thetas, gradients, form["theta_input"])
+    n = gradients.shape[1]
     by_sign = state.view(*state.shape[:3], 2 if form["odd"] else 1, n)
     phi = phi.detach().requires_grad_()
     total = torch.zeros_like(phi)
@@ -195,7 +215,11 @@ def unroll_meta_gradient(
         part = slice(start, start + BLOCK)
         with torch.enable_grad():
             updates, _ = unroll(
-                theta[part], gradients[:, part], by_sign[..., part].flatten(3), phi, **form
+                gradients[:, part],
+                by_sign[..., part].flatten(3),
+                phi,
+                None if thetas is None else thetas[:, part],
+                **form,
             )
         total += torch.autograd.grad(updates, phi, cotangents[:, part])[0]
     return total
@@ -210,8 +234,37 @@ def update_cotangents(loss_gradients: Tensor) -> Tensor:
     return loss_gradients.flip(0).cumsum(0).flip(0)
 
 
+def adam_direction(gradient: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's direction d = m̂ / (√v̂ + 1e-8), which the nominal term follows: θ ← θ + u - η·d.
+
+    With it φ begins as Adam of learning rate η, and learns what to add (a nominal term in the sense
+    of Harrison et al. 2022; not in the paper).
+
+    Args:
+        gradient: [N], what φ reads.
+        moments: [3, N]: first and second moment and how many gradients they hold, 0 at the start.
+
+    Returns:
+        d [N] and the next moments [3, N].
+    """
+    first, second, count = moments
+    first = torch.lerp(first, gradient, 1 - BETAS[0])
+    second = torch.lerp(second, gradient.square(), 1 - BETAS[1])
+    count = count + 1
+    weights = [-torch.expm1(math.log(beta) * count) for beta in BETAS]  # 1 - βᵗ
+    d = first / weights[0] / ((second / weights[1]).sqrt() + EPSILON)
+    return d, torch.stack((first, second, count))
+
+
 def robust_loss(
-    loss: Callable[..., Tensor], model, x: Tensor, y: Tensor, *, attack: Callable, alpha: float
+    loss: Callable[..., Tensor],
+    model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attack: Callable,
+    alpha: float,
+    penalty: float = 0.0,
 ) -> Tensor:
     """Eq. 6: α·l(θ, x, y) + (1 - α)·l(θ, x', y), with x' crafted against the current θ.
 
@@ -220,10 +273,25 @@ def robust_loss(
         attack: (model, x, y) -> x'; not called for alpha = 1.
         alpha: in [0, 1]; 1 is the clean loss alone, 0 the adversarial loss alone. A loss that
             weighs nothing is not computed.
+        penalty: λ >= 0 of `penalised`, which takes the place of the clean loss.
     """
-    if alpha == 1:
-        return loss(model, x, y)
-    adversarial = loss(model, attack(model, x, y), y)
-    if alpha == 0:
-        return adversarial
-    return alpha * loss(model, x, y) + (1 - alpha) * adversarial
+    if alpha < 1:
+        adversarial = loss(model, attack(model, x, y), y)
+        if alpha == 0:
+            return adversarial
+    clean = penalised(loss, model, x, y, penalty) if penalty else loss(model, x, y)
+    return clean if alpha == 1 else alpha * clean + (1 - alpha) * adversarial
+
+
+def penalised(
+    loss: Callable[..., Tensor], model, x: Tensor, y: Tensor, penalty: float
+) -> Tensor:
+    """l + λ·Σ|∂l/∂x|, of a batch x whose loss l is its mean; differentiable (double backward).
+
+    To first order l + ε·‖∂l/∂x‖₁ is the loss under any attack of l∞ radius ε, and no attacked
+    sample is needed to know it (Drucker & Le Cun 1992; Ross & Doshi-Velez 2018; not in the paper).
+    """
+    x = x.detach().requires_grad_()
+    value = loss(model, x, y)
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    return value + penalty * slope.abs().sum()

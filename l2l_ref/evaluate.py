@@ -8,7 +8,7 @@ the attack does.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,7 +30,12 @@ class Images(Protocol):
 
 
 def robust_accuracy(
-    model: Callable, images: Images, attack: Attack, *, restarts: int = 1, batch_size: int = 500
+    model: Callable,
+    images: Images,
+    attack: Attack | Sequence[Attack],
+    *,
+    restarts: int = 1,
+    batch_size: int = 500,
 ) -> float:
     """The fraction of samples that the model, in eval mode, gets right under every attack on them.
 
@@ -38,8 +43,9 @@ def robust_accuracy(
         model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; a sample with a
             NaN logit counts as wrong.
         images: the samples, judged in order; at least one.
-        attack: any callable (model, x, y) -> x_adv; `attacks.none` gives the clean accuracy.
-        restarts: attacks per sample, >= 1; a sample that one of them breaks is not attacked again.
+        attack: any callable (model, x, y) -> x_adv, or several, of which a sample must survive all;
+            `attacks.none` gives the clean accuracy.
+        restarts: of each attack, per sample, >= 1; a sample that one of them breaks is not attacked again.
         batch_size: samples per call, >= 1.
     Returns:
         A number in [0, 1].
@@ -49,13 +55,14 @@ def robust_accuracy(
             raise InputError(f"{name} is {value}, but must be >= 1; leave it out for the default.")
     if len(images) == 0:
         raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
-    attack = leaves_no_trace(attack)
+    several = [attack] if callable(attack) else attack
+    tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
     robust = 0
     with untouched(model):
         _eval(model)
         for indices in torch.arange(len(images)).split(batch_size):
             x, y = images.batch(indices)
-            for _ in range(restarts):
+            for attack in tries:
                 survives = _is_right(model, attack(model, x, y), y)
                 x, y = x[survives], y[survives]
                 if len(y) == 0:
@@ -96,10 +103,14 @@ def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:
         True where the loss is within 1 % of ln(classes), that of the uniform prediction, and the
         accuracy near chance: at most 1.5 / classes, which leaves room for unbalanced classes.
     """
+    return is_chance(attacked_loss, classes) and accuracy <= 1.5 / classes
+
+
+def is_chance(loss: float, classes: int) -> bool:
+    """Whether a cross-entropy is within 1 % of ln(classes); InputError for fewer than 2 classes."""
     if not classes >= 2:
         raise InputError(f"classes is {classes}, but must be >= 2; one class has no chance level.")
-    chance = math.log(classes)
-    return abs(attacked_loss - chance) <= 0.01 * chance and accuracy <= 1.5 / classes
+    return abs(loss - math.log(classes)) <= 0.01 * math.log(classes)
 
 
 def _eval(model: Callable) -> None:

@@ -4,6 +4,7 @@ Every finished piece is kept in `<out>/parts`, so that a resumed run repeats non
 """
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -14,20 +15,33 @@ import torch
 from torch import nn
 
 from l2l_ref import attacks, evaluate, tuning
-from l2l_ref.config import Config, describe
+from l2l_ref.config import Config, as_saved, describe
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint, replace_with
 from l2l_ref.optimizer import MetaOptimizer
+from l2l_ref.pieces import Parts, Piece
 from l2l_ref.problems import phi_groups
-from l2l_ref.task import NOT, TRANSFER, Fold, Parts, Reporter, Task, folds, learn, learned, stream
+from l2l_ref.task import (
+    NOMINAL,
+    NOT,
+    TRANSFER,
+    Fold,
+    Reporter,
+    Task,
+    folds,
+    learn,
+    learned,
+    new_phi,
+    stream,
+)
 from l2l_ref.transfer import Method
 
 PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
 FORMAT = "l2l_ref φ 1"
 # The settings that a loaded φ brings along.
-OF_PHI = ("recipe", "p", "output_scale", "theta_input", "odd", "hidden_size", "num_layers",
-          "alpha", "read_alpha", "episodes", "tasks", "unroll", "meta_lr", "meta_schedule", "clip",
-          "eps_warmup")  # fmt: skip
+OF_PHI = ("recipe", "p", "output_scale", "theta_input", "odd", "nominal", "hidden_size",
+          "num_layers", "alpha", "read_alpha", "penalty", "curriculum", "episodes",
+          "episode_steps", "tasks", "unroll", "meta_lr", "meta_schedule", "clip")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,8 @@ class Results:
     """All that a report is made of.
 
     Attributes:
-        runs: one dict a run: eps, method, fold, phi (meta-seed, or None), seed, the fields of
-            `Curve`, the three accuracies and `end` ("ok", "collapsed" or "diverged").
+        runs: one dict a run: eps, method, fold, phi (meta-seed, or None), seed, and what
+            `run_method` returns.
         chosen: {eps: {fold: {baseline: its tuned settings}}}.
         grid: what `--grid` tried, one dict a candidate.
         meta_training: {φ's name: its History as a dict}.
@@ -50,58 +64,93 @@ class Results:
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
     """The key of a φ. Transfer-NOT's has no eps: it never meets an attack."""
-    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind == TRANSFER else "")
+    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != NOT else "")
 
 
-def run(
-    task: Task, out: Path, reporter: Reporter, phis: dict[str, nn.ModuleDict] | None = None
-) -> Results:
-    """The whole experiment of `task.config`; leaves parts/ and meta_optimizer.pt in `out`.
+class Experiment:
+    """The pieces of the experiment of `task.config`, which leave parts/ in `out`.
 
     Args:
         phis: φ by name (`load_phis`); those that are missing are meta-trained.
     """
-    c = task.config
-    parts = Parts(out / "parts")
-    phis = dict(phis or {})
-    results = Results([], {}, [], {})
-    for fold in folds(c, task.images):
-        fold_task = task
-        if c.grid:
-            fold_task, tried = tuning.search(task, fold, parts, reporter)
-            results.grid.extend(tried)
 
-        def phi(kind: str, meta_seed: int, eps: float, fold=fold, task=fold_task) -> nn.ModuleDict:
-            name = phi_name(kind, fold.number, meta_seed, eps)
-            if name not in phis:
-                phis[name], results.meta_training[name] = learn(
-                    task,
-                    fold.meta,
-                    kind,
-                    eps,
-                    fold.number,
-                    meta_seed,
-                    reporter.progress(c.episodes, f"meta-train {name}"),
-                    checkpoint=parts.folder / f"{name}.pt",
+    def __init__(
+        self,
+        task: Task,
+        out: Path,
+        reporter: Reporter,
+        phis: dict[str, nn.ModuleDict] | None = None,
+    ):
+        self.task, self.out, self.reporter = task, out, reporter
+        self.parts, self.phis = Parts(out / "parts"), dict(phis or {})
+        self.given = frozenset(self.phis)
+        self.folds = folds(task.config, task.images)
+        self.searches = {fold.number: tuning.Search(task, fold, reporter) for fold in self.folds}
+
+    def pieces(self) -> list[Piece]:
+        """All of them; φ first, then what chooses, then what is compared."""
+        c = self.task.config
+        result = []
+        for fold in self.folds:
+            result += self.searches[fold.number].pieces()
+            for kind, meta_seed, eps in product(kinds_of_phi(c), range(c.meta_seeds), c.eps):
+                name = phi_name(kind, fold.number, meta_seed, eps)
+                if name not in self.given and all(piece.name != name for piece in result):
+                    result.append(self.phi_piece(name, kind, fold, meta_seed, eps))
+            for eps in c.eps:
+                for grid in tuning.grids(self.task, fold, eps):
+                    result += grid.pieces()
+        return result + [piece for _, piece in self.runs()]
+
+    def phi_piece(self, name: str, kind: str, fold: Fold, meta_seed: int, eps: float) -> Piece:
+        """Meta-trains a φ; its history is the result, its weights are in the checkpoint."""
+        c, search = self.task.config, self.searches[fold.number]
+
+        def compute(parts: Mapping[str, Any]) -> dict[str, Any]:
+            show = self.reporter.progress(c.episodes, f"meta-train {name}")
+            task = search.best(parts)
+            checkpoint = self.parts.folder / f"{name}.pt"
+            self.phis[name], history = learn(
+                task, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint
+            )
+            if history["ended"]:
+                self.reporter.say(f"{name}: given up, its optimizees keep ending {history['ended']}")
+            if history["skipped"] or history["diverged"]:
+                self.reporter.say(
+                    f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "
+                    f"{history['diverged']} episodes diverged and were cut short"
                 )
-                history = results.meta_training[name]
-                if history["skipped"] or history["diverged"]:
-                    reporter.say(
-                        f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "
-                        f"{history['diverged']} episodes diverged and were cut short"
-                    )
-            return phis[name]
+            return history
 
-        for eps in c.eps:
-            baselines, chosen = tuning.baselines(task, fold, eps, parts, reporter)
-            results.chosen.setdefault(str(eps), {})[str(fold.number)] = chosen
-            methods: list[tuple[int | None, Method]] = [(None, method) for method in baselines]
+        alphas = [1.0] if kind == NOT else {c.alpha, c.read_alpha}
+        losses = [Method("", learned, alpha=alpha, penalty=c.penalty) for alpha in alphas]
+        updates = c.episodes * c.tasks * sum(c.episode_steps) / len(c.episode_steps)
+        cost = updates / c.steps * sum(tuning.cost(c, loss) for loss in losses)
+        return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
+
+    def phi(self, name: str, fold: Fold) -> nn.ModuleDict:
+        """A φ that is there: given, meta-trained here, or by another process."""
+        if name not in self.phis:
+            task = self.searches[fold.number].best(self.parts)
+            phi = new_phi(task, name.split("-")[0], fold.number, 0)
+            saved = read_checkpoint(self.parts.folder / f"{name}.pt", task.device)
+            phi.load_state_dict(saved["meta_optimizers"])
+            self.phis[name] = phi
+        return self.phis[name]
+
+    def runs(self) -> list[tuple[dict[str, Any], Piece]]:
+        """What is compared: each run's key in a table, and the piece that computes it."""
+        c, result = self.task.config, []
+        for fold, eps in product(self.folds, c.eps):
+            contenders = []
+            method = tuning.default_adam()
+            contenders.append((None, method, lambda parts, m=method: m, ()))
+            for grid in tuning.grids(self.task, fold, eps):
+                any_of = next(iter(grid.methods.values()))
+                contenders.append((None, any_of, grid.method, grid.needs()))
             for meta_seed in range(c.meta_seeds):
-                kinds = {kind: phi(kind, meta_seed, eps) for kind in kinds_of_phi(c)}
-                methods += [(meta_seed, method) for method in phi_methods(fold_task.config, kinds)]
-            total = len(methods) * c.seeds
-            show = reporter.progress(total, f"transfer, fold {fold.number}, ε {eps:g}")
-            for done, (seed, (meta_seed, method)) in enumerate(product(range(c.seeds), methods), 1):
+                contenders += self.learned_contenders(fold, eps, meta_seed)
+            for seed, (meta_seed, method, make, needs) in product(range(c.seeds), contenders):
                 key = {
                     "eps": eps,
                     "method": method.label,
@@ -110,58 +159,112 @@ def run(
                     "seed": seed,
                 }
                 name = "-".join(f"{k}{v}" for k, v in key.items() if v is not None)
-                judged = parts.get(name, partial(run_method, task, method, fold, eps, seed))
-                results.runs.append({**key, **judged})
-                show(done, judged["attacked"][-1])
-    if c.load:  # what they come from goes along unchanged
-        shutil.copyfile(c.load, out / "meta_optimizer.pt")
-    else:
-        save_phis(out / "meta_optimizer.pt", phis, task)
-    return results
+                compute = partial(self.run_one, make, needs, fold, eps, seed)
+                cost = tuning.cost(c, method) + c.steps * (meta_seed is not None)
+                result.append((key, Piece(name, compute, method.label, cost, needs)))
+        return result
+
+    def learned_contenders(self, fold: Fold, eps: float, meta_seed: int) -> list[tuple]:
+        """Those whose optimizer is a φ."""
+        c, result = self.task.config, []
+        for kind in kinds_of_phi(c):
+            name = phi_name(kind, fold.number, meta_seed, eps)
+            needs = () if name in self.given else (name,)
+            for index, method in enumerate(phi_methods(c, kind, eps, learned)):
+
+                def make(parts, kind=kind, name=name, index=index) -> Method:
+                    config = self.searches[fold.number].best(parts).config
+                    phi = partial(learned, self.phi(name, fold), c.backend)
+                    return phi_methods(config, kind, eps, phi)[index]
+
+                result.append((meta_seed, method, make, needs))
+        return result
+
+    def run_one(
+        self,
+        make: Callable[[Mapping[str, Any]], Method],
+        needs: tuple[str, ...],
+        fold: Fold,
+        eps: float,
+        seed: int,
+        parts: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The result of a run; of a φ that was given up only that."""
+        for name in needs:
+            if ended := parts[name].get("ended"):
+                return {"skipped": f"φ {ended}"}
+        return run_method(self.task, make(parts), fold, eps, seed)
+
+    def results(self) -> Results:
+        """What all pieces left; also writes meta_optimizer.pt."""
+        c, parts = self.task.config, self.parts
+        runs = [{**key, **parts[piece.name]} for key, piece in self.runs()]
+        chosen: dict[str, dict[str, dict[str, str]]] = {}
+        for fold, eps in product(self.folds, c.eps):
+            chosen.setdefault(str(eps), {})[str(fold.number)] = {
+                grid.label: grid.chosen(parts) for grid in tuning.grids(self.task, fold, eps)
+            }
+        tried = [row for search in self.searches.values() for row in search.tried(parts)]
+        histories = {}
+        for fold in self.folds:
+            for kind, meta_seed, eps in product(kinds_of_phi(c), range(c.meta_seeds), c.eps):
+                name = phi_name(kind, fold.number, meta_seed, eps)
+                self.phi(name, fold)
+                if name not in self.given:
+                    histories[name] = parts[name]
+        if c.load:  # what they come from goes along unchanged
+            shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
+        else:
+            save_phis(self.out / "meta_optimizer.pt", self.phis, self.task)
+        return Results(runs, chosen, tried, histories)
 
 
 def kinds_of_phi(config: Config) -> tuple[str, ...]:
-    """Without an attack the two kinds are one."""
-    return (TRANSFER,) if config.attack == "none" else (TRANSFER, NOT)
+    """Without an attack, that under attack and that on clean batches are one."""
+    return (TRANSFER, NOMINAL) if config.attack == "none" else (TRANSFER, NOT, NOMINAL)
 
 
-def phi_methods(c: Config, phis: dict[str, nn.ModuleDict]) -> list[Method]:
-    """The curves of a φ, for Transfer-NOT that of the φ which never met an attack (README)."""
-    phi = partial(learned, phis[TRANSFER], c.backend)
-    if NOT not in phis:
-        transfer = Method("L2L-Transfer", phi)
-        both = [Method("L2L", phi, half="meta"), transfer]
-        return [transfer] if c.dataset == "quadratic" else both  # quadratics have no halves
-    clean_phi = partial(learned, phis[NOT], c.backend)
+def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
+    """The curves of a φ of a kind (README); `phi` makes it a model's optimizer."""
+    read = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
+    clean = {"penalty": c.penalty * eps}
+    if kind == NOMINAL:
+        return [Method("Nominal alone", phi, **read)]
+    if kind == NOT:
+        return [Method("Transfer-NOT", phi, alpha=0.0), Method("Transfer-NOT (clean)", phi)]
+    if c.dataset == "quadratic":  # has no halves
+        return [Method("L2L-Transfer", phi)]
+    if c.attack == "none":
+        return [Method("L2L", phi, half="meta"), Method("L2L-Transfer", phi)]
     return [
-        Method("L2L", phi, alpha=c.read_alpha, half="meta"),
-        Method("L2L-Transfer (clean)", phi),
-        Method("L2L-Transfer (mixed)", phi, alpha=c.transfer_alpha),
-        Method("Transfer-NOT", clean_phi, alpha=0.0),
-        Method("Transfer-NOT (clean)", clean_phi),
+        Method("L2L", phi, half="meta", **read),
+        Method("L2L-Transfer (clean)", phi, **clean),
+        Method("L2L-Transfer (mixed)", phi, alpha=c.transfer_alpha, **clean),
     ]
 
 
 def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
-    """Train one optimizee and judge it: its curve, its accuracies and how it ended."""
+    """Train one optimizee and judge it: the fields of its `Curve`, and unless it is a quadratic
+    what `Task.judge` says, robust accuracies, and its `end`: "ok", "collapsed" or "diverged"."""
     c = task.config
     labels = ("transfer", fold.number, seed)
     half = fold.meta if method.half == "meta" else fold.transfer
-    probe = None if task.images is None else task.test(c.curve_samples)
-    model, curve = task.train(method, half, probe, eps, *labels)
-    result = {**asdict(curve), "end": "diverged" if curve.diverged else "ok"}
-    if task.images is not None:
-        sample = task.test(c.eval_samples)
+    model, curve = task.train(method, half, fold.test, eps, *labels)
+    ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
+    result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
+    if fold.test is not None:
+        sample = fold.test.subset(torch.arange(min(c.eval_samples, len(fold.test))))
         generator = stream(c.seed, "judge", *labels)
-        pgd = attacks.make("pgd", eps=eps, steps=PGD_STEPS, generator=generator)
-        judges = {
-            "accuracy": (attacks.none, 1),
-            "fgsm_accuracy": (attacks.make("fgsm", eps=eps), 1),
-            "pgd_accuracy": (pgd, c.restarts),
-        }
-        for name, (attack, restarts) in judges.items():
-            result[name] = evaluate.robust_accuracy(model, sample, attack, restarts=restarts)
-        if evaluate.is_collapsed(curve.attacked[-1], result["accuracy"], task.problem.classes):
+        result |= task.judge(model, fold.test, eps, *labels)
+        # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
+        pgd = [
+            attacks.make("pgd", eps=eps, steps=PGD_STEPS, loss=loss, generator=generator)
+            for loss in ("cross_entropy", "margin")
+        ]
+        fgsm = attacks.make("fgsm", eps=eps)
+        result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
+        result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, pgd, restarts=c.restarts)
+        if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], task.problem.classes):
             result["end"] = "collapsed"
     return result
 
@@ -209,6 +312,11 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
             "finished run"
         )
     c, before, saved = task.config, value["config"], value["phis"]
+    if c.judge == "validation" != as_saved(before)["judge"]:
+        raise InputError(
+            f"--load {path} holds φ meta-trained on what --judge validation judges by: load one "
+            "that was trained with it, or judge by the test set"
+        )
     if before["dataset"] == c.dataset and c.dataset != "quadratic":
         if before["seed"] != c.seed:
             raise InputError(
@@ -227,6 +335,8 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
         kinds_of_phi(c), range(c.folds), range(c.meta_seeds), c.eps
     ):
         name = phi_name(kind, fold, meta_seed, eps)
+        if kind == NOMINAL and not any(key.startswith(NOMINAL) for key in saved):
+            continue  # a file from before there was this control: it is meta-trained
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
         if name not in saved and len(alike) != 1:
             raise InputError(
@@ -245,5 +355,7 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
             meta.load_state_dict(groups[group]["state_dict"])
             phis[name][group] = meta.to(task.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
-    settings = {name: before[name] for name in OF_PHI if name in before}  # `tasks` came later
+    settings = {name: as_saved(before)[name] for name in OF_PHI}
+    for name in ("curriculum", "episode_steps"):
+        settings[name] = tuple(settings[name])
     return replace(task, config=replace(c, **settings), origin=origin), phis

@@ -24,7 +24,7 @@ STYLES = {
 
 def marks(row: dict[str, Any]) -> str:
     """How many runs ended badly, in words."""
-    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ("collapsed", "diverged")
+    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ("collapsed", "diverged", "skipped")
                      if row[end])  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def draw_curves(
     for panel, eps in zip(panels, config.eps, strict=False):
         peaks, start = {}, math.nan
         for method, (colour, style) in STYLES.items():
-            own = [r for r in runs if r["eps"] == eps and r["method"] == method]
+            own = [r for r in runs if r["eps"] == eps and r["method"] == method and "skipped" not in r]
             if not own:
                 continue
             losses = torch.tensor([run["attacked"] for run in own])

@@ -1,5 +1,6 @@
 """The meta-optimizer φ, and the optimizer that applies it to a model's parameters."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref import engine
-from l2l_ref.equations import MAX_P, Form
+from l2l_ref.equations import MAX_P, Form, adam_direction
 from l2l_ref.errors import InputError
+
+
+FIRST_ETA = 1e-3  # Adam's usual learning rate
 
 
 class MetaOptimizer(nn.Module):
@@ -25,6 +29,8 @@ class MetaOptimizer(nn.Module):
         output_scale: > 0, multiplies the head's output.
         theta_input: θ is a third input, clamp(10·θ, ±5).
         odd: the update is m(x) - m(-x), so that u(-g) = -u(g).
+        nominal: θ ← θ + u - η·d, with Adam's direction d (`equations.adam_direction`) and
+            η = exp(`log_eta`), a parameter beside φ that starts at log 1e-3.
         generator: draws the weights; uniform in ±1/√hidden_size as `nn.LSTM` does.
 
     Raises:
@@ -39,6 +45,7 @@ class MetaOptimizer(nn.Module):
         output_scale: float = 0.01,
         theta_input: bool = False,
         odd: bool = False,
+        nominal: bool = False,
         *,
         generator: torch.Generator | None = None,
     ):
@@ -65,37 +72,109 @@ class MetaOptimizer(nn.Module):
             nn.init.uniform_(weight, -(hidden_size**-0.5), hidden_size**-0.5, generator=generator)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.log_eta = nn.Parameter(torch.tensor(math.log(FIRST_ETA))) if nominal else None
+
+    @property
+    def nominal(self) -> bool:
+        """Whether an update has the nominal term, -η·d."""
+        return self.log_eta is not None
 
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments: with the state dict, all that φ is."""
-        return {"hidden_size": self.hidden_size, "num_layers": self.num_layers, **self.form}
+        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
+        return {**sizes, **self.form, "nominal": self.nominal}
+
+    def weights(self) -> list[nn.Parameter]:
+        """The weights of φ: all parameters but `log_eta`."""
+        return [*self.lstm.parameters(), *self.head.parameters()]
 
     def phi(self) -> Tensor:
         """All weights as one vector [P], differentiable: what the operators take."""
-        return torch.cat([weight.reshape(-1) for weight in self.parameters()])
+        return torch.cat([weight.reshape(-1) for weight in self.weights()])
 
     def init_state(self, coordinates: int) -> Tensor:
         """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
         m = 2 * coordinates if self.form["odd"] else coordinates
         return self.head.weight.new_zeros(self.num_layers, 2, self.hidden_size, m)
 
+    def init_moments(self, coordinates: int) -> Tensor | None:
+        """Zeros [3, coordinates], the moments of the nominal term; None without that term."""
+        return self.head.weight.new_zeros(3, coordinates) if self.nominal else None
+
     def forward(
-        self, theta: Tensor, gradient: Tensor, state: Tensor, *, backend: str = "auto"
-    ) -> tuple[Tensor, Tensor]:
-        """One differentiable step, Eq. 3-4: θ [N], ∇ [N], state -> θ + u [N] and the next state."""
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        state: Tensor,
+        moments: Tensor | None = None,
+        *,
+        backend: str = "auto",
+    ) -> tuple[Tensor, ...]:
+        """One differentiable step, Eq. 3-4: θ [N], ∇ [N], state -> θ + u [N] and the next state.
+
+        With the nominal term: moments [3, N] too -> θ + u - η·d, the next state, the next moments.
+
+        Raises:
+            InputError: a nominal term without moments, or moments without that term.
+        """
+        self._check_moments(moments)
         step = engine.operators(backend, state).theta_step
-        return step(theta, gradient, state, self.phi(), **self.form)
+        theta, state = step(theta, gradient, state, self.phi(), **self.form)
+        if moments is None:
+            return theta, state
+        direction, moments = adam_direction(gradient, moments)
+        return theta - self.log_eta.exp() * direction, state, moments
+
+    @torch.no_grad()
+    def step_(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        state: Tensor,
+        moments: Tensor | None = None,
+        *,
+        phi: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor | None:
+        """The same in place, without a graph: θ, state and moments become the next ones.
+
+        Args:
+            phi: [P], the weights, where the caller has packed them already.
+
+        Returns:
+            d [N]; None without the nominal term.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._check_moments(moments)
+        step = engine.operators(backend, state).theta_step_
+        step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
+        if moments is None:
+            return None
+        direction, following = adam_direction(gradient, moments)
+        moments.copy_(following)
+        theta.sub_(direction * self.log_eta.exp())
+        return direction
+
+    def _check_moments(self, moments: Tensor | None) -> None:
+        if self.nominal != (moments is not None):
+            wrong = "moments are given" if moments is not None else "no moments are given"
+            raise InputError(
+                f"{wrong} to a meta-optimizer with nominal={self.nominal}: give what its "
+                "init_moments returns, and then what its steps make of it"
+            )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.form.items())
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose update rule is a meta-optimizer.
 
     φ is not changed: train it with `meta_train`, or differentiate `MetaOptimizer.forward`. The
-    LSTM states live here, zero at the start. A parameter without a gradient is left alone, its
+    LSTM states and the moments of the nominal term live here, zero at the start. A parameter without a gradient is left alone, its
     state too. No graph is kept.
 
     Args:
@@ -120,7 +199,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
     ):
         engine.resolve(backend)  # a wrong name is wrong now, not at the first step
-        self._joint: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._joint: dict[int, tuple[tuple[int, ...], Tensor, Tensor | None]] = {}
         super().__init__(params, {"meta_optimizer": meta_optimizer, "backend": backend})
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # after a copy or load_state_dict
@@ -163,48 +242,59 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise InputError("a gradient is sparse: LearnedOptimizer takes dense gradients only")
         meta_optimizer = group["meta_optimizer"]
         theta, gradient = joined(params), joined([param.grad for param in params])
-        state = self._joint_state(index, meta_optimizer, params)
-        step_ = engine.operators(group["backend"], state).theta_step_
-        step_(theta, gradient, state, meta_optimizer.phi(), **meta_optimizer.form)
+        state, moments = self._joint_state(index, meta_optimizer, params)
+        meta_optimizer.step_(theta, gradient, state, moments, backend=group["backend"])
         if theta is not params[0]:
             parts = theta.split([param.numel() for param in params])
             torch._foreach_copy_(params, [t.view_as(p) for t, p in zip(parts, params, strict=True)])
 
-    def _joint_state(self, index: int, meta: MetaOptimizer, params: list[Tensor]) -> Tensor:
-        """The states of `params` side by side, [L, 2, H, M], as the operators want them.
+    def _joint_state(
+        self, index: int, meta: MetaOptimizer, params: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The states of `params` side by side, [L, 2, H, M], and the moments of the nominal term,
+        [3, N], as an update wants them.
 
-        `self.state[param]["lstm"]`, [L, 2, H, signs, numel], is a view of its part, so nothing is
-        gathered again until other parameters have gradients or a state dict is loaded.
+        `self.state[param]` has "lstm", [L, 2, H, signs, numel], and "moments", [3, numel], views of
+        its part, so nothing is gathered again until other parameters have gradients or a state dict
+        is loaded.
         """
         key = tuple(id(param) for param in params)
         if index not in self._joint or self._joint[index][0] != key:
-            states = []
-            for param in params:
-                fresh = meta.init_state(param.numel()).unflatten(-1, (-1, param.numel()))
-                state = self.state[param].get("lstm", fresh)
-                if state.shape != fresh.shape:
-                    raise InputError(
-                        f"a loaded optimizer state has shape {list(state.shape)} where this "
-                        f"meta-optimizer needs {list(fresh.shape)}: load the state that was saved "
-                        "with it"
-                    )
-                states.append(state)
-            joint = torch.cat(states, dim=-1)
             sizes = [param.numel() for param in params]
-            for param, view in zip(params, joint.split(sizes, dim=-1), strict=True):
-                self.state[param]["lstm"] = view
-            self._joint[index] = key, joint.flatten(3)
-        return self._joint[index][1]
+            fresh = {"lstm": [meta.init_state(n).unflatten(-1, (-1, n)) for n in sizes]}
+            if meta.nominal:
+                fresh["moments"] = [meta.init_moments(n) for n in sizes]
+            joint = {name: self._join(name, params, states) for name, states in fresh.items()}
+            self._joint[index] = key, joint["lstm"].flatten(3), joint.get("moments")
+        return self._joint[index][1:]
+
+    def _join(self, name: str, params: list[Tensor], fresh: list[Tensor]) -> Tensor:
+        """The states called `name`, `fresh` where there is none yet, on one axis."""
+        states = []
+        for param, zeros in zip(params, fresh, strict=True):
+            state = self.state[param].get(name, zeros)
+            if state.shape != zeros.shape:
+                raise InputError(
+                    f"a loaded optimizer state has shape {list(state.shape)} where this "
+                    f"meta-optimizer needs {list(zeros.shape)}: load the state that was saved "
+                    "with it"
+                )
+            states.append(state)
+        joint = torch.cat(states, dim=-1)
+        views = joint.split([state.shape[-1] for state in states], dim=-1)
+        for param, view in zip(params, views, strict=True):
+            self.state[param][name] = view
+        return joint
 
     def state_dict(self) -> dict[str, Any]:
-        """The LSTM states and groups, without φ and backend: φ is saved on its own."""
+        """The states and groups, without φ and backend: φ is saved on its own."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
             del group["meta_optimizer"], group["backend"]
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the LSTM states of a `state_dict`; φ and backend stay those of this optimizer."""
+        """Take the states of a `state_dict`; φ and backend stay those of this optimizer."""
         own = [{k: g[k] for k in ("meta_optimizer", "backend")} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):

@@ -22,20 +22,25 @@ from l2l_ref.config import Config
 from l2l_ref.experiment import PGD_STEPS, Results
 from l2l_ref.figure import draw_curves, marks
 from l2l_ref.files import replace_with
+from l2l_ref.pieces import duration
+from l2l_ref.task import PGD_STEPS as LOSS_STEPS
 from l2l_ref.task import Reporter, Task
 
 METRICS = {
-    "attacked_loss": "loss",
+    "attacked_loss": "loss",  # the last of the curve, where there is no other
+    "pgd_loss": f"loss, PGD-{LOSS_STEPS}",
+    "fgsm_loss": "loss, FGSM",
     "accuracy": "clean acc.",
     "fgsm_accuracy": "FGSM acc.",
     "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
     "ms_per_step": "ms/step",
 }
+PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
 
 
-def reporter() -> Reporter:
-    """Progress bars with loss and time left on a terminal, plain lines elsewhere."""
-    if sys.stderr.isatty():
+def reporter(bars: bool = True) -> Reporter:
+    """Progress bars with loss and time left on a terminal, if they may, plain lines elsewhere."""
+    if bars and sys.stderr.isatty():
         from tqdm import tqdm
 
         def bar(total: int, label: str) -> Callable[[int, float], None]:
@@ -63,7 +68,7 @@ def reporter() -> Reporter:
             if tenth > shown:
                 shown = tenth
                 left = (time.monotonic() - begin) / (done - before) * (total - done)
-                print(f"{label}: {done}/{total}, loss {loss:.3f}, {left:.0f} s left", flush=True)
+                print(f"{label}: {done}/{total}, loss {loss:.3f}, {duration(left)}", flush=True)
 
         return update
 
@@ -126,28 +131,101 @@ def git_commit() -> str | None:
 def summarise(results: Results) -> list[dict[str, Any]]:
     """One row for each ε and method: mean and sample deviation over folds, φ and seeds.
 
-    A metric that is not finite in some run has mean and deviation None: no run is left out.
+    A metric that is not finite in some run has mean and deviation None: no run is left out. Runs of
+    a φ that was given up are counted, as "skipped".
     """
     rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for run in results.runs:
         rows.setdefault((run["eps"], run["method"]), []).append(run)
     summary = []
-    for (eps, method), runs in rows.items():
-        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(runs)}
+    for (eps, method), every in rows.items():
+        runs = [run for run in every if "skipped" not in run]
+        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(every)}
         for name in METRICS:
-            values = [run["attacked"][-1] if name == "attacked_loss" else run.get(name)
-                      for run in runs]  # fmt: skip
-            if values[0] is None:
-                continue
-            finite = all(map(math.isfinite, values))
-            row[name] = {
-                "mean": statistics.fmean(values) if finite else None,
-                "std": statistics.stdev(values) if finite and len(values) > 1 else None,
-            }
-        row["collapsed"] = sum(run["end"] == "collapsed" for run in runs)
-        row["diverged"] = sum(run["end"] == "diverged" for run in runs)
+            values = [run.get(name) for run in runs]
+            if values and values[0] is not None:
+                row[name] = spread(values)
+                phis = sorted({run["phi"] for run in runs} - {None})
+                if len(phis) > 1:
+                    row[name]["by_phi"] = [
+                        spread([run[name] for run in runs if run["phi"] == phi])["mean"]
+                        for phi in phis
+                    ]
+        for end in ("collapsed", "diverged"):
+            row[end] = sum(run["end"] == end for run in runs)
+        row["skipped"] = len(every) - len(runs)
         summary.append(row)
     return summary
+
+
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and sample deviation; None where a value is not finite."""
+    finite = all(map(math.isfinite, values))
+    return {
+        "mean": statistics.fmean(values) if finite else None,
+        "std": statistics.stdev(values) if finite and len(values) > 1 else None,
+    }
+
+
+def differences(results: Results) -> list[dict[str, Any]]:
+    """Each method that a φ trains, less each other one: {"mean", "half_width"} of `PAIRED`.
+
+    Runs of a seed share θ₀ and batches, so they are compared in pairs, after averaging over φ; the
+    interval is that of Student's t at 95 % over seeds and folds. One pair has none.
+    """
+    seeds: dict[tuple[float, str], dict[tuple[int, int], list[dict[str, Any]]]] = {}
+    for run in results.runs:
+        if "skipped" not in run:
+            own = seeds.setdefault((run["eps"], run["method"]), {})
+            own.setdefault((run["fold"], run["seed"]), []).append(run)
+    rows = []
+    for (eps, method), own in seeds.items():
+        if all(run["phi"] is None for runs in own.values() for run in runs):
+            continue
+        for (eps_too, other), theirs in seeds.items():
+            if eps_too != eps or other == method:
+                continue
+            row: dict[str, Any] = {"eps": eps, "method": method, "less": other}
+            for name in PAIRED:
+                pairs = [(mean(own[key], name), mean(theirs[key], name))
+                         for key in sorted(own.keys() & theirs.keys())]  # fmt: skip
+                if pairs and None not in pairs[0]:
+                    row[name] = interval([a - b for a, b in pairs])
+            rows.append(row)
+    return rows
+
+
+def mean(runs: list[dict[str, Any]], name: str) -> float | None:
+    values = [run.get(name) for run in runs]
+    return None if None in values else statistics.fmean(values)
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean, and half the width of the 95 % interval of Student's t."""
+    half = None
+    if len(values) > 1:
+        quantile = student(len(values) - 1)
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_width": half}
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: by integration and bisection, to 6 digits."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    scale /= math.sqrt(freedom * math.pi)
+
+    def below(t: float, slices: int = 2000) -> float:  # Simpson's rule from 0 to t
+        step = t / slices
+        heights = [(1 + (i * step) ** 2 / freedom) ** (-(freedom + 1) / 2)
+                   for i in range(slices + 1)]  # fmt: skip
+        weighted = heights[0] + heights[-1] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2])
+        return scale * weighted * step / 3
+
+    low, high = 1.9, 13.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < 0.475 else (low, middle)
+    return low
 
 
 def cell(value: dict[str, float | None] | None, digits: int) -> str:
@@ -163,6 +241,8 @@ def cell(value: dict[str, float | None] | None, digits: int) -> str:
 def table(summary: list[dict[str, Any]], title: str, footer: str) -> str:
     """The comparison as a Markdown table, for each metric `cell`."""
     names = [name for name in METRICS if any(name in row for row in summary)]
+    if "pgd_loss" in names:
+        names.remove("attacked_loss")
     head = ["ε", "method", *(METRICS[name] for name in names), "runs", ""]
     body = [
         [f"{row['eps']:g}", row["method"],
@@ -217,7 +297,8 @@ def curves_csv(results: Results, data: str) -> str:
     writer.writerow([*columns, "step", "clean_loss", "attacked_loss", "data"])
     for run in results.runs:
         key = [run[column] for column in columns]
-        for row in zip(run["steps"], run["clean"], run["attacked"], strict=True):
+        curves = (run.get(name, []) for name in ("steps", "clean", "attacked"))
+        for row in zip(*curves, strict=True):
             writer.writerow([*key, *row, data])
     return buffer.getvalue()
 
@@ -268,7 +349,6 @@ def report(
     text = curves_csv(results, task.source)
     replace_with(out / "metrics.csv", lambda partial: partial.write_text(text))
     runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
-            | {"attacked_loss": run["attacked"][-1], "clean_loss": run["clean"][-1]}
             for run in results.runs]  # fmt: skip
     value = {
         "title": heading,
@@ -276,6 +356,7 @@ def report(
         "command": command,
         "environment": environment,
         "table": summary,
+        "differences": differences(results),
         "tuned": results.chosen,
         "grid": results.grid,
         "runs": runs,

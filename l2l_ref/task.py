@@ -5,7 +5,6 @@ the same θ₀ and see the same batches, and no result depends on what was compu
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,42 +17,20 @@ from torch import Tensor, nn
 from l2l_ref import attacks, data, engine, evaluate, problems
 from l2l_ref.config import Config
 from l2l_ref.errors import InputError
-from l2l_ref.files import replace_with
 from l2l_ref.meta_train import Episode, MetaSettings, meta_train, new_meta_optimizers
 from l2l_ref.optimizer import LearnedOptimizer, flatten_
 from l2l_ref.transfer import Curve, Method, train
 
+PGD_STEPS = 7  # of the loss under attack
 VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and grid settings
-TRANSFER, NOT = "transfer", "not"  # the two kinds of φ: meta-trained under attack, or clean
+# The kinds of φ: meta-trained under attack; on clean batches; without weights, a nominal term alone.
+TRANSFER, NOT, NOMINAL = "transfer", "not", "nominal"
 
 
 def stream(*labels: Any, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by `labels`; on the CPU the same labels give the same bits anywhere."""
     digest = hashlib.sha256(repr(labels).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-class Parts:
-    """Results on disk, one JSON file each: computed once, found again by a resumed run."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def get(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The stored value of `name`, or what `compute` returns, stored.
-
-        Raises:
-            InputError: a stored part that cannot be read.
-        """
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            try:
-                return json.loads(path.read_text())
-            except ValueError:
-                raise InputError(f"{path} is broken: delete it and resume again") from None
-        value = compute()
-        replace_with(path, lambda partial: partial.write_text(json.dumps(value)))
-        return value
 
 
 @dataclass(frozen=True)
@@ -65,20 +42,42 @@ class Fold:
     fit: data.ImageSet | None  # the part of it that trains candidates
     validation: data.ImageSet | None  # the part of it that chooses among them
     transfer: data.ImageSet | None  # trains what is compared
+    test: data.ImageSet | None  # judges it
 
 
 def folds(config: Config, images: data.Data | None) -> list[Fold]:
-    """Cut the training set into halves by the seed, once, or twice with the halves swapped."""
+    """Cut the training set into halves by the seed, once, or twice with the halves swapped.
+
+    With `--judge validation` all is of the meta-training half: what the parts of it that train and
+    choose have in a run that touches the test set, they have here in place of the halves and test.
+    """
     if images is None:  # quadratics are drawn, not split
-        return [Fold(number, None, None, None, None) for number in range(config.folds)]
+        return [Fold(number, *[None] * 5) for number in range(config.folds)]
     halves = data.halves(len(images.train), config.seed)
+    # MNIST's own order will not do: its first thousands are by other writers than its last.
+    order = torch.randperm(len(images.test), generator=stream(config.seed, "test"))
+    test = images.test.subset(order.to(images.test.labels.device))
     result = []
     for number in range(config.folds):
         meta, transfer = halves if number == 0 else halves[::-1]
-        validation = len(meta) // VALIDATION
-        cut = [meta, meta[validation:], meta[:validation], transfer]
-        result.append(Fold(number, *(images.train.subset(index) for index in cut)))
+        count = len(meta) // VALIDATION
+        fit, validation = (images.train.subset(i) for i in (meta[count:], meta[:count]))
+        if config.judge == "validation":
+            sets = [fit, few(fit, config.images), validation, few(fit, config.images), validation]
+        else:
+            meta, transfer = images.train.subset(meta), images.train.subset(transfer)
+            sets = [meta, few(fit, config.images), validation, few(transfer, config.images), test]
+        result.append(Fold(number, *sets))
     return result
+
+
+def few(images: data.ImageSet, count: int | None) -> data.ImageSet:
+    """The first `count` of a set in random order, or all of it; InputError if there are fewer."""
+    if count is None:
+        return images
+    if count > len(images):
+        raise InputError(f"--images is {count} but there are {len(images)}: choose fewer")
+    return images.subset(torch.arange(count))
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,6 @@ class Task:
     def source(self) -> str:
         """Where the data came from, in the words that every artefact carries."""
         return "random quadratics" if self.images is None else self.images.source
-
-    def test(self, count: int) -> data.ImageSet:
-        """`count` test images, always the same: the first of a shuffled order.
-
-        MNIST's own order will not do: its first thousands are by other writers than its last.
-        """
-        test = self.images.test
-        order = torch.randperm(len(test), generator=stream(self.config.seed, "test"))
-        return test.subset(order[:count].to(test.labels.device))
 
     def attack(self, eps: float, *labels: Any) -> attacks.Attack:
         """The attack that trains and is recorded, its random starts from a stream of its own.
@@ -159,7 +149,7 @@ class Task:
         probe: data.ImageSet | None,
         eps: float,
         *labels: Any,
-        every: int = 1,
+        every: int | None = None,
     ) -> tuple[nn.Module, Curve]:
         """A fresh optimizee that `method` has trained on `images`, and its curve on `probe`.
 
@@ -174,10 +164,66 @@ class Task:
             attack=self.attack(eps, *labels),
             steps=self.config.steps,
             record=self.recorder(probe, eps, *labels),
-            every=every,
+            every=every or self.config.record_every,
             capture=self.config.graphs,
         )
         return model, curve
+
+    def judge(
+        self, model: nn.Module, images: data.ImageSet, eps: float, *labels: Any
+    ) -> dict[str, float]:
+        """Losses under PGD and FGSM on the first images of a set, and the clean accuracy.
+
+        PGD-7, whatever attack trains: FGSM alone is fooled by a model that hides its gradient.
+        """
+        generator = stream(self.config.seed, "judge loss", *labels, device=self.device)
+        x, y = images.batch(torch.arange(min(self.config.curve_samples, len(images))))
+        judges = {"pgd": {"steps": PGD_STEPS, "generator": generator}, "fgsm": {}}
+        result = {}
+        for name, options in judges.items():
+            attack = attacks.make(name, eps=eps, **options)
+            _, loss = evaluate.losses(model, x, y, attack)
+            result[f"{name}_loss"] = loss.item()
+        sample = images.subset(torch.arange(min(self.config.eval_samples, len(images))))
+        result["accuracy"] = evaluate.robust_accuracy(model, sample, attacks.none)
+        return result
+
+
+def new_phi(task: Task, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
+    """An untrained φ of a kind; NOMINAL's is as small as can be, and its update frozen at zero."""
+    c = task.config
+    form: dict[str, Any] = {
+        name: getattr(c, name)
+        for name in ("hidden_size", "num_layers", "p", "output_scale", "theta_input", "odd")
+    }
+    form["nominal"] = c.nominal
+    if kind == NOMINAL:
+        form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
+    generator = stream(c.seed, "phi", fold, meta_seed)
+    phi = new_meta_optimizers(task.problem, generator, task.device, **form)
+    if kind == NOMINAL:
+        for meta in phi.values():
+            for weight in meta.weights():
+                weight.requires_grad_(False)
+    return phi
+
+
+def meta_settings(c: Config, kind: str, eps: float) -> MetaSettings:
+    """How a φ of a kind is trained; Transfer-NOT's with α = 1, on clean batches and for them."""
+    clean = kind == NOT
+    return MetaSettings(
+        episodes=c.episodes,
+        steps=c.episode_steps[-1],
+        unroll=c.unroll,
+        meta_lr=c.meta_lr,
+        schedule=c.meta_schedule,
+        clip=c.clip,
+        read_alpha=1.0 if clean else c.read_alpha,
+        penalty=0.0 if clean else c.penalty * eps,
+        alpha=1.0 if clean else c.alpha,
+        curriculum=c.curriculum,
+        tasks=c.tasks,
+    )
 
 
 def learn(
@@ -190,41 +236,22 @@ def learn(
     on_episode: Callable[[int, float], None],
     checkpoint: Path | None = None,
 ) -> tuple[nn.ModuleDict, dict[str, Any]]:
-    """Meta-train a φ of `kind` on `images`; returns it and its `History` as a dict.
-
-    Transfer-NOT's is trained with α = 1, on clean batches and for the clean loss.
-    """
+    """Meta-train a φ of `kind` on `images`; returns it and its `History` as a dict."""
     c = task.config
-    settings = MetaSettings(
-        episodes=c.episodes,
-        steps=c.steps,
-        unroll=c.unroll,
-        meta_lr=c.meta_lr,
-        schedule=c.meta_schedule,
-        clip=c.clip,
-        read_alpha=1.0 if kind == NOT else c.read_alpha,
-        alpha=1.0 if kind == NOT else c.alpha,
-        tasks=c.tasks,
-    )
-    phi = new_meta_optimizers(
-        task.problem,
-        stream(c.seed, "phi", fold, meta_seed),
-        task.device,
-        hidden_size=c.hidden_size,
-        num_layers=c.num_layers,
-        p=c.p,
-        output_scale=c.output_scale,
-        theta_input=c.theta_input,
-        odd=c.odd,
-    )
+    settings = meta_settings(c, kind, eps)
+    phi = new_phi(task, kind, fold, meta_seed)
 
     def draw(number: int) -> Episode:
         # Task k of episode n has the θ₀ and the batches of episode n·K + k of a run with K = 1.
         tasks = [("meta", fold, meta_seed, number * c.tasks + k) for k in range(c.tasks)]
         models = [task.draw(*labels) for labels in tasks]
         model = models[0] if c.tasks == 1 else problems.Stacked(models)
-        attack = task.attack(eps * warmup(number, c.eps_warmup * c.episodes), *tasks[0])
-        return Episode(model, task.batches(images, *tasks), attack)
+        strength = settings.strength(number)
+        attack = task.attack(eps * strength, *tasks[0])
+        generator = stream(c.seed, "length", fold, meta_seed, number)
+        low, high = c.episode_steps[0], c.episode_steps[-1]
+        steps = int(torch.randint(low, high + 1, (), generator=generator))
+        return Episode(model, task.batches(images, *tasks), attack, steps, strength)
 
     history = meta_train(
         task.problem,
@@ -239,15 +266,6 @@ def learn(
     return phi, asdict(history)
 
 
-def warmup(number: int, length: float) -> float:
-    """The factor of ε in an episode: grows evenly over the first `length` episodes, then 1.
-
-    An untrained φ can only drift. Under the full attack drifting to a constant predictor lowers the
-    loss, and φ stays there; under a weak one it learns to descend first.
-    """
-    return min(1.0, (number + 1) / length) if length > 0 else 1.0
-
-
 def learned(phi: nn.ModuleDict, backend: str, model: nn.Module) -> LearnedOptimizer:
     """φ as the optimizer of a model: one parameter group, of one vector, for each φ-group."""
     groups = problems.phi_groups(model).items()
@@ -257,8 +275,8 @@ def learned(phi: nn.ModuleDict, backend: str, model: nn.Module) -> LearnedOptimi
     )
 
 
-def prepare(config: Config) -> Task:
-    """Load the data and choose the device.
+def prepare(config: Config, rank: int = 0) -> Task:
+    """Load the data and choose the device; with several GPUs each rank takes one in turn.
 
     Raises:
         InputError: a device or backend that is not there; what `data.load` raises; too little data.
@@ -266,6 +284,8 @@ def prepare(config: Config) -> Task:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and rank:
+        name = f"cuda:{rank % torch.cuda.device_count()}"
     device = engine.available_device(name)
     engine.resolve(config.backend, device)
     torch.backends.cudnn.deterministic = True  # the same command, the same bits

@@ -25,6 +25,8 @@ class Method:
         label: as in figures and tables.
         optimizer: model -> a `torch.optim.Optimizer` on its parameters.
         alpha: Eq. 6 of the training loss; 1 trains on clean batches alone.
+        penalty: λ of its clean part (`equations.penalised`).
+        cosine: the learning rate falls to 0 as a cosine.
         l1: weight of Σ|θ| in the training loss.
         half: "transfer", or "meta" for the half that φ was meta-trained on.
     """
@@ -32,6 +34,8 @@ class Method:
     label: str
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     alpha: float = 1.0
+    penalty: float = 0.0
+    cosine: bool = False
     l1: float = 0.0
     half: str = "transfer"
 
@@ -89,9 +93,12 @@ def train(
     """
     optimizer = method.optimizer(model)
     device = next(model.parameters()).device
+    rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
 
     def update(x: Tensor, y: Tensor) -> None:
-        objective = robust_loss(loss, model, x, y, attack=attack, alpha=method.alpha)
+        objective = robust_loss(
+            loss, model, x, y, attack=attack, alpha=method.alpha, penalty=method.penalty
+        )
         optimizer.zero_grad(set_to_none=False)  # what `flatten_` made stays in place
         objective.backward()
         if method.l1:
@@ -104,6 +111,8 @@ def train(
     recorded, recordings, marks = [0], [torch.stack(probe())], []
     for step in range(1, steps + 1):
         begin = mark(device)
+        if method.cosine:
+            set_rates(optimizer, rates, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
         update(*next(batches))
         marks.append((begin, mark(device)))
         if step % every == 0 or step == steps:
@@ -122,6 +131,15 @@ def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
             if theta.grad is None:
                 theta.grad = torch.zeros_like(theta)
             theta.grad.add_(theta.sign(), alpha=weight)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: float) -> None:
+    """Learning rates, of which a tensor changes in place: a CUDA graph reads it."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(factor * rate)
+        else:
+            group["lr"] = factor * rate
 
 
 def mark(device: torch.device) -> float | torch.cuda.Event:

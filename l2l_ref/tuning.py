@@ -3,35 +3,41 @@
 import itertools
 import math
 import statistics
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from l2l_ref import attacks, evaluate
+from l2l_ref import evaluate
 from l2l_ref.config import Config, grid_points, with_grid
 from l2l_ref.optimizer import flatten_
-from l2l_ref.task import TRANSFER, Fold, Parts, Reporter, Task, learn, learned
+from l2l_ref.pieces import Piece
+from l2l_ref.task import TRANSFER, Fold, Reporter, Task, learn, learned
 from l2l_ref.transfer import Method
 
-# Candidates of the baselines: learning rates from low to high, and weights of the L1 norm.
+# Candidates of the baselines: learning rates from low to high, weights of the L1 norm, λ/ε.
 ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
 L1_LRS = (1e-3, 3e-3, 1e-2)
 L1_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2)
+LITTLE_L1 = (0.0, 1e-3)  # beside a loss that knows of attacks
+PENALTIES = (1.0, 1.5)
 # θ of a quadratic travels farther. Its loss is a mean over functions, so SGD's rates are
 # multiplied by how many there are.
 QUADRATIC_ADAM_LRS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 QUADRATIC_SGD_LRS = (0.002, 0.005, 0.01, 0.02, 0.03)
 DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
+STAY = 3  # one candidate in so many, the best of the first seed, runs on the others
 
 
 def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
     theta = flatten_(model.parameters())
-    return torch.optim.Adam([theta], lr=lr, capturable=theta.is_cuda)
+    rate = torch.tensor(lr, device=theta.device) if theta.is_cuda else lr
+    return torch.optim.Adam([theta], lr=rate, capturable=theta.is_cuda)
 
 
 def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
@@ -39,105 +45,217 @@ def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([flatten_(model.parameters())], lr=lr)
 
 
-def candidates(config: Config) -> dict[str, dict[str, Method]]:
+def default_adam() -> Method:
+    """Adam as PyTorch has it."""
+    return Method(f"Adam, lr {DEFAULT_LR:g}", partial(adam, DEFAULT_LR))
+
+
+def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     """The grids of the baselines: {label: {settings in words: the method}}."""
-    quadratic = config.dataset == "quadratic"
-    adam_lrs, sgd_lrs = ADAM_LRS, SGD_LRS
-    if quadratic:
-        adam_lrs = QUADRATIC_ADAM_LRS
-        sgd_lrs = tuple(lr * config.batch_size for lr in QUADRATIC_SGD_LRS)
-    grids = {
-        "Adam": {f"lr {lr:g}": Method("Adam", partial(adam, lr)) for lr in adam_lrs},
-        "SGD": {f"lr {lr:g}": Method("SGD", partial(sgd, lr)) for lr in sgd_lrs},
-    }
-    if config.attack != "none":
-        alpha = config.attacked_alpha
-        grids["Adam (attacked)"] = {
-            f"lr {lr:g}": Method("Adam (attacked)", partial(adam, lr), alpha=alpha)
-            for lr in adam_lrs
+    if config.dataset == "quadratic":
+        sgd_lrs = [lr * config.batch_size for lr in QUADRATIC_SGD_LRS]
+        grids = {
+            "Adam": [({"lr": lr}, Method("Adam", partial(adam, lr))) for lr in QUADRATIC_ADAM_LRS],
+            "SGD": [({"lr": lr}, Method("SGD", partial(sgd, lr))) for lr in sgd_lrs],
         }
-    if not quadratic:
-        grids["Adam + L1"] = {
-            f"lr {lr:g}, L1 {l1:g}": Method("Adam + L1", partial(adam, lr), l1=l1)
-            for lr, l1 in itertools.product(L1_LRS, L1_WEIGHTS)
-        }
+    else:
+        grids = image_grids(config, eps)
     every = slice(None, None, config.tune_every)
-    return {label: dict(list(grid.items())[every]) for label, grid in grids.items()}
+    return {
+        label: {
+            ", ".join(f"{name} {value:g}" for name, value in words.items()): method
+            for words, method in grid[every]
+        }
+        for label, grid in grids.items()
+    }
 
 
-def baselines(
-    task: Task, fold: Fold, eps: float, parts: Parts, reporter: Reporter
-) -> tuple[list[Method], dict[str, str]]:
-    """Each baseline with its best settings, and Adam with its default; {label: settings chosen}."""
-    methods = [Method(f"Adam, lr {DEFAULT_LR:g}", partial(adam, DEFAULT_LR))]
-    grids, chosen, done = candidates(task.config), {}, 0
-    where = f"fold {fold.number}, ε {eps:g}"
-    show = reporter.progress(sum(map(len, grids.values())), f"tune baselines, {where}")
-    for label, grid in grids.items():
-        scores = {}
-        for settings, method in grid.items():
-            name = f"tune-fold{fold.number}-eps{eps}-{label}, {settings}"
-            scores[settings] = parts.get(name, partial(validate, task, method, fold, eps))
-            done += 1
-            show(done, scores[settings][1])
-        chosen[label] = min(scores, key=lambda settings: tuple(scores[settings]))
-        methods.append(grid[chosen[label]])
-    words = "; ".join(f"{label}: {settings}" for label, settings in chosen.items())
-    reporter.say(f"tuned on the meta-training half, {where}: {words}")
-    return methods, chosen
+def image_grids(config: Config, eps: float) -> dict[str, list[tuple[dict[str, float], Method]]]:
+    """Those of a classifier of images."""
+
+    def adams(label: str, *axes: tuple[str, tuple[float, ...]], **fixed: Any):
+        """Adam over the product of axes (name, values): lr, L1 and λ/ε."""
+        names, values = zip(*axes, strict=True)
+        grid = []
+        for point in itertools.product(*values):
+            words = dict(zip(names, point, strict=True))
+            options = {"l1": words.get("L1", 0.0), "penalty": words.get("λ/ε", 0.0) * eps}
+            method = Method(label, partial(adam, words["lr"]), **options, **fixed)
+            grid.append((words, method))
+        return grid
+
+    rates, few = ("lr", ADAM_LRS), ("lr", L1_LRS)
+    l1, little = ("L1", L1_WEIGHTS), ("L1", LITTLE_L1)
+    sgds = [({"lr": lr}, Method("SGD", partial(sgd, lr))) for lr in SGD_LRS]
+    grids = {
+        "Adam": adams("Adam", rates),
+        "SGD": sgds,
+        "Adam + L1": adams("Adam + L1", few, l1),
+    }
+    if config.dataset == "mnist":
+        label = "Adam + L1, cosine"
+        grids[label] = adams(label, few, l1, cosine=True)
+    if config.attack != "none":
+        label, penalties = "Adam + penalty + L1", PENALTIES[: 2 if config.dataset == "mnist" else 1]
+        grids[label] = adams(label, few, little, ("λ/ε", penalties))
+        alpha = config.attacked_alpha
+        grids["Adam (attacked)"] = adams("Adam (attacked)", rates, alpha=alpha)
+        label = "Adam (attacked) + L1"
+        grids[label] = adams(label, few, ("L1", LITTLE_L1[1:]), alpha=alpha)
+    return grids
 
 
-def validate(task: Task, method: Method, fold: Fold, eps: float) -> tuple[bool, float]:
-    """How good a method is without its test: (collapsed, attacked loss), the lower the better.
+def cost(config: Config, method: Method) -> float:
+    """Of training an optimizee, in gradients of a batch."""
+    passes = {"none": 0, "fgsm": 1, "pgd": config.attack_steps}[config.attack]
+    attacked = 0 if method.alpha == 1 else 1 + passes
+    clean = 0 if method.alpha == 0 else 3 if method.penalty else 1
+    return config.steps * (attacked + clean)
 
-    It trains on one part of the meta-training half and is judged on the other. A constant
-    predictor is nobody's best, however low its attacked loss.
+
+@dataclass(frozen=True)
+class Grid:
+    """The candidates of one baseline, for a fold and an ε; all once, then the best on more seeds.
+
+    Fewer steps would choose otherwise, so a candidate that is dropped is dropped after a whole run.
     """
-    losses, collapses = [], []
-    for seed in range(task.config.tune_seeds):
-        labels = ("tune", fold.number, seed)
-        model, curve = task.train(
-            method, fold.fit, fold.validation, eps, *labels, every=task.config.steps
-        )
-        loss = curve.attacked[-1]
-        losses.append(loss if math.isfinite(loss) else math.inf)
-        if fold.validation is not None:
-            count = min(task.config.eval_samples, len(fold.validation))
-            sample = fold.validation.subset(torch.arange(count))
-            accuracy = evaluate.robust_accuracy(model, sample, attacks.none)
-            collapses.append(evaluate.is_collapsed(loss, accuracy, task.problem.classes))
-    return any(collapses), statistics.fmean(losses)
+
+    task: Task
+    fold: Fold
+    eps: float
+    label: str
+    methods: dict[str, Method]
+
+    def name(self, *what: Any) -> str:
+        return "-".join(map(str, (f"tune-fold{self.fold.number}-eps{self.eps}-{self.label}", *what)))
+
+    @property
+    def places(self) -> int:
+        """How many candidates run on more than one seed."""
+        return math.ceil(len(self.methods) / STAY) if self.task.config.tune_seeds > 1 else 0
+
+    def first(self) -> list[str]:
+        return [self.name(settings, "seed0") for settings in self.methods]
+
+    def pieces(self) -> list[Piece]:
+        """All that `chosen` needs."""
+        seeds = range(1, self.task.config.tune_seeds)
+        result = []
+        for name, (settings, method) in zip(self.first(), self.methods.items(), strict=True):
+            result.append(Piece(name, partial(self.run, settings, 0), self.label,
+                                cost(self.task.config, method)))  # fmt: skip
+        for place, seed in itertools.product(range(self.places), seeds):
+            dearest = max(cost(self.task.config, method) for method in self.methods.values())
+            result.append(Piece(self.name("place", place, f"seed{seed}"),
+                                partial(self.run_place, place, seed), self.label, dearest,
+                                tuple(self.first())))  # fmt: skip
+        return result
+
+    def needs(self) -> tuple[str, ...]:
+        return tuple(piece.name for piece in self.pieces())
+
+    def run(self, settings: str, seed: int, _: Mapping[str, Any]) -> dict[str, Any]:
+        outcome = validate(self.task, self.methods[settings], self.fold, self.eps, seed)
+        return {"settings": settings, **outcome}
+
+    def run_place(self, place: int, seed: int, parts: Mapping[str, Any]) -> dict[str, Any]:
+        first = sorted((parts[name] for name in self.first()), key=score)
+        return self.run(first[place]["settings"], seed, parts)
+
+    def chosen(self, parts: Mapping[str, Any]) -> str:
+        """The best settings, in words."""
+        outcomes: dict[str, list[dict[str, Any]]] = {}
+        for name in self.needs():
+            outcomes.setdefault(parts[name]["settings"], []).append(parts[name])
+        most = max(map(len, outcomes.values()))
+
+        def mean(settings: str) -> tuple[bool, float]:
+            bad, losses = zip(*map(score, outcomes[settings]), strict=True)
+            return any(bad), statistics.fmean(losses)
+
+        return min((s for s in outcomes if len(outcomes[s]) == most), key=mean)
+
+    def method(self, parts: Mapping[str, Any]) -> Method:
+        return self.methods[self.chosen(parts)]
 
 
-def search(
-    task: Task, fold: Fold, parts: Parts, reporter: Reporter
-) -> tuple[Task, list[dict[str, Any]]]:
+def grids(task: Task, fold: Fold, eps: float) -> list[Grid]:
+    """One for each baseline that is tuned."""
+    every = candidates(task.config, eps)
+    return [Grid(task, fold, eps, label, methods) for label, methods in every.items()]
+
+
+def score(outcome: dict[str, Any]) -> tuple[bool, float]:
+    """The lower the better. A constant predictor is nobody's best, however low its loss."""
+    return outcome["collapsed"], outcome["loss"] if math.isfinite(outcome["loss"]) else math.inf
+
+
+def validate(task: Task, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
+    """How good a method is without its test: {"collapsed", "loss" under PGD}.
+
+    It trains on one part of the meta-training half and is judged on the other.
+    """
+    labels = ("tune", fold.number, seed)
+    steps = task.config.steps
+    model, curve = task.train(method, fold.fit, fold.validation, eps, *labels, every=steps)
+    if fold.validation is None:
+        return {"collapsed": False, "loss": curve.attacked[-1]}
+    judged = task.judge(model, fold.validation, eps, *labels)
+    loss = judged["pgd_loss"] if not curve.diverged else math.nan
+    collapsed = evaluate.is_collapsed(loss, judged["accuracy"], task.problem.classes)
+    return {"collapsed": collapsed, "loss": loss}
+
+
+@dataclass(frozen=True)
+class Search:
     """The `--grid` of φ's settings: meta-train each combination and take the best.
 
     Candidates meta-train on one part of the meta-training half, then train new optimizees on the
-    clean batches of that same part, and are judged on the other by their attacked loss, averaged
-    over `eps`. Returns the task with the best in place, and what was tried, one dict a candidate.
+    clean batches of that same part, and are judged on the other by their loss under attack,
+    averaged over `eps` and seeds.
     """
-    c = task.config
-    tried = []
-    for chosen in grid_points(c):
-        name = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
-        candidate = replace(task, config=with_grid(c, chosen))
 
-        def judge(candidate=candidate, name=name) -> dict[str, Any]:
-            outcomes = []
-            for eps in c.eps:
-                show = reporter.progress(c.episodes, f"grid: {name}, eps {eps:g}")
-                phi, _ = learn(candidate, fold.fit, TRANSFER, eps, fold.number, 0, show)
-                method = Method(name, partial(learned, phi, c.backend))
-                outcomes.append(validate(candidate, method, fold, eps))
-            collapsed, losses = zip(*outcomes, strict=True)
-            return {"collapsed": any(collapsed), "attacked_loss": statistics.fmean(losses)}
+    task: Task
+    fold: Fold
+    reporter: Reporter
 
-        outcome = parts.get(f"grid-fold{fold.number}-{name.replace(', ', '-')}", judge)
-        tried.append({"fold": fold.number, "settings": chosen, **outcome, "chosen": False})
-        reporter.say(f"grid: {name}: validation attacked loss {outcome['attacked_loss']:.3f}")
-    best = min(tried, key=lambda row: (row["collapsed"], row["attacked_loss"]))
-    best["chosen"] = True
-    reporter.say(f"grid: chose {best['settings']} on the meta-training half of fold {fold.number}")
-    return replace(task, config=with_grid(c, best["settings"])), tried
+    def points(self) -> dict[str, dict[str, float]]:
+        """The candidates, by the names of their pieces."""
+        points = grid_points(self.task.config) if self.task.config.grid else []
+        words = ["-".join(f"{key} {value:g}" for key, value in point.items()) for point in points]
+        start = f"grid-fold{self.fold.number}-"
+        return {start + name: point for name, point in zip(words, points, strict=True)}
+
+    def pieces(self) -> list[Piece]:
+        c = self.task.config
+        dear = len(c.eps) * c.episodes * c.episode_steps[-1] * 10
+        return [Piece(name, partial(self.run, point), "grid", dear)
+                for name, point in self.points().items()]  # fmt: skip
+
+    def run(self, point: dict[str, float], _: Mapping[str, Any]) -> dict[str, Any]:
+        task, fold = self.with_point(point), self.fold
+        c, outcomes = task.config, []
+        for eps in c.eps:
+            show = self.reporter.progress(c.episodes, f"grid: {point}, eps {eps:g}")
+            phi, _ = learn(task, fold.fit, TRANSFER, eps, fold.number, 0, show)
+            method = Method("grid", partial(learned, phi, c.backend), penalty=c.penalty * eps)
+            outcomes += [validate(task, method, fold, eps, seed) for seed in range(c.tune_seeds)]
+        bad, losses = zip(*map(score, outcomes), strict=True)
+        return {"collapsed": any(bad), "loss": statistics.fmean(losses)}
+
+    def with_point(self, point: dict[str, float]) -> Task:
+        return replace(self.task, config=with_grid(self.task.config, point))
+
+    def tried(self, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What was tried, one dict a candidate."""
+        points = self.points()
+        rows = [{"fold": self.fold.number, "settings": point, **parts[name], "chosen": False}
+                for name, point in points.items()]  # fmt: skip
+        if rows:
+            min(rows, key=score)["chosen"] = True
+        return rows
+
+    def best(self, parts: Mapping[str, Any]) -> Task:
+        """The task with the best settings of φ in place."""
+        chosen = [row["settings"] for row in self.tried(parts) if row["chosen"]]
+        return self.with_point(chosen[0]) if chosen else self.task

@@ -1,0 +1,160 @@
+"""A run as a graph of pieces: each is computed once, by whichever process is free, and kept.
+
+A piece's result is a JSON file, so that it travels between the processes of `torchrun`, and a
+resumed run repeats none. Without torchrun the one process does them all.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from l2l_ref.errors import InputError
+from l2l_ref.files import replace_with
+
+POLL = 0.1  # seconds that a process sleeps when no piece is ready
+SAY_EVERY = 0.05  # of a run
+
+
+class Parts(Mapping):
+    """Results on disk by name, one JSON file each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def __contains__(self, name: object) -> bool:
+        return self.path(str(name)).exists()
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of `name`; InputError where its file cannot be read."""
+        path = self.path(name)
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise KeyError(name) from None
+        except ValueError:
+            raise InputError(f"{path} is broken: delete it and resume again") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self.folder.glob("*.json"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def keep(self, name: str, value: Any) -> None:
+        replace_with(self.path(name), lambda partial: partial.write_text(json.dumps(value)))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a run.
+
+    Attributes:
+        name: of its file.
+        compute: the results of all pieces so far -> its own, of what JSON has.
+        kind: pieces of one kind take times in proportion to their costs.
+        cost: in evaluations of the gradient of a batch, roughly.
+        needs: names of pieces that come first.
+    """
+
+    name: str
+    compute: Callable[[Mapping[str, Any]], Any]
+    kind: str
+    cost: float
+    needs: tuple[str, ...] = ()
+
+
+class Ranks:
+    """The processes of `torchrun`, which share its store; without torchrun, one."""
+
+    def __init__(self):
+        self.rank, self.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.store = next(dist.rendezvous("env://"))[0] if self.world > 1 else None
+
+    def claim(self, name: str) -> bool:
+        """Whether this process is the first to ask for `name`."""
+        return self.store is None or self.store.add(f"claim {name}", 1) == 1
+
+    def tell(self, key: str, value: str) -> None:
+        """Rank 0 tells the others."""
+        if self.store is not None:
+            self.store.set(key, value)
+
+    def hear(self, key: str) -> str:
+        """What rank 0 tells; waits for it without limit."""
+        while not self.store.check([key]):
+            time.sleep(POLL)
+        return self.store.get(key).decode()
+
+
+def compute_all(
+    pieces: Iterable[Piece], parts: Parts, ranks: Ranks, say: Callable[[str], None]
+) -> None:
+    """Compute every piece that is not there yet; the longest of those that are ready comes first.
+
+    Returns when this process finds nothing more to do; on rank 0, when all pieces are there.
+
+    Args:
+        say: prints a line: how much of the run is done, and the time that the rest will take.
+    """
+    pieces = sorted(pieces, key=lambda piece: -piece.cost)
+    clock, pending, claimed = Clock(pieces, ranks.world), pieces, set()
+    while True:
+        pending = [piece for piece in pending if piece.name not in parts]
+        free = [piece for piece in pending if piece.name not in claimed]
+        if not pending or (ranks.rank and not free):
+            return
+        ready = (p for p in free if all(name in parts for name in p.needs))
+        for piece in ready:
+            claimed.add(piece.name)
+            if ranks.claim(piece.name):
+                begin = time.monotonic()
+                parts.keep(piece.name, piece.compute(parts))
+                clock.count(piece, time.monotonic() - begin)
+                if ranks.rank == 0:
+                    clock.tell([p for p in pending if p.name not in parts], say)
+                break
+        else:
+            time.sleep(POLL)
+
+
+class Clock:
+    """How long the rest of a run will take, from what the pieces so far took by kind."""
+
+    def __init__(self, pieces: list[Piece], world: int):
+        self.total, self.world, self.said = sum(p.cost for p in pieces), world, 0.0
+        self.seconds: dict[str, float] = {}
+        self.cost: dict[str, float] = {}
+
+    def count(self, piece: Piece, seconds: float) -> None:
+        self.seconds[piece.kind] = self.seconds.get(piece.kind, 0) + seconds
+        self.cost[piece.kind] = self.cost.get(piece.kind, 0) + piece.cost
+
+    def tell(self, pending: list[Piece], say: Callable[[str], None]) -> None:
+        """Say how far the run is, whenever that is `SAY_EVERY` more."""
+        done = 1 - sum(piece.cost for piece in pending) / self.total
+        if done >= self.said + SAY_EVERY and pending:
+            self.said = done
+            say(f"{done:.0%} of the run, {duration(self.left(pending))} left")
+
+    def left(self, pending: list[Piece]) -> float:
+        """Seconds; a kind that has not been met yet is as fast as the others together."""
+        rates = {kind: self.seconds[kind] / self.cost[kind] for kind in self.cost}
+        average = sum(self.seconds.values()) / sum(self.cost.values())
+        return sum(p.cost * rates.get(p.kind, average) for p in pending) / self.world
+
+
+def duration(seconds: float) -> str:
+    """`47 s`, `12 min` or `2 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
