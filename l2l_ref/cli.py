@@ -99,7 +99,11 @@ def parser() -> Parser:
     real(what, "--attack-step-size", "pixel values (2.5·eps/steps)")
 
     meta = top.add_argument_group("meta-training")
-    count(meta, "--episodes", "each trains fresh optimizees (70; robust: 40,\nCIFAR-10: 30; quadratic: 100)")
+    count(
+        meta,
+        "--episodes",
+        "each trains fresh optimizees (70; robust: 40,\nCIFAR-10: 30; quadratic: 100)",
+    )
     meta.add_argument(
         "--episode-steps",
         type=int,

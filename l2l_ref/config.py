@@ -44,7 +44,7 @@ class Config:
     alpha: float  # Eq. 6 of the loss that judges φ
     read_alpha: float  # Eq. 6 of the loss whose gradient φ reads
     penalty: float  # λ/ε of that loss
-    curriculum: tuple[float, ...]  # shares of the episodes: clean up to one, all of it from the other
+    curriculum: tuple[float, ...]  # shares of the episodes: clean up to one, full from the other
     episodes: int
     episode_steps: tuple[int, ...]  # updates of an episode, drawn from the first to the last
     tasks: int  # optimizees that an episode trains at once
@@ -94,9 +94,9 @@ class Config:
         penalty, shares, lengths = self.penalty, self.curriculum, self.episode_steps
         require("penalty", 0 <= penalty < math.inf, penalty, "at least 0, in units of eps")
         ordered = len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1
-        require("curriculum", ordered, list(shares), "two shares from 0 to 1, the smaller one first")
+        require("curriculum", ordered, list(shares), "two shares from 0 to 1, the smaller first")
         ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
-        require("episode_steps", ordered, list(lengths), "a length, or the smallest and the largest")
+        require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
         require("judge", self.judge in JUDGES, self.judge, f"one of {', '.join(JUDGES)}")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
         for name in ("output_scale", "meta_lr", "clip"):

@@ -7,7 +7,7 @@ Shapes: N coordinates, H hidden units, L layers, F inputs (2, or 3 with `theta_i
     state      [L, 2, H, M]  layer, (h, c), unit, coordinate. M = N, or 2N in the odd form:
                              the states of m(x) first, then those of m(-x)
     phi        [P]           φ packed in the order of `MetaOptimizer.weights()`
-    moments    [3, N]        of the nominal term: Adam's two moments and the number of gradients seen
+    moments    [3, N]        of the nominal term: Adam's two, and how many gradients they hold
 
 The coordinate is the contiguous axis, so SIMD lanes and GPU warps read neighbours. `theta_step_`,
 `theta_step` and `unroll_meta_gradient` are the three operators of the engine, with the signatures
@@ -283,9 +283,7 @@ def robust_loss(
     return clean if alpha == 1 else alpha * clean + (1 - alpha) * adversarial
 
 
-def penalised(
-    loss: Callable[..., Tensor], model, x: Tensor, y: Tensor, penalty: float
-) -> Tensor:
+def penalised(loss: Callable[..., Tensor], model, x: Tensor, y: Tensor, penalty: float) -> Tensor:
     """l + λ·Σ|∂l/∂x|, of a batch x whose loss l is its mean; differentiable (double backward).
 
     To first order l + ε·‖∂l/∂x‖₁ is the loss under any attack of l∞ radius ε, and no attacked

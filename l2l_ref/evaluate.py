@@ -45,7 +45,8 @@ def robust_accuracy(
         images: the samples, judged in order; at least one.
         attack: any callable (model, x, y) -> x_adv, or several, of which a sample must survive all;
             `attacks.none` gives the clean accuracy.
-        restarts: of each attack, per sample, >= 1; a sample that one of them breaks is not attacked again.
+        restarts: of each attack, per sample, >= 1; a sample that one of them breaks is not attacked
+            again.
         batch_size: samples per call, >= 1.
     Returns:
         A number in [0, 1].

@@ -114,7 +114,7 @@ class Experiment:
                 task, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint
             )
             if history["ended"]:
-                self.reporter.say(f"{name}: given up, its optimizees keep ending {history['ended']}")
+                self.reporter.say(f"{name}: given up, as its optimizees end {history['ended']}")
             if history["skipped"] or history["diverged"]:
                 self.reporter.say(
                     f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "

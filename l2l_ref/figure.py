@@ -24,8 +24,8 @@ STYLES = {
 
 def marks(row: dict[str, Any]) -> str:
     """How many runs ended badly, in words."""
-    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ("collapsed", "diverged", "skipped")
-                     if row[end])  # fmt: skip
+    ends = [end for end in ("collapsed", "diverged", "skipped") if row[end]]
+    return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ends)
 
 
 def draw_curves(
@@ -55,8 +55,9 @@ def draw_curves(
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
         peaks, start = {}, math.nan
+        runs = [run for run in runs if "skipped" not in run]
         for method, (colour, style) in STYLES.items():
-            own = [r for r in runs if r["eps"] == eps and r["method"] == method and "skipped" not in r]
+            own = [run for run in runs if (run["eps"], run["method"]) == (eps, method)]
             if not own:
                 continue
             losses = torch.tensor([run["attacked"] for run in own])

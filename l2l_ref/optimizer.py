@@ -11,7 +11,6 @@ from l2l_ref import engine
 from l2l_ref.equations import MAX_P, Form, adam_direction
 from l2l_ref.errors import InputError
 
-
 FIRST_ETA = 1e-3  # Adam's usual learning rate
 
 
@@ -174,8 +173,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose update rule is a meta-optimizer.
 
     φ is not changed: train it with `meta_train`, or differentiate `MetaOptimizer.forward`. The
-    LSTM states and the moments of the nominal term live here, zero at the start. A parameter without a gradient is left alone, its
-    state too. No graph is kept.
+    LSTM states and the moments of the nominal term live here, zero at the start. A parameter
+    without a gradient is left alone, its state too. No graph is kept.
 
     Args:
         params: parameters, or groups of them; a group may bring its own "meta_optimizer".

@@ -76,7 +76,8 @@ class Ranks:
     """The processes of `torchrun`, which share its store; without torchrun, one."""
 
     def __init__(self):
-        self.rank, self.world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.store = next(dist.rendezvous("env://"))[0] if self.world > 1 else None
 
     def claim(self, name: str) -> bool:

@@ -23,7 +23,7 @@ from l2l_ref.transfer import Curve, Method, train
 
 PGD_STEPS = 7  # of the loss under attack
 VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and grid settings
-# The kinds of φ: meta-trained under attack; on clean batches; without weights, a nominal term alone.
+# The kinds of φ: meta-trained under attack; on clean batches; a nominal term alone.
 TRANSFER, NOT, NOMINAL = "transfer", "not", "nominal"
 
 

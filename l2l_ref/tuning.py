@@ -127,7 +127,8 @@ class Grid:
     methods: dict[str, Method]
 
     def name(self, *what: Any) -> str:
-        return "-".join(map(str, (f"tune-fold{self.fold.number}-eps{self.eps}-{self.label}", *what)))
+        start = f"tune-fold{self.fold.number}-eps{self.eps}-{self.label}"
+        return "-".join(map(str, (start, *what)))
 
     @property
     def places(self) -> int:
