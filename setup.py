@@ -156,6 +156,8 @@ class BuildEngine(build_ext):
         ]
         extension.extra_compile_args += OPTIMIZED
         extension.extra_link_args += SANITIZED
+        if sys.platform == "linux":  # a libstdc++ that is linked in must not mix with torch's
+            extension.extra_link_args += ["-Wl,--exclude-libs,ALL"]
         return torch
 
     def copy_extensions_to_source(self):
