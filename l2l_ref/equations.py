@@ -85,7 +85,7 @@ def unpack(phi: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def update(
-    theta: Tensor,
+    theta: Tensor | None,
     gradient: Tensor,
     state: Tensor,
     phi: Tensor,
@@ -100,7 +100,7 @@ def update(
     Eq. 3 reads θ ← θ + c, but the cell has 20 units and θ is one number: a linear head (w, b) on
     the top layer's h makes it one, and the output scale s keeps early updates small
     (Andrychowicz et al. 2016). Odd: u = m(x) - m(-x), so that u(-g) = -u(g); the head's bias
-    cancels and φ cannot drift where there is no gradient.
+    cancels and φ cannot drift where there is no gradient. Only a φ that sees θ needs `theta`.
 
     Returns:
         u [N] and the next state, shaped like `state`.
@@ -147,28 +147,44 @@ def theta_step_(
     state.copy_(next_state)
 
 
+def check_thetas(thetas: Tensor | None, gradients: Tensor, theta_input: bool) -> None:
+    """Raise a RuntimeError unless there is a θ for each of the gradients [T, N], if φ sees θ."""
+    if thetas is not None and thetas.shape != gradients.shape:
+        shapes = f"{list(thetas.shape)}, expected {list(gradients.shape)}"
+        raise RuntimeError(f"thetas has shape {shapes}")
+    if thetas is None and theta_input:
+        raise RuntimeError(
+            "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
+        )
+
+
 def unroll(
-    theta: Tensor, gradients: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+    gradients: Tensor,
+    state: Tensor,
+    phi: Tensor,
+    thetas: Tensor | None = None,
+    **form: Unpack[Form],
 ) -> tuple[Tensor, Tensor]:
     """The T updates that φ makes of T gradients: [T, N] and the last state.
 
-    First order: the gradients, and θ where φ sees it, enter detached. Differentiable in phi and in
-    the first state.
+    First order: the gradients, and the `thetas` [T, N] that φ saw, enter detached. Differentiable
+    in phi and in the first state.
     """
-    theta, updates = theta.detach(), []
-    for gradient in gradients.detach():
+    check_thetas(thetas, gradients, form["theta_input"])
+    updates = []
+    for t, gradient in enumerate(gradients.detach()):
+        theta = None if thetas is None else thetas[t].detach()
         u, state = update(theta, gradient, state, phi, **form)
-        theta = theta + u.detach()
         updates.append(u)
     return torch.stack(updates), state
 
 
 def unroll_meta_gradient(
-    theta: Tensor,
     gradients: Tensor,
     state: Tensor,
     cotangents: Tensor,
     phi: Tensor,
+    thetas: Tensor | None = None,
     **form: Unpack[Form],
 ) -> Tensor:
     """dφ of an unroll in closed form: Σ_s (du_s/dφ)ᵀ · cotangents[s], back through time.
@@ -178,16 +194,18 @@ def unroll_meta_gradient(
     forward and back at a time, so memory does not grow with N·T times the activations.
 
     Args:
-        theta: [N], before the first update.
         gradients: [T, N], what φ read.
         state: [L, 2, H, M], before the first update.
         cotangents: [T, N], derivative of the meta-loss with respect to each update.
         phi: [P].
+        thetas: [T, N], θ before each update; only a φ that sees θ (`theta_input`) needs them. What
+            moved θ from row to row does not matter: φ's updates need not be all.
 
     Returns:
         [P], packed like `phi`.
     """
-    n = theta.numel()
+    check_thetas(thetas, gradients, form["theta_input"])
+    n = gradients.shape[1]
     by_sign = state.view(*state.shape[:3], 2 if form["odd"] else 1, n)
     phi = phi.detach().requires_grad_()
     total = torch.zeros_like(phi)
@@ -195,7 +213,11 @@ def unroll_meta_gradient(
         part = slice(start, start + BLOCK)
         with torch.enable_grad():
             updates, _ = unroll(
-                theta[part], gradients[:, part], by_sign[..., part].flatten(3), phi, **form
+                gradients[:, part],
+                by_sign[..., part].flatten(3),
+                phi,
+                None if thetas is None else thetas[:, part],
+                **form,
             )
         total += torch.autograd.grad(updates, phi, cotangents[:, part])[0]
     return total

@@ -50,11 +50,11 @@ def theta_step(
 
 
 def unroll_meta_gradient(
-    theta: Tensor,
     gradients: Tensor,
     state: Tensor,
     cotangents: Tensor,
     phi: Tensor,
+    thetas: Tensor | None = None,
     **form: Unpack[Form],
 ) -> Tensor:
     """dφ [P] of an unroll in closed form, back through time one block of coordinates at a time.
@@ -62,7 +62,7 @@ def unroll_meta_gradient(
     The same bits whatever the number of threads.
     """
     with torch.no_grad():
-        return _ops.unroll_meta_gradient(theta, gradients, state, cotangents, phi, **form)
+        return _ops.unroll_meta_gradient(gradients, state, cotangents, phi, thetas, **form)
 
 
 def _check_devices(**tensors: Tensor) -> None:
@@ -103,8 +103,9 @@ def _(theta, gradient, state, phi, d_next_theta, d_next_state, **form):
 
 
 @torch.library.register_fake("l2l_ref::unroll_meta_gradient")
-def _(theta, gradients, state, cotangents, phi, **form):
-    _check_devices(theta=theta, gradients=gradients, state=state, cotangents=cotangents, phi=phi)
+def _(gradients, state, cotangents, phi, thetas, **form):
+    seen = {} if thetas is None else {"thetas": thetas}
+    _check_devices(gradients=gradients, state=state, cotangents=cotangents, phi=phi, **seen)
     return torch.empty_like(phi)
 
 

@@ -123,6 +123,8 @@ def truncated_unrolls(
     # Gradients of the loss that judges and of the one that φ reads: [T+1, N], row t at θ_t.
     rows = min(settings.unroll, settings.steps) + 1
     read = {name: theta.new_empty(rows, len(theta)) for name, theta in thetas.items()}
+    # θ before each update, where φ sees it: [T, N].
+    seen = {name: torch.empty_like(read[name][1:]) for name in thetas if forms[name]["theta_input"]}
     judged, judging = read, {}
     if settings.read_alpha != settings.alpha:
         judged = {name: torch.empty_like(record) for name, record in read.items()}
@@ -167,18 +169,21 @@ def truncated_unrolls(
     record(0)
     for start in range(0, settings.steps, settings.unroll):
         length = min(settings.unroll, settings.steps - start)
-        first = {name: (thetas[name].clone(), states[name].clone()) for name in thetas}
+        first = {name: state.clone() for name, state in states.items()}
         for name, phi in phis.items():
             phi.copy_(meta_optimizers[name].phi().detach())
         losses = []
         for t in range(1, length + 1):
+            for name in seen:
+                seen[name][t - 1] = thetas[name]
             losses.append(step(*next(episode.batches)).clone())
             record(t)
         dphis = {}
-        for name, (theta, state) in first.items():
+        for name, state in first.items():
             cotangents = update_cotangents(judged[name][1 : length + 1])
+            before = seen[name][:length] if name in seen else None
             dphis[name] = ops[name].unroll_meta_gradient(
-                theta, read[name][:length], state, cotangents, phis[name], **forms[name]
+                read[name][:length], state, cotangents, phis[name], before, **forms[name]
             )
             dphis[name].div_(tasks)
             read[name][0] = read[name][length]  # where the next unroll begins
