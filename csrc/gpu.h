@@ -444,10 +444,10 @@ struct Tasks {
 template <class T>
 struct BackwardLayout {
   static constexpr int n = tile_sums<T>;
-  // h and c [steps + 1][L][H][lanes], what the first layer reads [steps][3][lanes], θ [lanes] by
-  // coordinate, dh and dc [L][H][lanes], d of what the first layer read [3][lanes], the head's sums
-  // [H + 1][lanes], the layers' sums [tasks][n][n]
-  int64_t c, in, theta, dh, dc, d_in, head, sums, size;
+  // h and c [steps + 1][L][H][lanes], what the first layer reads [steps][3][lanes], dh and dc
+  // [L][H][lanes], d of what the first layer read [3][lanes], the head's sums [H + 1][lanes], the
+  // layers' sums [tasks][n][n]
+  int64_t c, in, dh, dc, d_in, head, sums, size;
   Tasks<n> first, rest;  // of the first layer and of each other one
   // c [H], the gates' derivatives [4H], weights; whole tiles where `sum_outer` reads
   int cells, d_gates, weights, shared;
@@ -458,8 +458,7 @@ struct BackwardLayout {
     const int64_t H = shape.hidden, units = shape.layers * H * lanes;
     c = (steps + 1) * units;
     in = 2 * c;
-    theta = in + steps * 3 * lanes;
-    dh = theta + lanes;
+    dh = in + steps * 3 * lanes;
     dc = dh + units;
     d_in = dc + units;
     head = d_in + 3 * lanes;
@@ -556,7 +555,6 @@ struct BackwardBlock {
   L2L_INLINE T* h() const { return scratch; }
   L2L_INLINE T* c() const { return scratch + a.layout.c; }
   L2L_INLINE T* in(int64_t step) const { return scratch + a.layout.in + step * 3 * P; }
-  L2L_INLINE T* theta() const { return scratch + a.layout.theta; }
   L2L_INLINE T* dh(int layer) const { return scratch + a.layout.dh + layer * H * P; }
   L2L_INLINE T* dc(int layer) const { return scratch + a.layout.dc + layer * H * P; }
   L2L_INLINE T* d_in() const { return scratch + a.layout.d_in; }
@@ -598,8 +596,6 @@ struct BackwardBlock {
         dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
         dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
       });
-      for (int i = thread; i < lanes.count; i += team.threads)
-        theta()[i] = call.theta[lanes.start + i];
       for (int i = thread; i < (H + 1) * P; i += team.threads) head_sums()[i] = 0;
       for (int64_t i = a.layout.sums + thread; i < a.layout.size; i += team.threads) scratch[i] = 0;
     });
@@ -608,8 +604,9 @@ struct BackwardBlock {
   L2L_INLINE void forward() const {
     for (int64_t step = 0; step < call.steps; ++step) {
       team([&](int thread) {
-        inputs<P>(thread, team.threads, shape, a.eq5, lanes,
-                  call.gradients + step * shape.coordinates + lanes.start, theta(), in(step), P);
+        const int64_t row = step * shape.coordinates + lanes.start;
+        inputs<P>(thread, team.threads, shape, a.eq5, lanes, call.gradients + row,
+                  shape.form.theta_input ? call.thetas + row : nullptr, in(step), P);
       });
       for (int layer = 0; layer < L; ++layer) {
         layer_forward<C, ScratchColumns>(
@@ -618,11 +615,6 @@ struct BackwardBlock {
                     at(c(), step, layer), at(h(), step + 1, layer), at(c(), step + 1, layer), P},
             x, cells(), pitch, weights(0, 0));
       }
-      if (!shape.form.theta_input) continue;  // the only reader of θ
-      team([&](int thread) {
-        add_update(thread, team.threads, shape, head_of(shape, a.phi), at(h(), step + 1, L - 1), P,
-                   P / 2, lanes.count, theta(), theta());
-      });
     }
   }
 
@@ -771,7 +763,7 @@ struct BackwardBlock {
           const T* d = d_in() + (sign < 0 ? lanes.half + at : at);
           d_gradient += sign * a.eq5.backward(sign * call.gradients[i], d[0], d[P]);
           if (shape.form.theta_input)
-            d_theta += sign * clamped_theta_backward(T(sign * call.theta[i]), d[2 * P]);
+            d_theta += sign * clamped_theta_backward(T(sign * call.thetas[i]), d[2 * P]);
         }
         call.d_gradient[i] = d_gradient;
         call.d_theta[i] = d_theta + call.cotangents[i];

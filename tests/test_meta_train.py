@@ -98,7 +98,7 @@ def test_unrolls_follow_the_equations_to_the_bit():
         return loss.detach(), torch.autograd.grad(loss, theta)[0].flatten()
 
     for dphis, losses in unrolls:
-        start, first, reads, judged, expected = theta.clone(), state.clone(), [], [], []
+        first, reads, judged, expected = state.clone(), [], [], []
         for _ in range(len(losses)):
             reads.append(gradient(theta.detach())[1])
             theta, state = equations.theta_step(
@@ -108,7 +108,7 @@ def test_unrolls_follow_the_equations_to_the_bit():
             expected.append(loss)
             judged.append(row)
         dphi = equations.unroll_meta_gradient(
-            start, torch.stack(reads), first.detach(),
+            torch.stack(reads), first.detach(),
             equations.update_cotangents(torch.stack(judged)), meta.phi(), **meta.form,
         )  # fmt: skip
         torch.testing.assert_close(losses, torch.stack(expected))
