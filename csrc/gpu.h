@@ -280,19 +280,18 @@ L2L_INLINE void inputs(int thread, int threads, const Shape& shape, const Eq5<T>
   }
 }
 
-// Eq. 3-4 for a block's coordinates: θ + u from the top layer's h, in rows of `stride`; that of
-// m(-x) lies `minus` columns after that of m(x).
+// Eq. 3-4 for a block's coordinates: θ + u from the top layer's h in the state.
 template <class T>
 L2L_INLINE void add_update(int thread, int threads, const Shape& shape, const T* head, const T* h,
-                           int64_t stride, int64_t minus, int count, const T* theta,
-                           T* next_theta) {
+                           int count, const T* theta, T* next_theta) {
   const int H = int(shape.hidden);
+  const int64_t M = shape.states(), minus = shape.coordinates;  // from m(x) to m(-x)
   const bool odd = shape.form.odd;
   for (int at = thread; at < count; at += threads) {
     T u = odd ? T(0) : head[H];  // the bias of m(x) - m(-x) cancels
 #pragma unroll 4
     for (int unit = 0; unit < H; ++unit) {
-      const T* row = h + unit * stride;
+      const T* row = h + unit * M;
       u += head[unit] * (odd ? row[at] - row[minus + at] : row[at]);
     }
     next_theta[at] = theta[at] + T(shape.form.output_scale) * u;
@@ -412,8 +411,8 @@ L2L_INLINE void step(const Team& team, const StepArguments<T>& a, int64_t block,
   }
   team([&](int thread) {
     const T* h = call.next_state + 2 * (shape.layers - 1) * H * M + lanes.start;
-    add_update(thread, team.threads, shape, head_of(shape, a.phi), h, M, shape.coordinates,
-               lanes.count, call.theta + lanes.start, call.next_theta + lanes.start);
+    add_update(thread, team.threads, shape, head_of(shape, a.phi), h, lanes.count,
+               call.theta + lanes.start, call.next_theta + lanes.start);
   });
 }
 
