@@ -98,7 +98,7 @@ def test_unrolls_follow_the_equations_to_the_bit():
         return loss.detach(), torch.autograd.grad(loss, theta)[0].flatten()
 
     for dphis, losses in unrolls:
-        start, first, reads, judged, expected = theta.clone(), state.clone(), [], [], []
+        first, reads, judged, expected = state.clone(), [], [], []
         for _ in range(len(losses)):
             reads.append(gradient(theta.detach())[1])
             theta, state = equations.theta_step(
@@ -108,7 +108,7 @@ def test_unrolls_follow_the_equations_to_the_bit():
             expected.append(loss)
             judged.append(row)
         dphi = equations.unroll_meta_gradient(
-            start, torch.stack(reads), first.detach(),
+            torch.stack(reads), first.detach(),
             equations.update_cotangents(torch.stack(judged)), meta.phi(), **meta.form,
         )  # fmt: skip
         torch.testing.assert_close(losses, torch.stack(expected))
@@ -235,11 +235,11 @@ def test_a_meta_gradient_that_is_not_finite_is_skipped_counted_and_survived():
 
 
 def test_clipping_and_schedule():
-    chosen = settings(episodes=4, steps=12, unroll=5, schedule="cosine", meta_lr=2.0)
-    assert chosen.unrolls == 12
-    assert chosen.lr(0) == 2.0 and chosen.lr(6) == pytest.approx(1.0)
-    assert chosen.lr(12) == pytest.approx(0.0)
-    assert settings(meta_lr=2.0).lr(11) == 2.0
+    chosen = settings(episodes=4, schedule="cosine")
+    assert chosen.rate(0, 0) == 1 and chosen.rate(2, 0) == pytest.approx(0.5)
+    assert chosen.rate(3, 1) == pytest.approx(0) and chosen.rate(1, 1) == chosen.rate(2, 0)
+    assert chosen.rate(0, 1 / 3) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 12))
+    assert settings().rate(3, 1) == 1
     phi = new_phi()
     grads, rates = [], []
     adam_step = torch.optim.Adam.step
@@ -251,9 +251,10 @@ def test_clipping_and_schedule():
 
     torch.optim.Adam.step = spy
     try:
-        chosen = settings(clip=1e-3, schedule="cosine")
+        chosen = settings(clip=1e-3, schedule="cosine", meta_lr=2.0)
         history = meta_train(PROBLEM, phi, chosen, draw)
     finally:
         torch.optim.Adam.step = adam_step
     assert max(history.norm) > 1e-2 and max(grads) <= 1e-3 * 1.001
-    assert rates == [chosen.lr(index) for index in range(12)]
+    expected = [2.0 * chosen.rate(n, i / 3) for n in range(4) for i in range(3)]
+    assert rates == expected and expected[:2] == [2.0, pytest.approx(1 + math.cos(math.pi / 12))]
