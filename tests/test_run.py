@@ -13,15 +13,17 @@ import torch
 
 import run
 from l2l_ref import cli, data, engine, experiment, report, tuning
+from l2l_ref.config import RECIPES
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run in seconds; φ that is loaded has its own episodes and unrolls.
 LOADING = ["--quick", "--steps", "4", "--seeds", "2", "--eval-samples", "40", "--batch-size", "32"]
-TINY = [*LOADING, "--episodes", "1", "--unroll", "2"]
+TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
 CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
           "Adam (attacked)"}  # fmt: skip
-TABLE = CURVES | {"Transfer-NOT (clean)", "SGD", "Adam + L1", "Adam, lr 0.001"}
+TABLE = CURVES | {"Transfer-NOT (clean)", "Nominal alone", "SGD", "Adam, lr 0.001", "Adam + L1",
+                  "Adam + L1, cosine", "Adam + penalty + L1", "Adam (attacked) + L1"}  # fmt: skip
 FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png", "parts"}
 
 
@@ -61,7 +63,8 @@ class TestWhatARunLeaves:
         assert all(len(losses) == 1 for losses in starts.values())
         # Transfer-NOT's φ does not depend on ε and is trained once
         names = summary["meta_training"].keys()
-        assert sorted(n.split("-")[0] for n in names) == ["not", "transfer", "transfer"]
+        kinds = sorted(n.split("-")[0] for n in names)
+        assert kinds == ["nominal", "nominal", "not", "transfer", "transfer"]
         printed = capsys.readouterr().out
         # nobody mistakes the stand-in for the real set
         saved = torch.load(folder / "meta_optimizer.pt", weights_only=True)
@@ -82,9 +85,11 @@ class TestWhatARunLeaves:
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(folder.rglob("*.partial"))
 
-    def test_cifar_has_two_folds_and_two_phi(self, workdir, small_data):
+    @pytest.mark.usefixtures("few_candidates")
+    def test_cifar_has_two_phi_and_as_many_folds_as_are_asked_for(self, workdir, small_data):
         run.main(["--dataset", "cifar10", "--attack", "pgd", "--eps", "0.03", *TINY, "--out", "r",
-                  "--attack-steps", "2", "--seeds", "1", "--steps", "2"])  # fmt: skip
+                  "--attack-steps", "2", "--seeds", "1", "--steps", "2", "--episode-steps", "2",
+                  "--folds", "2"])  # fmt: skip
         summary, rows = read(workdir / "r")
         assert {row["fold"] for row in rows} == {"0", "1"}
         saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
@@ -119,11 +124,15 @@ class TestWhatARunLeaves:
         tried = [row["settings"] for row in summary["grid"]]
         assert tried == [{"p": p, "meta_lr": lr} for p in (5, 10) for lr in (1e-4, 1e-2)]
         assert [row["chosen"] for row in summary["grid"]].count(True) == 1
-        best = min(summary["grid"], key=lambda row: (row["collapsed"], row["attacked_loss"]))
+        assert [row["fold"] for row in summary["grid"]] == [0] * 4
+        best = min(summary["grid"], key=lambda row: (row["collapsed"], row["loss"]))
+        assert best["chosen"]
         saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
         phi = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]
         assert phi["settings"]["p"] == best["settings"]["p"]
-        assert f"chose {best['settings']}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        for settings in tried:  # each is meta-trained, then the best again, on all of its half
+            assert f"grid: {settings}, eps 0.1: 1/1" in printed
 
     def test_logistic_regression_on_mnist(self, workdir, small_data):
         run.main([*TINY, "--optimizee", "logistic", "--recipe", "robust", "--out", "r"])
@@ -132,6 +141,7 @@ class TestWhatARunLeaves:
         assert settings["odd"] and settings["theta_input"]
 
 
+@pytest.mark.usefixtures("few_candidates")
 class TestResumeAndLoad:
     arguments = [*TINY, "--episodes", "3", "--out", "r"]
 
@@ -276,7 +286,21 @@ class TestResumeAndLoad:
         (["--grid", "p=a"], "'a' is not a number"),
         (["--grid", "p=0,5"], "--p is 0.0"),
         (["--grid", "p=1", "p=2"], "given once"),
-        (["--grid", "p=1", "--load", "x.pt"], "leave out --episodes, --grid, --unroll"),
+        (["--grid", "p=1", "--load", "x.pt"],
+         "leave out --episode-steps, --episodes, --grid, --unroll"),
+        (["--penalty", "-1"], "--penalty is -1.0: it must be at least 0"),
+        (["--penalty", "inf"], "--penalty is inf"),
+        (["--curriculum", "0.6", "0.5"], r"--curriculum is .0.6, 0.5.: .*the smaller first"),
+        (["--curriculum", "0", "1.1"], r"--curriculum is .0.0, 1.1."),
+        (["--curriculum", "0.5"], "--curriculum: expected 2 arguments"),
+        (["--episode-steps", "9", "8"], r"--episode-steps is .9, 8.: .*smallest and largest"),
+        (["--episode-steps", "0"], r"--episode-steps is .0."),
+        (["--episode-steps", "1", "2", "3"], r"--episode-steps is .1, 2, 3."),
+        (["--record-every", "0"], "--record-every is 0: it must be at least 1"),
+        (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
+        (["--images", "501"], "--images is 501 but there are 500: choose fewer"),
+        (["--judge", "me"], "invalid choice: 'me'"),
+        (["--eps-warmup", "0.5"], "unrecognized arguments: --eps-warmup"),
         (["--device", "tpu9"], "--device tpu9 is not available"),
         (["--backend", "gpu"], "invalid choice: 'gpu'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -334,7 +358,9 @@ class TestConfig:
         c = cli.parse([])
         assert (c.dataset, c.attack, c.eps, c.recipe) == ("mnist", "fgsm", (0.1,), "paper")
         assert (c.steps, c.batch_size, c.alpha, c.read_alpha, c.p) == (100, 128, 0.5, 0.5, 10)
-        assert c.meta_lr == 1e-3 and c.episodes * math.ceil(c.steps / c.unroll) >= 300
+        assert c.meta_lr == 1e-3 and c.episode_steps == (100,) and not c.nominal
+        assert c.episodes * math.ceil(c.episode_steps[0] / c.unroll) >= 300
+        assert (c.curriculum, c.penalty, c.judge, c.images) == ((1 / 3, 2 / 3), 0, "test", None)
 
     def test_the_attack_chooses_alpha(self):
         assert cli.parse(["--attack", "pgd"]).alpha == 0
@@ -344,10 +370,33 @@ class TestConfig:
     def test_robust_reads_clean_and_is_judged_under_attack(self):
         c = cli.parse(["--recipe", "robust"])
         assert (c.read_alpha, c.alpha, c.odd, c.theta_input) == (1, 0, True, True)
+        assert (c.nominal, c.curriculum, c.episode_steps, c.penalty) == (True, (0, 0), (100, 400), 0)
+        assert not cli.parse(["--recipe", "robust", "--no-nominal"]).nominal
+        assert cli.parse(["--nominal"]).nominal
+
+    def test_penalty_is_robust_but_for_what_it_reads(self):
+        robust, penalty = (cli.parse(["--recipe", name]) for name in ("robust", "penalty"))
+        assert penalty.penalty == 1 and replace(penalty, recipe="robust", penalty=0.0) == robust
+        assert cli.parse(["--penalty", "0.5"]).penalty == 0.5
 
     def test_cifar_defaults(self):
         c = cli.parse(["--dataset", "cifar10"])
-        assert (c.steps, c.folds, c.optimizee) == (1000, 2, "convnet")
+        assert (c.steps, c.folds, c.optimizee) == (1000, 1, "convnet")
+        assert (c.episode_steps, c.record_every) == ((100,), 10)
+        for recipe, lengths in (("robust", (100, 700)), ("penalty", (60, 300))):
+            c = cli.parse(["--dataset", "cifar10", "--recipe", recipe])
+            assert (c.episode_steps, c.episodes) == (lengths, 30)
+
+    def test_quadratics_have_neither_curriculum_nor_penalty(self):
+        for recipe in RECIPES:
+            c = cli.parse(["--dataset", "quadratic", "--recipe", recipe])
+            assert (c.curriculum, c.penalty, c.nominal, c.alpha) == ((0, 0), 0, False, 1)
+            assert (c.episode_steps, c.episodes, c.meta_lr) == ((100,), 100, 1e-2)
+
+    def test_a_curve_has_about_a_hundred_points(self):
+        every = {steps: cli.parse(["--steps", steps]).record_every for steps in ("4", "100", "101")}
+        assert every == {"4": 1, "100": 1, "101": 2}
+        assert cli.parse(["--steps", "100", "--record-every", "7"]).record_every == 7
 
     def test_what_is_given_beats_quick(self):
         assert cli.parse(["--quick", "--seeds", "7"]).seeds == 7
@@ -363,7 +412,8 @@ class TestSummary:
         return experiment.Results(
             [
                 {"eps": 0.1, "method": "m", "fold": 0, "phi": 0, "seed": i, "steps": [0, 1],
-                 "clean": [1.0, 1.0], "attacked": [2.0, loss], "ms_per_step": 1.0, "end": end}
+                 "clean": [1.0, 1.0], "attacked": [2.0, loss], "clean_loss": 1.0,
+                 "attacked_loss": loss, "ms_per_step": 1.0, "end": end}
                 for i, (loss, end) in enumerate(zip(losses, ends, strict=True))
             ],
             {}, [], {},
@@ -372,6 +422,7 @@ class TestSummary:
     def test_mean_and_sample_deviation_by_hand(self):
         (row,) = report.summarise(self.runs(1.0, 2.0, 6.0))
         assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
+        assert row["skipped"] == row["collapsed"] == row["diverged"] == 0
         assert row["runs"] == 3
 
     def test_collapsed_and_diverged_runs_are_counted_and_named(self):
