@@ -19,12 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Graph:
-    """Pieces from {name: (cost, needs)}; notes which were computed, in order, with what they saw."""
+    """Pieces from {name: (cost, needs)}; notes which were computed, in order."""
 
     def __init__(self, pieces: dict[str, tuple[float, str]], seconds: float = 0.0):
         self.done, self.seconds = [], seconds
-        self.pieces = [Piece(name, lambda parts, name=name: self.compute(name, parts), "a kind",
-                             cost, tuple(needs)) for name, (cost, needs) in pieces.items()]  # fmt: skip
+        self.pieces = [
+            Piece(name, lambda parts, name=name: self.compute(name, parts), "", cost, tuple(needs))
+            for name, (cost, needs) in pieces.items()
+        ]
         self.needs = {piece.name: piece.needs for piece in self.pieces}
 
     def compute(self, name, parts):
@@ -179,9 +181,10 @@ class TestTogether:
         def compute(name, parts):
             if name == "long":
                 assert free.wait(10)
+            result = original(name, parts)
             if name == "b":
                 free.set()
-            return original(name, parts)
+            return result
 
         graph.compute = compute
         together(graph, parts, 2)
@@ -189,7 +192,7 @@ class TestTogether:
 
 
 class TestClock:
-    a, b, c = (Piece(name, None, name, cost) for name, cost in (("a", 4.0), ("b", 10.0), ("c", 6.0)))
+    a, b, c = Piece("a", None, "a", 4.0), Piece("b", None, "b", 10.0), Piece("c", None, "c", 6.0)
 
     def test_left_by_hand(self):
         clock = Clock([self.a, self.b, self.c], world=1)

@@ -286,8 +286,10 @@ class TestResumeAndLoad:
         (["--grid", "p=a"], "'a' is not a number"),
         (["--grid", "p=0,5"], "--p is 0.0"),
         (["--grid", "p=1", "p=2"], "given once"),
-        (["--grid", "p=1", "--load", "x.pt"],
-         "leave out --episode-steps, --episodes, --grid, --unroll"),
+        (
+            ["--grid", "p=1", "--load", "x.pt"],
+            "leave out --episode-steps, --episodes, --grid, --unroll",
+        ),
         (["--penalty", "-1"], "--penalty is -1.0: it must be at least 0"),
         (["--penalty", "inf"], "--penalty is inf"),
         (["--curriculum", "0.6", "0.5"], r"--curriculum is .0.6, 0.5.: .*the smaller first"),
@@ -370,7 +372,7 @@ class TestConfig:
     def test_robust_reads_clean_and_is_judged_under_attack(self):
         c = cli.parse(["--recipe", "robust"])
         assert (c.read_alpha, c.alpha, c.odd, c.theta_input) == (1, 0, True, True)
-        assert (c.nominal, c.curriculum, c.episode_steps, c.penalty) == (True, (0, 0), (100, 400), 0)
+        assert c.nominal and (c.curriculum, c.episode_steps, c.penalty) == ((0, 0), (100, 400), 0)
         assert not cli.parse(["--recipe", "robust", "--no-nominal"]).nominal
         assert cli.parse(["--nominal"]).nominal
 

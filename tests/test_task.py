@@ -207,7 +207,8 @@ def test_the_curriculum_scales_eps_and_strength(small_data, monkeypatch):
     assert settings.curriculum == (1 / 3, 2 / 3)
     expected = [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert [episode.strength for episode in episodes] == expected
-    assert [e.attack.keywords["eps"] for e in episodes] == pytest.approx([0.3 * s for s in expected])
+    radii = [episode.attack.keywords["eps"] for episode in episodes]
+    assert radii == pytest.approx([0.3 * strength for strength in expected])
     whole = prepare(cli.parse([*arguments, "--curriculum", "0", "0"]))
     _, episodes = drawn(whole, monkeypatch)
     assert {(e.strength, e.attack.keywords["eps"]) for e in episodes} == {(1.0, 0.3)}
