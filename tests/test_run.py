@@ -246,6 +246,198 @@ class TestResumeAndLoad:
         assert environment["git_commit"] != "f" * 40
         assert [e["git_commit"] for e in environment["continued_in"]] == ["f" * 40]
 
+    def test_resumed_in_the_midst_of_random_lengths_and_a_curriculum(
+        self, workdir, small_data, monkeypatch
+    ):
+        """Also the nominal term, whose η has an Adam group of its own."""
+        arguments = [*self.arguments[:-2], "--attack", "pgd", "--attack-steps", "2", "--nominal",
+                     "--episode-steps", "2", "7", "--episodes", "6", "--seeds", "1"]  # fmt: skip
+        run.main([*arguments, "--out", "whole"])
+        step, calls = torch.optim.Adam.step, iter(range(1000))
+
+        def killed(self, *args):
+            if next(calls) == 9:
+                raise RuntimeError("killed")
+            return step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run.main([*arguments, "--out", "r"])
+        (checkpoint,) = (workdir / "r/parts").glob("*.pt")
+        kept = torch.load(checkpoint, weights_only=True)
+        assert 0 < kept["episodes"] < 6
+        run.main([*arguments, "--out", "r", "--resume"])
+        (a, rows_a), (b, rows_b) = read(workdir / "whole"), read(workdir / "r")
+        assert rows_a == rows_b and without_times(a) == without_times(b)
+        a, b = (torch.load(f"{out}/meta_optimizer.pt", weights_only=True)["phis"]
+                for out in ("whole", "r"))  # fmt: skip
+        for name, phi in a.items():
+            state, other = (of["linear"]["state_dict"] for of in (phi, b[name]))
+            assert all(torch.equal(value, other[key]) for key, value in state.items())
+        # the penalty of a run's config.json, like all of it, must be the same
+        with pytest.raises(InputError, match="run with penalty 0.0, not 0.5"):
+            run.main([*arguments, "--out", "r", "--resume", "--penalty", "0.5"])
+
+    def older(self, settings):
+        """Settings as a run of before left them, by what came later."""
+        later = ("nominal", "penalty", "record_every", "judge", "images", "curriculum",
+                 "episode_steps", "tasks")  # fmt: skip
+        return {**{k: v for k, v in settings.items() if k not in later}, "eps_warmup": 0.0}
+
+    plain = [*LOADING, "--episodes", "3", "--episode-steps", "4", "--unroll", "2",
+             "--curriculum", "0", "0"]  # fmt: skip
+
+    def test_a_config_of_before_may_be_continued(self, workdir, small_data):
+        run.main([*self.plain, "--out", "r"])
+        path = workdir / "r/config.json"
+        config = json.loads(path.read_text())
+        config["settings"] = self.older(config["settings"])
+        path.write_text(json.dumps(config))
+        before = (workdir / "r/metrics.csv").read_text()
+        run.main([*self.plain, "--out", "r", "--resume"])
+        assert (workdir / "r/metrics.csv").read_text() == before
+        for changed, words in (
+            (["--curriculum", "0", "1"], "curriculum .0.0, 0.0., not .0.0, 1.0."),
+            (["--episode-steps", "3"], r"episode-steps .4., not .3."),
+            (["--nominal"], "nominal False, not True"),
+            (["--judge", "validation"], "judge test, not validation"),
+            (["--record-every", "2"], "record-every 1, not 2"),
+            (["--images", "40"], "images None, not 40"),
+        ):
+            with pytest.raises(InputError, match=f"run with {words}"):
+                run.main([*self.plain, *changed, "--out", "r", "--resume"])
+
+    def test_a_phi_of_before_is_taken_and_its_control_is_meta_trained(self, workdir, small_data):
+        run.main([*self.plain, "--out", "a"])
+        saved = torch.load("a/meta_optimizer.pt", weights_only=True)
+        nominal = saved["phis"].pop("nominal-fold0-phi0-eps0.1")
+        saved["config"] = self.older(saved["config"])
+        for phi in saved["phis"].values():
+            for meta in phi.values():
+                del meta["settings"]["nominal"]
+        torch.save(saved, "old.pt")
+        run.main([*LOADING, "--out", "b", "--load", "old.pt"])
+        (_, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
+        assert rows_a == rows_b
+        assert b["meta_training"].keys() == {"nominal-fold0-phi0-eps0.1"}
+        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        assert (settings["curriculum"], settings["episode_steps"]) == ([0, 0], [4])
+        assert (settings["episodes"], settings["nominal"], settings["penalty"]) == (3, False, 0)
+        assert nominal["linear"]["settings"]["nominal"]
+
+    def test_phi_that_saw_what_judges_is_refused(self, workdir, small_data):
+        run.main([*self.arguments[:-1], "a"])
+        load = [*LOADING, "--load", "a/meta_optimizer.pt", "--out", "b"]
+        with pytest.raises(InputError, match="trained on what --judge validation judges by"):
+            run.main([*load, "--judge", "validation"])
+        assert not (workdir / "b").exists()
+        run.main([*self.arguments[:-1], "c", "--judge", "validation"])
+        load[load.index("--load") + 1] = "c/meta_optimizer.pt"
+        run.main(load)  # it saw a part of the half
+
+
+class TestGivenUp:
+    """A φ whose optimizees keep ending as a constant predictor."""
+
+    arguments = [*LOADING, "--episodes", "10", "--episode-steps", "2", "--unroll", "2",
+                 "--meta-seeds", "2", "--seeds", "1"]  # fmt: skip
+    name = "transfer-fold0-phi0-eps0.1"
+
+    @pytest.fixture
+    def collapsing(self, monkeypatch, few_candidates):
+        """That of the first meta-seed."""
+        learn, current = experiment.learn, []
+
+        def spied(task, images, kind, eps, fold, meta_seed, *rest):
+            current.append((kind, meta_seed))
+            return learn(task, images, kind, eps, fold, meta_seed, *rest)
+
+        def ended(problem, episode, loss):
+            return "collapsed" if current[-1] == ("transfer", 0) else "ok"
+
+        monkeypatch.setattr(experiment, "learn", spied)
+        monkeypatch.setattr("l2l_ref.meta_train.how_it_ended", ended)
+
+    def test_it_is_kept_and_named_and_the_run_goes_on(
+        self, workdir, small_data, collapsing, monkeypatch, capsys
+    ):
+        from matplotlib.axes import Axes
+
+        notes, text = [], Axes.text
+
+        def spy(self, x, y, words, **options):
+            notes.append(words)
+            return text(self, x, y, words, **options)
+
+        monkeypatch.setattr(Axes, "text", spy)
+        run.main([*self.arguments, "--out", "r"])
+        printed = capsys.readouterr().out
+        summary, rows = read(workdir / "r")
+        history = summary["meta_training"]
+        assert history[self.name]["ended"] == "collapsed"
+        assert history[self.name]["bad"] == {"collapsed": 5}
+        assert len(history[self.name]["loss"]) == 7  # two that do not count, and five
+        others = {name: h for name, h in history.items() if name != self.name}
+        assert len(others) == 5 and all(h["ended"] is None for h in others.values())
+        assert all(len(h["loss"]) == 10 for h in others.values())
+        # φ as it was when it was given up
+        saved = torch.load("r/meta_optimizer.pt", weights_only=True)["phis"][self.name]["linear"]
+        kept = torch.load(f"r/parts/{self.name}.pt", weights_only=True)
+        assert kept["episodes"] == 7 and kept["history"]["ended"] == "collapsed"
+        for key, value in saved["state_dict"].items():
+            assert torch.equal(value, kept["meta_optimizers"][f"linear.{key}"])
+        # its transfers are skipped, those of the other meta-seed are not
+        mine = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)"}
+        for row in summary["table"]:
+            assert row["skipped"] == (row["method"] in mine)
+            assert row["pgd_loss"]["mean"] > 0
+        skipped = [row for row in summary["runs"] if "skipped" in row]
+        assert {row["method"] for row in skipped} == mine and len(skipped) == 3
+        assert all(row["phi"] == 0 and row["skipped"] == "φ collapsed" for row in skipped)
+        assert {row["phi"] for row in rows if row["method"] in mine} == {"1"}
+        # and that is said
+        assert f"{self.name}: given up, as its optimizees end collapsed" in printed
+        lines = [line for line in printed.splitlines() if "1/2 skipped" in line]
+        assert {line.split("|")[2].strip() for line in lines} == mine
+        (note,) = notes
+        for method in mine:
+            assert f"{method}: 1/2 skipped" in note
+        # resumed, it is as it was
+        before = (workdir / "r/metrics.csv").read_text()
+        run.main([*self.arguments, "--out", "r", "--resume"])
+        again, _ = read(workdir / "r")
+        assert (workdir / "r/metrics.csv").read_text() == before
+        assert without_times(again) == without_times(summary)
+
+
+@pytest.mark.usefixtures("few_candidates")
+@pytest.mark.parametrize("more", [[], ["--grid", "p=5,10"], ["--images", "64"]])
+def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
+    workdir, small_data, small_digits, monkeypatch, more
+):
+    images, original = [], data.ImageSet.batch
+
+    def spy(self, index, *args):
+        x, y = original(self, index, *args)
+        images.append((x * 255).round().to(torch.uint8))
+        return x, y
+
+    monkeypatch.setattr(data.ImageSet, "batch", spy)
+    run.main([*TINY, "--seeds", "1", "--judge", "validation", *more, "--out", "r"])
+
+    def pictures(of):
+        return {row.numpy().tobytes() for row in of}
+
+    seen = pictures(torch.cat(images))
+    meta, transfer = data.halves(len(small_digits.train), 0)
+    test = pictures(small_digits.test.images)
+    assert not seen & test and not seen & pictures(small_digits.train.images[transfer])
+    assert seen <= pictures(small_digits.train.images[meta])
+    assert len(seen) > 100
+    summary, _ = read(workdir / "r")
+    assert all("pgd_accuracy" in row for row in summary["table"])
+
 
 @pytest.mark.parametrize(
     "arguments, words",
