@@ -307,6 +307,10 @@ class TestResumeAndLoad:
         ):
             with pytest.raises(InputError, match=f"run with {words}"):
                 run.main([*self.plain, *changed, "--out", "r", "--resume"])
+        config["settings"]["eps_warmup"] = 0.5  # no setting of now does that
+        path.write_text(json.dumps(config))
+        with pytest.raises(InputError, match="run with eps-warmup 0.5, which there is no more"):
+            run.main([*self.plain, "--out", "r", "--resume"])
 
     def test_a_phi_of_before_is_taken_and_its_control_is_meta_trained(self, workdir, small_data):
         run.main([*self.plain, "--out", "a"])
