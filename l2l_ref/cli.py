@@ -155,7 +155,7 @@ def parser() -> Parser:
     transfer.add_argument(
         "--judge",
         choices=JUDGES,
-        help="test (default); validation: all is trained and\njudged on the meta-training half",
+        help="test (default), or validation: the meta half only",
     )
 
     run = top.add_argument_group("the run")

@@ -274,6 +274,11 @@ def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> No
                 f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "
                 f"{now[name]}: resume with that, or start afresh with another --out"
             )
+    if before.get("eps_warmup"):
+        raise InputError(
+            f"{folder} was run with eps-warmup {before['eps_warmup']}, which there is no more: "
+            "start afresh with another --out"
+        )
     if data != data_before:
         raise InputError(
             f"{folder} was run on {describe(data_before)}, not {describe(data)}: give the same "

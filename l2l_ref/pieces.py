@@ -19,6 +19,7 @@ from l2l_ref.files import replace_with
 
 POLL = 0.1  # seconds that a process sleeps when no piece is ready
 SAY_EVERY = 0.05  # of a run
+SLASH = "∕"  # in the name of a file, which cannot have the other
 
 
 class Parts(Mapping):
@@ -28,7 +29,7 @@ class Parts(Mapping):
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.folder / f"{name.replace('/', SLASH)}.json"
 
     def __contains__(self, name: object) -> bool:
         return self.path(str(name)).exists()
@@ -44,7 +45,7 @@ class Parts(Mapping):
             raise InputError(f"{path} is broken: delete it and resume again") from None
 
     def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in self.folder.glob("*.json"))
+        return (path.stem.replace(SLASH, "/") for path in self.folder.glob("*.json"))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

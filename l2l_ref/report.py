@@ -204,8 +204,10 @@ def mean(runs: list[dict[str, Any]], name: str) -> float | None:
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean, and half the width of the 95 % interval of Student's t."""
+    """Mean, and half the width of the 95 % interval of Student's t; None as in `spread`."""
     half = None
+    if not all(map(math.isfinite, values)):
+        return {"mean": None, "half_width": None}
     if len(values) > 1:
         quantile = student(len(values) - 1)
         half = quantile * statistics.stdev(values) / math.sqrt(len(values))
@@ -213,11 +215,13 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; from 11 on by Fisher's expansion, to three digits."""
+    """The 97.5 % quantile of Student's t; from 11 on by Fisher's expansion, to three decimals."""
     if freedom <= len(STUDENT):
         return STUDENT[freedom - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def cell(value: dict[str, float | None] | None, digits: int) -> str:

@@ -1,13 +1,14 @@
 """Shared fixtures: small data, and where the real data is."""
 
 import os
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from l2l_ref import data, engine, stand_in
+from l2l_ref import data, engine, stand_in, tuning
 
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
 
@@ -33,6 +34,16 @@ def small_data(monkeypatch, small_digits, small_textures):
     """`data.load` gives the small sets, whatever it is asked for."""
     sets = {"mnist": small_digits, "cifar10": small_textures}
     monkeypatch.setattr(data, "load", lambda name, data_dir, **options: sets[name])
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """The grids of the baselines have two candidates at most, for tests of something else."""
+    monkeypatch.setattr(tuning, "image_grids", partial(first_two, tuning.image_grids))
+
+
+def first_two(grids, config, eps):
+    return {label: grid[:2] for label, grid in grids(config, eps).items()}
 
 
 @pytest.fixture(scope="session")

@@ -229,6 +229,51 @@ def test_restarts_prefer_a_broken_sample():
     assert (x_adv > 0.5).float().mean() > 0.95
 
 
+def test_margin_by_hand():
+    logits = torch.tensor([[1.0, 5.0, 2.0], [1.0, 5.0, 2.0], [4.0, -1.0, 3.5], [0.0, 0.0, 0.0]])
+    y = torch.tensor([1, 0, 1, 2])
+    assert attacks.margin(logits, y).tolist() == [-3.0, 4.0, 5.0, 0.0]
+    assert attacks.margin(logits * math.nan, y).isnan().all()
+    kept = logits.clone()
+    attacks.margin(logits, y)
+    assert torch.equal(logits, kept)
+
+
+def test_the_margin_climbs_where_the_cross_entropy_is_flat():
+    """A logit of 100 leaves a cross-entropy of 0, whose gradient is 0 to the bit."""
+
+    def model(x):
+        return torch.cat([torch.zeros_like(x), 1000 * (x - 0.4)], 1)
+
+    x, y = torch.tensor([[0.5]]), torch.tensor([1])
+    attack = partial(pgd, model, x, y, eps=0.2, steps=4, step_size=0.05, random_start=False)
+    assert attack().item() == 0.5 and attack(loss="cross_entropy").item() == 0.5
+    assert attack(loss="margin").item() == pytest.approx(0.3)
+    made = make("pgd", eps=0.2, steps=4, step_size=0.05, loss="margin")
+    assert made(model, x, y).item() == pytest.approx(0.3)  # from any start
+
+
+def test_the_margin_climbs_towards_the_best_wrong_class():
+    """Of the classes 1 and 2 only the better one has a part, so the other's pixel stays."""
+    model = linear([[0.0, 0.0, 0.0], [3.0, 0.0, -1.0], [0.0, 3.0, 0.0]], [0.0, 1.0, 0.0])
+    x, y = torch.tensor([[0.5, 0.5, 0.5]]), torch.tensor([0])
+    attack = partial(pgd, model, x, y, eps=0.125, steps=1, step_size=0.125, random_start=False)
+    assert torch.equal(attack(loss="margin"), torch.tensor([[0.625, 0.5, 0.375]]))
+    assert torch.equal(attack(), torch.tensor([[0.625, 0.625, 0.375]]))
+
+
+def test_restarts_keep_the_highest_margin_of_every_sample(trained):
+    model, x, y = trained
+    attack = partial(pgd, model, x, y, eps=0.3, steps=1, step_size=0.02, loss="margin")
+    start = torch.Generator().manual_seed(0)
+    runs = torch.stack([attack(generator=start) for _ in range(4)])
+    with torch.no_grad():
+        margins = torch.stack([attacks.margin(model(run), y) for run in runs])
+        x_adv = attack(restarts=4, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(attacks.margin(model(x_adv), y), margins.amax(0))
+    assert len(margins.argmax(0).unique()) == 4
+
+
 # --- What an attack leaves alone ------------------------------------------------------------------
 
 
@@ -400,6 +445,7 @@ def test_untouched_serves_functions_that_hide_a_module():
         ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0"),
         ({"eps": 0.1, "step_size": math.nan}, "step_size is nan"),
         ({"eps": 0.0, "restarts": 0}, "restarts is 0"),
+        ({"eps": 0.0, "loss": "hinge"}, "loss is 'hinge'.*cross_entropy, margin"),
     ],
 )
 def test_numbers_out_of_range_are_named(options, named):

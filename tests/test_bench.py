@@ -11,6 +11,7 @@ import torch
 from bench import memory, operators, peers, resnet_step, timing, transfer_step
 from bench.case import flops, make_case
 from l2l_ref import cli, engine
+from l2l_ref.config import RECIPES
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,9 @@ def test_transfer_step_in_miniature(tmp_path):
     report = json.loads((tmp_path / "transfer_step.json").read_text())
     assert [row["optimizee"] for row in report["rows"]] == ["mlp", "convnet"]
     for row in report["rows"]:
-        assert len(row["methods"]) == 4 and row["ratios"]["Adam (PGD-7)"] == 1
+        learned = {f"L2L-Transfer ({recipe})" for recipe in RECIPES}
+        assert row["methods"].keys() == learned | {"Adam (clean)", "Adam (PGD-7)"}
+        assert row["ratios"]["Adam (PGD-7)"] == 1
         assert all(method["median"] > 0 for method in row["methods"].values())
 
 
@@ -105,12 +108,16 @@ def small_net(monkeypatch):
     monkeypatch.setattr(resnet_step, "resnet", params)
 
 
+def learned_labels(recipes) -> list[str]:
+    return [f"φ, {recipe}{flat}" for recipe in recipes for flat in ("", ", one vector")]
+
+
 def test_resnet_step_in_miniature(tmp_path, capsys, small_net):
     resnet_step.main(["--seconds", "0", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "resnet_step.json").read_text())
     assert report["parameters"] == 1005
     adam, *others = report["optimizers"].values()
-    assert len(others) == 4 and adam["over_adam"] == 1
+    assert list(report["optimizers"])[1:] == learned_labels(RECIPES) and adam["over_adam"] == 1
     for row in others:
         assert row["over_adam"] == row["median"] / adam["median"]
         assert row["ns_per_parameter"] == pytest.approx(1e6 * row["median"] / 1005)
@@ -122,7 +129,7 @@ def test_a_state_that_does_not_fit_is_a_line(tmp_path, capsys, small_net, monkey
     resnet_step.main(["--seconds", "0", "--backend", "auto", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "resnet_step.json").read_text())["optimizers"]
     assert [label for label, row in rows.items() if "unavailable" in row] == (
-        ["φ, robust", "φ, robust, one vector"] if engine.built() else list(rows)[1:]
+        learned_labels([r for r in RECIPES if RECIPES[r]["odd"]] if engine.built() else RECIPES)
     )
     assert "GB are free" in capsys.readouterr().out
 

@@ -105,6 +105,34 @@ def test_one_restart_is_enough_to_break_a_sample_and_broken_ones_are_spared():
     assert attacked == [pytest.approx([0.1, 0.2, 0.8, 0.9]), pytest.approx([0.2, 0.8, 0.9])]
 
 
+def test_of_two_attacks_the_survivors_of_both_count():
+    """Each breaks another part; what the first broke the second does not meet."""
+    met = []
+
+    def breaks(which):
+        def attack(model, x, y):
+            met.append((which, x.flatten().tolist()))
+            hit = (x > 0.5) if which == "high" else (x < 0.15)
+            return torch.where(hit, 1 - x, x)
+
+        return attack
+
+    images = Samples(SEVEN.x[:6], SEVEN.y[:6])  # 0.1, 0.2, 0.4, 0.6, 0.8, 0.9; all right
+    low, high = breaks("low"), breaks("high")
+    assert robust_accuracy(threshold, images, low) == 5 / 6
+    assert robust_accuracy(threshold, images, high) == 3 / 6
+    met.clear()
+    for attacks in ([low, high], [high, low], (low, high, none)):
+        assert robust_accuracy(threshold, images, attacks, batch_size=4) == 2 / 6
+    assert met[:3] == [("low", pytest.approx([0.1, 0.2, 0.4, 0.6])),
+                       ("high", pytest.approx([0.2, 0.4, 0.6])),
+                       ("low", pytest.approx([0.8, 0.9]))]  # fmt: skip
+    met.clear()
+    assert robust_accuracy(threshold, images, [low, high], restarts=2) == 2 / 6
+    assert [(which, len(x)) for which, x in met] == [
+        ("low", 6), ("low", 5), ("high", 5), ("high", 2)]  # fmt: skip
+
+
 def test_never_attacks_an_empty_batch():
     def attack(model, x, y):
         assert len(y) > 0

@@ -142,14 +142,15 @@ def test_the_generators_of_an_attack_are_found():
 
 
 def cases(device=CPU):
-    """Episodes of 11 updates by three: optimizee, attack, α that φ reads and is judged by, K."""
+    """Episodes of 11 updates by three: optimizee, attack, α that φ reads and is judged by, K, λ,
+    and whether φ has a nominal term."""
     shapes = {"mlp": (1, 28, 28), "convnet": (3, 32, 32)}
 
-    def case(name, attack, read_alpha, alpha, tasks=1):
+    def case(name, attack, read_alpha, alpha, tasks=1, penalty=0.0, nominal=False):
         dataset = {"mlp": "mnist", "convnet": "cifar10"}.get(name, name)
         problem = problems.make(dataset, batch_size=8)
         settings = MetaSettings(
-            1, steps=11, unroll=3, read_alpha=read_alpha, alpha=alpha, tasks=tasks
+            1, steps=11, unroll=3, read_alpha=read_alpha, alpha=alpha, tasks=tasks, penalty=penalty
         )
 
         def episode():
@@ -166,7 +167,7 @@ def cases(device=CPU):
             chosen = attacks.make(attack, eps=0.1, steps=2, generator=noise)
             return Episode(models[0] if tasks == 1 else problems.Stacked(models), batches, chosen)
 
-        return problem, settings, episode
+        return problem, settings, episode, nominal
 
     yield case("mlp", "fgsm", 0.5, 0.5)  # the paper's recipe
     yield case("mlp", "pgd", 1.0, 0.0)  # the robust one
@@ -174,17 +175,22 @@ def cases(device=CPU):
     yield case("convnet", "pgd", 1.0, 0.0)
     yield case("convnet", "fgsm", 0.5, 0.5, tasks=2)
     yield case("quadratic", "none", 1.0, 1.0)
+    yield case("mlp", "fgsm", 0.5, 0.5, nominal=True)
+    yield case("mlp", "pgd", 1.0, 0.0, penalty=0.1, nominal=True)
+    yield case("convnet", "pgd", 1.0, 0.0, tasks=2, penalty=0.1, nominal=True)
 
 
-NAMES = ["mlp-paper", "mlp-robust", "mlp-pgd-2", "convnet-robust", "convnet-paper-2", "quadratic"]
+NAMES = ["mlp-paper", "mlp-robust", "mlp-pgd-2", "convnet-robust", "convnet-paper-2", "quadratic",
+         "mlp-nominal", "mlp-penalty", "convnet-penalty-2"]  # fmt: skip
 
 
-def meta_run(problem, settings, episode, capture, backend="auto", device=CPU):
+def meta_run(problem, settings, episode, nominal, capture, backend="auto", device=CPU):
     """All that an episode leads to, φ learning on the way."""
     robust = settings.read_alpha != settings.alpha
     phi = new_meta_optimizers(
-        problem, generator(1), device, output_scale=0.1, odd=robust, theta_input=robust
-    )
+        problem, generator(1), device, output_scale=0.1, odd=robust, theta_input=robust,
+        nominal=nominal,
+    )  # fmt: skip
     sgd = torch.optim.SGD(phi.parameters())
     for meta in phi.values():
         noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
@@ -198,7 +204,7 @@ def meta_run(problem, settings, episode, capture, backend="auto", device=CPU):
     return [*found, *episode.model.parameters(), *episode.model.buffers(), *phi.parameters()]
 
 
-@pytest.mark.parametrize("number", range(6), ids=NAMES)
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 def test_a_replayed_unroll_is_the_unroll_to_the_bit(emulated, number):
     case = list(cases())[number]
     eager = meta_run(*case, capture=False)
@@ -209,7 +215,9 @@ def test_a_replayed_unroll_is_the_unroll_to_the_bit(emulated, number):
     assert len(eager) == len(replayed) and all(map(torch.equal, eager, replayed))
 
 
-def transfer_run(optimizer, capture, alpha=0.5, l1=0.0, device=CPU, problem="mnist", phi=None):
+def transfer_run(
+    optimizer, capture, alpha=0.5, l1=0.0, penalty=0.0, device=CPU, problem="mnist", phi=None
+):
     """A curve, and the model behind it; batches, PGD and recordings from streams of their own."""
     problem = problems.make(problem)
     model = problem.draw(generator(0), device)
@@ -220,7 +228,7 @@ def transfer_run(optimizer, capture, alpha=0.5, l1=0.0, device=CPU, problem="mni
     x, y = images.batch(torch.arange(16))
     curve = train(
         model,
-        Method("", optimizer, alpha=alpha, l1=l1),
+        Method("", optimizer, alpha=alpha, l1=l1, penalty=penalty),
         data.batches(images, 8, generator(6)),
         loss=problem.loss,
         attack=pgd[0],
@@ -231,10 +239,16 @@ def transfer_run(optimizer, capture, alpha=0.5, l1=0.0, device=CPU, problem="mni
     return curve, [*model.parameters(), *model.buffers()]
 
 
+LOSSES = [{"alpha": 1.0}, {"alpha": 0.5}, {"alpha": 1.0, "l1": 1e-2},
+          {"alpha": 0.5, "penalty": 0.1}]  # fmt: skip
+
+
 def new_phi(problem, device=CPU):
+    """With a nominal term."""
     phi = new_meta_optimizers(
-        problems.make(problem), generator(1), device, output_scale=0.1, theta_input=True
-    )
+        problems.make(problem), generator(1), device, output_scale=0.1, theta_input=True,
+        nominal=True,
+    )  # fmt: skip
     for meta in phi.values():
         noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
         meta.head.weight.data.copy_(noise)
@@ -242,12 +256,12 @@ def new_phi(problem, device=CPU):
 
 
 @pytest.mark.parametrize("problem", ["mnist", "cifar10"])
-@pytest.mark.parametrize("alpha, l1", [(1.0, 0.0), (0.5, 0.0), (1.0, 1e-2)])
+@pytest.mark.parametrize("options", LOSSES)
 @pytest.mark.parametrize("kind", ["sgd", "learned"])
-def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, alpha, l1, kind):
+def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, options, kind):
     by_phi = partial(learned, new_phi(problem), "auto")
     optimizer = {"sgd": partial(tuning.sgd, 0.1), "learned": by_phi}[kind]
-    options = {"alpha": alpha, "l1": l1, "problem": problem}
+    options = {**options, "problem": problem}
     (eager, state), (replayed, final) = (
         transfer_run(optimizer, capture, **options) for capture in (False, True)
     )
@@ -292,7 +306,7 @@ class TestOnAGpu:
     close = staticmethod(partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5))
 
     @pytest.mark.parametrize("backend", ["auto", "reference"])
-    @pytest.mark.parametrize("number", range(6), ids=NAMES)
+    @pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
     def test_meta_training(self, number, backend):
         case = list(cases(self.device))[number]
         eager, replayed = (
@@ -301,15 +315,15 @@ class TestOnAGpu:
         self.close(replayed, eager)
 
     @pytest.mark.parametrize("problem", ["mnist", "cifar10"])
-    @pytest.mark.parametrize("alpha, l1", [(1.0, 0.0), (0.5, 0.0), (1.0, 1e-2)])
+    @pytest.mark.parametrize("options", LOSSES)
     @pytest.mark.parametrize("kind", ["sgd", "adam", "learned"])
-    def test_transfer(self, problem, alpha, l1, kind):
+    def test_transfer(self, problem, options, kind):
         optimizer = {
             "sgd": partial(tuning.sgd, 0.1),
             "adam": partial(tuning.adam, 1e-3),
             "learned": partial(learned, new_phi(problem, self.device), "auto"),
         }[kind]
-        options = {"alpha": alpha, "l1": l1, "problem": problem, "device": self.device}
+        options = {**options, "problem": problem, "device": self.device}
         (eager, state), (replayed, final) = (
             transfer_run(optimizer, capture, **options) for capture in (False, True)
         )

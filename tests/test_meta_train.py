@@ -11,10 +11,13 @@ from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint
 from l2l_ref.meta_train import (
     Episode,
+    History,
     MetaSettings,
+    how_it_ended,
     meta_train,
     new_meta_optimizers,
     truncated_unrolls,
+    watch,
 )
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
@@ -235,11 +238,11 @@ def test_a_meta_gradient_that_is_not_finite_is_skipped_counted_and_survived():
 
 
 def test_clipping_and_schedule():
-    chosen = settings(episodes=4, steps=12, unroll=5, schedule="cosine", meta_lr=2.0)
-    assert chosen.unrolls == 12
-    assert chosen.lr(0) == 2.0 and chosen.lr(6) == pytest.approx(1.0)
-    assert chosen.lr(12) == pytest.approx(0.0)
-    assert settings(meta_lr=2.0).lr(11) == 2.0
+    chosen = settings(episodes=4, schedule="cosine")
+    assert chosen.rate(0, 0) == 1 and chosen.rate(2, 0) == pytest.approx(0.5)
+    assert chosen.rate(3, 1) == pytest.approx(0) and chosen.rate(1, 1) == chosen.rate(2, 0)
+    assert chosen.rate(0, 1 / 3) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 12))
+    assert settings().rate(3, 1) == 1
     phi = new_phi()
     grads, rates = [], []
     adam_step = torch.optim.Adam.step
@@ -251,9 +254,270 @@ def test_clipping_and_schedule():
 
     torch.optim.Adam.step = spy
     try:
-        chosen = settings(clip=1e-3, schedule="cosine")
+        chosen = settings(clip=1e-3, schedule="cosine", meta_lr=2.0)
         history = meta_train(PROBLEM, phi, chosen, draw)
     finally:
         torch.optim.Adam.step = adam_step
     assert max(history.norm) > 1e-2 and max(grads) <= 1e-3 * 1.001
-    assert rates == [chosen.lr(index) for index in range(12)]
+    expected = [2.0 * chosen.rate(n, i / 3) for n in range(4) for i in range(3)]
+    assert rates == expected and expected[:2] == [2.0, pytest.approx(1 + math.cos(math.pi / 12))]
+
+
+class TestCurriculum:
+    def test_strength_by_hand(self):
+        def strengths(episodes, *shares):
+            chosen = MetaSettings(episodes, curriculum=shares)
+            return [chosen.strength(number) for number in range(episodes)]
+
+        assert strengths(4, 0.0, 0.0) == [1, 1, 1, 1]
+        assert strengths(9, 1 / 3, 2 / 3) == [0, 0, 0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1]
+        assert strengths(4, 0.0, 0.5) == [1 / 3, 2 / 3, 1, 1]
+        assert strengths(4, 0.5, 0.5) == [0, 0, 1, 1]
+        assert strengths(4, 1.0, 1.0) == [0, 0, 0, 0]
+        assert strengths(10, 0.25, 0.45) == pytest.approx([0] * 3 + [1.5 / 3, 2.5 / 3] + [1] * 5)
+
+    @pytest.mark.parametrize("strength, alphas", [(0, (1, 1)), (0.25, (0.9, 0.8)), (1, (0.6, 0.2))])
+    def test_both_alphas_move_from_one(self, small_digits, strength, alphas):
+        """What φ reads and is judged by at a strength is that of fixed α; both by hand."""
+        problem = problems.make("mnist")
+        x, y = small_digits.train.batch(torch.arange(64))
+        shift = lambda model, x, y: (x + 0.3).clamp(0, 1)  # noqa: E731
+        phi = new_meta_optimizers(problem, generator(0), "cpu", hidden_size=3)
+        calls = []
+
+        def spy(gradients, state, cotangents, packed, *rest, **form):
+            calls.append((gradients.clone(), cotangents.clone()))
+            return torch.zeros_like(packed)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(equations, "unroll_meta_gradient", spy)
+            chosen = settings(steps=2, unroll=2, read_alpha=0.6, alpha=0.2)
+            model = problem.draw(generator(0))
+            episode = Episode(model, iter([(x, y)] * 9), shift, strength=strength)
+            ((_, losses),) = truncated_unrolls(problem, episode, phi, chosen, "reference")
+        model = problem.draw(generator(0))
+        clean, attacked = problem.loss(model, x, y), problem.loss(model, shift(model, x, y), y)
+
+        def gradient(alpha):  # φ's head is zero, so θ stays
+            value = alpha * clean + (1 - alpha) * attacked
+            parts = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+            return value.detach(), torch.cat([part.flatten() for part in parts])
+
+        (read, judging) = map(gradient, alphas)
+        ((gradients, cotangents),) = calls
+        torch.testing.assert_close(losses, judging[0].expand(2))
+        torch.testing.assert_close(gradients, read[1].expand(2, -1))
+        torch.testing.assert_close(cotangents, torch.stack((2 * judging[1], judging[1])))
+
+
+class TestLengths:
+    lengths = [7, 3, 12, 5]
+
+    def draw(self, number: int) -> Episode:
+        episode = draw(number)
+        episode.steps, episode.strength = self.lengths[number], chosen_strength(number)
+        return episode
+
+    def test_an_episode_brings_its_own(self):
+        for length in (1, 4, 5, 13):
+            episode = draw(0)
+            episode.steps = length
+            found = list(truncated_unrolls(PROBLEM, episode, new_phi(), settings(steps=6)))
+            counts = [len(losses) for _, losses in found]
+            assert sum(counts) == length and counts[:-1] == [5] * (len(counts) - 1)
+        plain = list(truncated_unrolls(PROBLEM, draw(0), new_phi(), settings(steps=6)))
+        assert [len(losses) for _, losses in plain] == [5, 1]
+
+    def test_the_rate_falls_by_episodes_whatever_their_lengths(self, monkeypatch):
+        rates, step = [], torch.optim.Adam.step
+
+        def spy(self, *args):
+            rates.append([group["lr"] for group in self.param_groups])
+            return step(self, *args)
+
+        monkeypatch.setattr(torch.optim.Adam, "step", spy)
+        chosen = settings(schedule="cosine", meta_lr=2.0, eta_lr=0.5)
+        meta_train(PROBLEM, new_phi(nominal=True), chosen, self.draw)
+        shares = [n + i / k for n, k in enumerate((2, 1, 3, 1)) for i in range(k)]
+        factors = [0.5 + 0.5 * math.cos(math.pi * share / 4) for share in shares]
+        for rate, factor in zip(rates, factors, strict=True):
+            assert rate == pytest.approx([2.0 * factor, 0.5 * factor])
+
+    @pytest.mark.parametrize("form", [{}, {"odd": True, "theta_input": True}])
+    @pytest.mark.parametrize("killed_at", [1, 2, 3])
+    def test_resumed_equals_uninterrupted(self, tmp_path, form, killed_at):
+        """With random lengths, the nominal term, a curriculum and a penalty."""
+        chosen = settings(schedule="cosine", curriculum=(0.25, 0.75), meta_lr=0.01)
+        whole, parts = new_phi(nominal=True, **form), new_phi(nominal=True, **form)
+        expected = meta_train(PROBLEM, whole, chosen, self.draw)
+        assert len(expected.loss) == 2 + 1 + 3 + 1
+
+        def stop(episode, loss):
+            if episode == killed_at:
+                raise KeyboardInterrupt
+
+        path = tmp_path / "phi.pt"
+        with pytest.raises(KeyboardInterrupt):
+            meta_train(PROBLEM, parts, chosen, self.draw, checkpoint=path, on_episode=stop)
+        resumed = new_phi(nominal=True, **form)
+        assert meta_train(PROBLEM, resumed, chosen, self.draw, checkpoint=path) == expected
+        assert same(resumed, whole)
+        assert not same(whole, new_phi(nominal=True, **form))
+        assert whole["quadratic"].log_eta != new_phi(nominal=True)["quadratic"].log_eta
+
+
+def chosen_strength(number: int) -> float:
+    return settings(curriculum=(0.25, 0.75)).strength(number)
+
+
+class TestCheckpointsOfBefore:
+    """Those written before there were a nominal term, a penalty, a curriculum and a watch."""
+
+    def older(self, tmp_path, chosen, **form):
+        """A checkpoint after two of four episodes, as it was written then."""
+        path = tmp_path / "phi.pt"
+
+        def stop(episode, loss):
+            if episode == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            meta_train(PROBLEM, new_phi(**form), chosen, draw, checkpoint=path, on_episode=stop)
+        saved = torch.load(path, weights_only=True)
+        for name in ("penalty", "curriculum", "eta_lr", "tasks"):
+            del saved["settings"][name]
+        for meta in saved["settings"]["meta_optimizers"].values():
+            del meta["nominal"]
+        for name in ("bad", "ended"):
+            del saved["history"][name]
+        torch.save(saved, path)
+        return path
+
+    @pytest.mark.parametrize("form", [{}, {"odd": True}])
+    def test_they_continue(self, tmp_path, form):
+        chosen = settings(schedule="cosine")
+        whole, resumed = new_phi(**form), new_phi(**form)
+        expected = meta_train(PROBLEM, whole, chosen, draw)
+        path = self.older(tmp_path, chosen, **form)
+        assert meta_train(PROBLEM, resumed, chosen, draw, checkpoint=path) == expected
+        assert same(resumed, whole)
+
+    @pytest.mark.parametrize(
+        "changes", [{"penalty": 0.1}, {"curriculum": (0.0, 0.5)}, {"tasks": 2}, {"meta_lr": 0.1}]
+    )
+    def test_not_with_what_they_had_not(self, tmp_path, changes):
+        path = self.older(tmp_path, settings())
+        with pytest.raises(InputError, match="other settings"):
+            meta_train(PROBLEM, new_phi(), settings(**changes), draw, checkpoint=path)
+
+    def test_not_with_a_nominal_term(self, tmp_path):
+        path = self.older(tmp_path, settings())
+        with pytest.raises(InputError, match="other settings"):
+            meta_train(PROBLEM, new_phi(nominal=True), settings(), draw, checkpoint=path)
+
+    def test_a_rate_of_eta_belongs_to_the_settings(self, tmp_path):
+        path = tmp_path / "phi.pt"
+        meta_train(PROBLEM, new_phi(nominal=True), settings(), draw, checkpoint=path)
+        with pytest.raises(InputError, match="other settings"):
+            meta_train(PROBLEM, new_phi(nominal=True), settings(eta_lr=0.1), draw, checkpoint=path)
+
+
+class TestWatch:
+    def end(self, ends, episodes=20):
+        """The number of episodes that are watched until φ is given up, and why."""
+        history = History()
+        for number, end in enumerate(ends):
+            watch(history, number / episodes, end)
+            if history.ended:
+                return number + 1, history.ended
+        return None
+
+    def test_five_collapsed_or_three_not_finite(self):
+        fine = ["ok"] * 4
+        assert self.end([*fine, *["collapsed"] * 4]) is None
+        assert self.end([*fine, *["collapsed"] * 5]) == (9, "collapsed")
+        assert self.end([*fine, *["diverged"] * 2]) is None
+        assert self.end([*fine, *["diverged"] * 3]) == (7, "diverged")
+
+    def test_in_a_row(self):
+        late = ["ok"] * 4
+        assert self.end([*late, *(["collapsed"] * 4 + ["ok"]) * 3]) is None
+        assert self.end([*late, *["diverged", "diverged", "ok", "diverged", "diverged"]]) is None
+        # one bad end does not count for the other
+        assert self.end([*late, *["collapsed", "collapsed", "diverged", "diverged"] * 4]) is None
+        mixed = [*late, *["collapsed"] * 4, "diverged", *["collapsed"] * 4]
+        assert self.end(mixed) is None and self.end([*mixed, "collapsed"]) == (14, "collapsed")
+
+    def test_not_before_the_first_fifth_is_over(self):
+        # of 20 episodes the first four do not count
+        assert self.end(["diverged"] * 20) == (7, "diverged")
+        assert self.end(["collapsed"] * 20) == (9, "collapsed")
+        assert self.end(["diverged"] * 6) is None
+        assert self.end(["diverged"] * 20, episodes=5) == (4, "diverged")
+
+    def classify(self, logits, loss):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(2, 10))
+        model.forward = lambda x: logits
+        problem = problems.make("mnist")
+        episode = Episode(model, iter([(torch.rand(4, 1, 1, 2), torch.arange(4))]), attacks.none)
+        return how_it_ended(problem, episode, loss)
+
+    def test_what_a_collapse_is(self):
+        constant = torch.tensor([[0.1] + [0.0] * 9]).expand(4, 10)
+        various = torch.eye(10)[:4]
+        chance = math.log(10)
+        for loss in (chance, 1.009 * chance, 0.991 * chance):
+            assert self.classify(constant, loss) == "collapsed"
+            assert self.classify(various, loss) == "ok"
+        for loss in (1.011 * chance, 0.989 * chance, 0.1):
+            assert self.classify(constant, loss) == "ok"
+        for loss in (math.nan, math.inf):
+            assert self.classify(various, loss) == self.classify(constant, loss) == "diverged"
+        quadratic = draw(0)
+        assert how_it_ended(PROBLEM, quadratic, chance) == "ok"  # nothing to classify
+
+    def test_the_judgement_leaves_the_optimizee_alone(self):
+        problem = problems.make("cifar10")
+        model = problem.draw(generator(0))
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        batch = torch.rand(4, 3, 32, 32, generator=generator(1)), torch.arange(4)
+        how_it_ended(problem, Episode(model, iter([batch]), attacks.none), math.log(10))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def poisoned(self, number):
+        """Episodes from the third on meet a W that is not finite after three batches."""
+        episode = draw(number)
+        if number >= 2:
+            w, y = next(episode.batches)
+            episode.batches = iter([(w, y)] * 3 + [(w * math.nan, y)] * 99)
+        return episode
+
+    def test_meta_training_is_given_up_and_stays_so(self, tmp_path):
+        path, done = tmp_path / "phi.pt", []
+        chosen, phi = settings(episodes=12), new_phi()
+        history = meta_train(
+            PROBLEM, phi, chosen, self.poisoned, checkpoint=path,
+            on_episode=lambda number, loss: done.append(number),
+        )  # fmt: skip
+        # a fifth of 12 is 2.4, so numbers 3, 4 and 5 count
+        assert history.ended == "diverged" and history.diverged == 4 and done == [1, 2, 3, 4, 5, 6]
+        assert all(p.isfinite().all() for p in phi.parameters())
+        again = new_phi()
+        kept = meta_train(PROBLEM, again, chosen, draw, checkpoint=path)
+        assert repr(kept) == repr(history)  # nan is not nan, but reads so
+        assert same(again, phi)  # no episode was added
+        assert done == [1, 2, 3, 4, 5, 6]
+
+    def test_the_count_goes_through_a_resume(self, tmp_path):
+        path = tmp_path / "phi.pt"
+
+        def stop(number, loss):
+            if number == 5:  # after the second that counts
+                raise KeyboardInterrupt
+
+        chosen = settings(episodes=12)
+        with pytest.raises(KeyboardInterrupt):
+            meta_train(PROBLEM, new_phi(), chosen, self.poisoned, checkpoint=path, on_episode=stop)
+        history = meta_train(PROBLEM, new_phi(), chosen, self.poisoned, checkpoint=path)
+        assert history.ended == "diverged" and history.diverged == 4
+        assert read_checkpoint(path)["episodes"] == 6

@@ -13,15 +13,17 @@ import torch
 
 import run
 from l2l_ref import cli, data, engine, experiment, report, tuning
+from l2l_ref.config import RECIPES
 from l2l_ref.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run in seconds; φ that is loaded has its own episodes and unrolls.
 LOADING = ["--quick", "--steps", "4", "--seeds", "2", "--eval-samples", "40", "--batch-size", "32"]
-TINY = [*LOADING, "--episodes", "1", "--unroll", "2"]
+TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
 CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
           "Adam (attacked)"}  # fmt: skip
-TABLE = CURVES | {"Transfer-NOT (clean)", "SGD", "Adam + L1", "Adam, lr 0.001"}
+TABLE = CURVES | {"Transfer-NOT (clean)", "Nominal alone", "SGD", "Adam, lr 0.001", "Adam + L1",
+                  "Adam + L1, cosine", "Adam + penalty + L1", "Adam (attacked) + L1"}  # fmt: skip
 FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png", "parts"}
 
 
@@ -61,7 +63,8 @@ class TestWhatARunLeaves:
         assert all(len(losses) == 1 for losses in starts.values())
         # Transfer-NOT's φ does not depend on ε and is trained once
         names = summary["meta_training"].keys()
-        assert sorted(n.split("-")[0] for n in names) == ["not", "transfer", "transfer"]
+        kinds = sorted(n.split("-")[0] for n in names)
+        assert kinds == ["nominal", "nominal", "not", "transfer", "transfer"]
         printed = capsys.readouterr().out
         # nobody mistakes the stand-in for the real set
         saved = torch.load(folder / "meta_optimizer.pt", weights_only=True)
@@ -82,9 +85,11 @@ class TestWhatARunLeaves:
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(folder.rglob("*.partial"))
 
-    def test_cifar_has_two_folds_and_two_phi(self, workdir, small_data):
+    @pytest.mark.usefixtures("few_candidates")
+    def test_cifar_has_two_phi_and_as_many_folds_as_are_asked_for(self, workdir, small_data):
         run.main(["--dataset", "cifar10", "--attack", "pgd", "--eps", "0.03", *TINY, "--out", "r",
-                  "--attack-steps", "2", "--seeds", "1", "--steps", "2"])  # fmt: skip
+                  "--attack-steps", "2", "--seeds", "1", "--steps", "2", "--episode-steps", "2",
+                  "--folds", "2"])  # fmt: skip
         summary, rows = read(workdir / "r")
         assert {row["fold"] for row in rows} == {"0", "1"}
         saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
@@ -119,11 +124,15 @@ class TestWhatARunLeaves:
         tried = [row["settings"] for row in summary["grid"]]
         assert tried == [{"p": p, "meta_lr": lr} for p in (5, 10) for lr in (1e-4, 1e-2)]
         assert [row["chosen"] for row in summary["grid"]].count(True) == 1
-        best = min(summary["grid"], key=lambda row: (row["collapsed"], row["attacked_loss"]))
+        assert [row["fold"] for row in summary["grid"]] == [0] * 4
+        best = min(summary["grid"], key=lambda row: (row["collapsed"], row["loss"]))
+        assert best["chosen"]
         saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
         phi = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]
         assert phi["settings"]["p"] == best["settings"]["p"]
-        assert f"chose {best['settings']}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        for settings in tried:  # each is meta-trained, then the best again, on all of its half
+            assert f"grid: {settings}, eps 0.1: 1/1" in printed
 
     def test_logistic_regression_on_mnist(self, workdir, small_data):
         run.main([*TINY, "--optimizee", "logistic", "--recipe", "robust", "--out", "r"])
@@ -132,6 +141,7 @@ class TestWhatARunLeaves:
         assert settings["odd"] and settings["theta_input"]
 
 
+@pytest.mark.usefixtures("few_candidates")
 class TestResumeAndLoad:
     arguments = [*TINY, "--episodes", "3", "--out", "r"]
 
@@ -236,6 +246,202 @@ class TestResumeAndLoad:
         assert environment["git_commit"] != "f" * 40
         assert [e["git_commit"] for e in environment["continued_in"]] == ["f" * 40]
 
+    def test_resumed_in_the_midst_of_random_lengths_and_a_curriculum(
+        self, workdir, small_data, monkeypatch
+    ):
+        """Also the nominal term, whose η has an Adam group of its own."""
+        arguments = [*self.arguments[:-2], "--attack", "pgd", "--attack-steps", "2", "--nominal",
+                     "--episode-steps", "2", "7", "--episodes", "6", "--seeds", "1"]  # fmt: skip
+        run.main([*arguments, "--out", "whole"])
+        step, calls = torch.optim.Adam.step, iter(range(1000))
+
+        def killed(self, *args):
+            if next(calls) == 9:
+                raise RuntimeError("killed")
+            return step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run.main([*arguments, "--out", "r"])
+        (checkpoint,) = (workdir / "r/parts").glob("*.pt")
+        kept = torch.load(checkpoint, weights_only=True)
+        assert 0 < kept["episodes"] < 6
+        run.main([*arguments, "--out", "r", "--resume"])
+        (a, rows_a), (b, rows_b) = read(workdir / "whole"), read(workdir / "r")
+        assert rows_a == rows_b and without_times(a) == without_times(b)
+        a, b = (torch.load(f"{out}/meta_optimizer.pt", weights_only=True)["phis"]
+                for out in ("whole", "r"))  # fmt: skip
+        for name, phi in a.items():
+            state, other = (of["linear"]["state_dict"] for of in (phi, b[name]))
+            assert all(torch.equal(value, other[key]) for key, value in state.items())
+        # the penalty of a run's config.json, like all of it, must be the same
+        with pytest.raises(InputError, match="run with penalty 0.0, not 0.5"):
+            run.main([*arguments, "--out", "r", "--resume", "--penalty", "0.5"])
+
+    def older(self, settings):
+        """Settings as a run of before left them, by what came later."""
+        later = ("nominal", "penalty", "record_every", "judge", "images", "curriculum",
+                 "episode_steps", "tasks")  # fmt: skip
+        return {**{k: v for k, v in settings.items() if k not in later}, "eps_warmup": 0.0}
+
+    plain = [*LOADING, "--episodes", "3", "--episode-steps", "4", "--unroll", "2",
+             "--curriculum", "0", "0"]  # fmt: skip
+
+    def test_a_config_of_before_may_be_continued(self, workdir, small_data):
+        run.main([*self.plain, "--out", "r"])
+        path = workdir / "r/config.json"
+        config = json.loads(path.read_text())
+        config["settings"] = self.older(config["settings"])
+        path.write_text(json.dumps(config))
+        before = (workdir / "r/metrics.csv").read_text()
+        run.main([*self.plain, "--out", "r", "--resume"])
+        assert (workdir / "r/metrics.csv").read_text() == before
+        for changed, words in (
+            (["--curriculum", "0", "1"], "curriculum .0.0, 0.0., not .0.0, 1.0."),
+            (["--episode-steps", "3"], r"episode-steps .4., not .3."),
+            (["--nominal"], "nominal False, not True"),
+            (["--judge", "validation"], "judge test, not validation"),
+            (["--record-every", "2"], "record-every 1, not 2"),
+            (["--images", "40"], "images None, not 40"),
+        ):
+            with pytest.raises(InputError, match=f"run with {words}"):
+                run.main([*self.plain, *changed, "--out", "r", "--resume"])
+        config["settings"]["eps_warmup"] = 0.5  # no setting of now does that
+        path.write_text(json.dumps(config))
+        with pytest.raises(InputError, match="run with eps-warmup 0.5, which there is no more"):
+            run.main([*self.plain, "--out", "r", "--resume"])
+
+    def test_a_phi_of_before_is_taken_and_its_control_is_meta_trained(self, workdir, small_data):
+        run.main([*self.plain, "--out", "a"])
+        saved = torch.load("a/meta_optimizer.pt", weights_only=True)
+        nominal = saved["phis"].pop("nominal-fold0-phi0-eps0.1")
+        saved["config"] = self.older(saved["config"])
+        for phi in saved["phis"].values():
+            for meta in phi.values():
+                del meta["settings"]["nominal"]
+        torch.save(saved, "old.pt")
+        run.main([*LOADING, "--out", "b", "--load", "old.pt"])
+        (_, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
+        assert rows_a == rows_b
+        assert b["meta_training"].keys() == {"nominal-fold0-phi0-eps0.1"}
+        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        assert (settings["curriculum"], settings["episode_steps"]) == ([0, 0], [4])
+        assert (settings["episodes"], settings["nominal"], settings["penalty"]) == (3, False, 0)
+        assert nominal["linear"]["settings"]["nominal"]
+
+    def test_phi_that_saw_what_judges_is_refused(self, workdir, small_data):
+        run.main([*self.arguments[:-1], "a"])
+        load = [*LOADING, "--load", "a/meta_optimizer.pt", "--out", "b"]
+        with pytest.raises(InputError, match="trained on what --judge validation judges by"):
+            run.main([*load, "--judge", "validation"])
+        assert not (workdir / "b").exists()
+        run.main([*self.arguments[:-1], "c", "--judge", "validation"])
+        load[load.index("--load") + 1] = "c/meta_optimizer.pt"
+        run.main(load)  # it saw a part of the half
+
+
+class TestGivenUp:
+    """A φ whose optimizees keep ending as a constant predictor."""
+
+    arguments = [*LOADING, "--episodes", "10", "--episode-steps", "2", "--unroll", "2",
+                 "--meta-seeds", "2", "--seeds", "1"]  # fmt: skip
+    name = "transfer-fold0-phi0-eps0.1"
+
+    @pytest.fixture
+    def collapsing(self, monkeypatch, few_candidates):
+        """That of the first meta-seed."""
+        learn, current = experiment.learn, []
+
+        def spied(task, images, kind, eps, fold, meta_seed, *rest):
+            current.append((kind, meta_seed))
+            return learn(task, images, kind, eps, fold, meta_seed, *rest)
+
+        def ended(problem, episode, loss):
+            return "collapsed" if current[-1] == ("transfer", 0) else "ok"
+
+        monkeypatch.setattr(experiment, "learn", spied)
+        monkeypatch.setattr("l2l_ref.meta_train.how_it_ended", ended)
+
+    def test_it_is_kept_and_named_and_the_run_goes_on(
+        self, workdir, small_data, collapsing, monkeypatch, capsys
+    ):
+        from matplotlib.axes import Axes
+
+        notes, text = [], Axes.text
+
+        def spy(self, x, y, words, **options):
+            notes.append(words)
+            return text(self, x, y, words, **options)
+
+        monkeypatch.setattr(Axes, "text", spy)
+        run.main([*self.arguments, "--out", "r"])
+        printed = capsys.readouterr().out
+        summary, rows = read(workdir / "r")
+        history = summary["meta_training"]
+        assert history[self.name]["ended"] == "collapsed"
+        assert history[self.name]["bad"] == {"collapsed": 5}
+        assert len(history[self.name]["loss"]) == 7  # two that do not count, and five
+        others = {name: h for name, h in history.items() if name != self.name}
+        assert len(others) == 5 and all(h["ended"] is None for h in others.values())
+        assert all(len(h["loss"]) == 10 for h in others.values())
+        # φ as it was when it was given up
+        saved = torch.load("r/meta_optimizer.pt", weights_only=True)["phis"][self.name]["linear"]
+        kept = torch.load(f"r/parts/{self.name}.pt", weights_only=True)
+        assert kept["episodes"] == 7 and kept["history"]["ended"] == "collapsed"
+        for key, value in saved["state_dict"].items():
+            assert torch.equal(value, kept["meta_optimizers"][f"linear.{key}"])
+        # its transfers are skipped, those of the other meta-seed are not
+        mine = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)"}
+        for row in summary["table"]:
+            assert row["skipped"] == (row["method"] in mine)
+            assert row["pgd_loss"]["mean"] > 0
+        skipped = [row for row in summary["runs"] if "skipped" in row]
+        assert {row["method"] for row in skipped} == mine and len(skipped) == 3
+        assert all(row["phi"] == 0 and row["skipped"] == "φ collapsed" for row in skipped)
+        assert {row["phi"] for row in rows if row["method"] in mine} == {"1"}
+        # and that is said
+        assert f"{self.name}: given up, as its optimizees end collapsed" in printed
+        lines = [line for line in printed.splitlines() if "1/2 skipped" in line]
+        assert {line.split("|")[2].strip() for line in lines} == mine
+        (note,) = notes
+        for method in mine:
+            assert f"{method}: 1/2 skipped" in note
+        # resumed, it is as it was
+        before = (workdir / "r/metrics.csv").read_text()
+        run.main([*self.arguments, "--out", "r", "--resume"])
+        again, _ = read(workdir / "r")
+        assert (workdir / "r/metrics.csv").read_text() == before
+        assert without_times(again) == without_times(summary)
+
+
+@pytest.mark.usefixtures("few_candidates")
+@pytest.mark.parametrize("more", [[], ["--grid", "p=5,10"], ["--images", "64"]])
+def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
+    workdir, small_data, small_digits, monkeypatch, more
+):
+    images, original = [], data.ImageSet.batch
+
+    def spy(self, index, *args):
+        x, y = original(self, index, *args)
+        images.append((x * 255).round().to(torch.uint8))
+        return x, y
+
+    monkeypatch.setattr(data.ImageSet, "batch", spy)
+    run.main([*TINY, "--seeds", "1", "--judge", "validation", *more, "--out", "r"])
+
+    def pictures(of):
+        return {row.numpy().tobytes() for row in of}
+
+    seen = pictures(torch.cat(images))
+    meta, transfer = data.halves(len(small_digits.train), 0)
+    test = pictures(small_digits.test.images)
+    assert not seen & test and not seen & pictures(small_digits.train.images[transfer])
+    assert seen <= pictures(small_digits.train.images[meta])
+    assert len(seen) > 100
+    summary, _ = read(workdir / "r")
+    assert all("pgd_accuracy" in row for row in summary["table"])
+
 
 @pytest.mark.parametrize(
     "arguments, words",
@@ -276,7 +482,23 @@ class TestResumeAndLoad:
         (["--grid", "p=a"], "'a' is not a number"),
         (["--grid", "p=0,5"], "--p is 0.0"),
         (["--grid", "p=1", "p=2"], "given once"),
-        (["--grid", "p=1", "--load", "x.pt"], "leave out --episodes, --grid, --unroll"),
+        (
+            ["--grid", "p=1", "--load", "x.pt"],
+            "leave out --episode-steps, --episodes, --grid, --unroll",
+        ),
+        (["--penalty", "-1"], "--penalty is -1.0: it must be at least 0"),
+        (["--penalty", "inf"], "--penalty is inf"),
+        (["--curriculum", "0.6", "0.5"], r"--curriculum is .0.6, 0.5.: .*the smaller first"),
+        (["--curriculum", "0", "1.1"], r"--curriculum is .0.0, 1.1."),
+        (["--curriculum", "0.5"], "--curriculum: expected 2 arguments"),
+        (["--episode-steps", "9", "8"], r"--episode-steps is .9, 8.: .*smallest and largest"),
+        (["--episode-steps", "0"], r"--episode-steps is .0."),
+        (["--episode-steps", "1", "2", "3"], r"--episode-steps is .1, 2, 3."),
+        (["--record-every", "0"], "--record-every is 0: it must be at least 1"),
+        (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
+        (["--images", "501"], "--images is 501 but there are 500: choose fewer"),
+        (["--judge", "me"], "invalid choice: 'me'"),
+        (["--eps-warmup", "0.5"], "unrecognized arguments: --eps-warmup"),
         (["--device", "tpu9"], "--device tpu9 is not available"),
         (["--backend", "gpu"], "invalid choice: 'gpu'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -334,7 +556,9 @@ class TestConfig:
         c = cli.parse([])
         assert (c.dataset, c.attack, c.eps, c.recipe) == ("mnist", "fgsm", (0.1,), "paper")
         assert (c.steps, c.batch_size, c.alpha, c.read_alpha, c.p) == (100, 128, 0.5, 0.5, 10)
-        assert c.meta_lr == 1e-3 and c.episodes * math.ceil(c.steps / c.unroll) >= 300
+        assert c.meta_lr == 1e-3 and c.episode_steps == (100,) and not c.nominal
+        assert c.episodes * math.ceil(c.episode_steps[0] / c.unroll) >= 300
+        assert (c.curriculum, c.penalty, c.judge, c.images) == ((1 / 3, 2 / 3), 0, "test", None)
 
     def test_the_attack_chooses_alpha(self):
         assert cli.parse(["--attack", "pgd"]).alpha == 0
@@ -344,10 +568,33 @@ class TestConfig:
     def test_robust_reads_clean_and_is_judged_under_attack(self):
         c = cli.parse(["--recipe", "robust"])
         assert (c.read_alpha, c.alpha, c.odd, c.theta_input) == (1, 0, True, True)
+        assert c.nominal and (c.curriculum, c.episode_steps, c.penalty) == ((0, 0), (100, 400), 0)
+        assert not cli.parse(["--recipe", "robust", "--no-nominal"]).nominal
+        assert cli.parse(["--nominal"]).nominal
+
+    def test_penalty_is_robust_but_for_what_it_reads(self):
+        robust, penalty = (cli.parse(["--recipe", name]) for name in ("robust", "penalty"))
+        assert penalty.penalty == 1 and replace(penalty, recipe="robust", penalty=0.0) == robust
+        assert cli.parse(["--penalty", "0.5"]).penalty == 0.5
 
     def test_cifar_defaults(self):
         c = cli.parse(["--dataset", "cifar10"])
-        assert (c.steps, c.folds, c.optimizee) == (1000, 2, "convnet")
+        assert (c.steps, c.folds, c.optimizee) == (1000, 1, "convnet")
+        assert (c.episode_steps, c.record_every) == ((100,), 10)
+        for recipe, lengths in (("robust", (100, 700)), ("penalty", (60, 300))):
+            c = cli.parse(["--dataset", "cifar10", "--recipe", recipe])
+            assert (c.episode_steps, c.episodes) == (lengths, 30)
+
+    def test_quadratics_have_neither_curriculum_nor_penalty(self):
+        for recipe in RECIPES:
+            c = cli.parse(["--dataset", "quadratic", "--recipe", recipe])
+            assert (c.curriculum, c.penalty, c.nominal, c.alpha) == ((0, 0), 0, False, 1)
+            assert (c.episode_steps, c.episodes, c.meta_lr) == ((100,), 100, 1e-2)
+
+    def test_a_curve_has_about_a_hundred_points(self):
+        every = {steps: cli.parse(["--steps", steps]).record_every for steps in ("4", "100", "101")}
+        assert every == {"4": 1, "100": 1, "101": 2}
+        assert cli.parse(["--steps", "100", "--record-every", "7"]).record_every == 7
 
     def test_what_is_given_beats_quick(self):
         assert cli.parse(["--quick", "--seeds", "7"]).seeds == 7
@@ -363,7 +610,8 @@ class TestSummary:
         return experiment.Results(
             [
                 {"eps": 0.1, "method": "m", "fold": 0, "phi": 0, "seed": i, "steps": [0, 1],
-                 "clean": [1.0, 1.0], "attacked": [2.0, loss], "ms_per_step": 1.0, "end": end}
+                 "clean": [1.0, 1.0], "attacked": [2.0, loss], "clean_loss": 1.0,
+                 "attacked_loss": loss, "ms_per_step": 1.0, "end": end}
                 for i, (loss, end) in enumerate(zip(losses, ends, strict=True))
             ],
             {}, [], {},
@@ -372,6 +620,7 @@ class TestSummary:
     def test_mean_and_sample_deviation_by_hand(self):
         (row,) = report.summarise(self.runs(1.0, 2.0, 6.0))
         assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
+        assert row["skipped"] == row["collapsed"] == row["diverged"] == 0
         assert row["runs"] == 3
 
     def test_collapsed_and_diverged_runs_are_counted_and_named(self):

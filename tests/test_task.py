@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from l2l_ref import cli, experiment, tuning
-from l2l_ref.task import Parts, Reporter, folds, learn, prepare, stream, warmup
+from l2l_ref.errors import InputError
+from l2l_ref.meta_train import History
+from l2l_ref.task import NOMINAL, folds, learn, new_phi, prepare, stream
 from l2l_ref.transfer import Method, train
 from l2l_ref.tuning import sgd
 
-QUIET = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
-QUICK = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32"]
+QUICK = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32",
+         "--episode-steps", "4"]  # fmt: skip
 
 
 @pytest.fixture
@@ -67,27 +69,44 @@ def test_methods_of_a_seed_share_theta0_and_batches(task, monkeypatch):
 
 
 def test_curves_are_those_of_the_paper():
-    """Label: which φ, α of the gradients it reads, and the half it trains on."""
+    """Label: which φ, α and λ of the loss whose gradients it reads, and the half it trains on."""
 
     def curves(*arguments):
         c = cli.parse([*arguments])
-        phis = {kind: kind for kind in experiment.kinds_of_phi(c)}
-        return {
-            m.label: (m.optimizer.args[0], m.alpha, m.half) for m in experiment.phi_methods(c, phis)
-        }
+        found = {}
+        for kind in experiment.kinds_of_phi(c):
+            for m in experiment.phi_methods(c, kind, 0.2, kind):
+                assert m.label not in found and not m.cosine and m.l1 == 0
+                found[m.label] = m.optimizer, m.alpha, m.penalty, m.half
+        return found
 
     assert curves("--attack", "fgsm", "--transfer-alpha", "0.4") == {
-        "L2L": ("transfer", 0.5, "meta"),
-        "L2L-Transfer (clean)": ("transfer", 1.0, "transfer"),
-        "L2L-Transfer (mixed)": ("transfer", 0.4, "transfer"),
-        "Transfer-NOT": ("not", 0.0, "transfer"),
-        "Transfer-NOT (clean)": ("not", 1.0, "transfer"),
+        "L2L": ("transfer", 0.5, 0.0, "meta"),
+        "L2L-Transfer (clean)": ("transfer", 1.0, 0.0, "transfer"),
+        "L2L-Transfer (mixed)": ("transfer", 0.4, 0.0, "transfer"),
+        "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
+        "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
+        "Nominal alone": ("nominal", 0.5, 0.0, "transfer"),
     }
-    assert curves("--attack", "pgd")["L2L"] == ("transfer", 0.0, "meta")
-    assert curves("--recipe", "robust")["L2L"] == ("transfer", 1.0, "meta")
+    assert curves("--attack", "pgd")["L2L"] == ("transfer", 0.0, 0.0, "meta")
+    assert curves("--recipe", "robust")["L2L"] == ("transfer", 1.0, 0.0, "meta")
     assert curves("--attack", "none") == {
-        "L2L": ("transfer", 1.0, "meta"),
-        "L2L-Transfer": ("transfer", 1.0, "transfer"),
+        "L2L": ("transfer", 1.0, 0.0, "meta"),
+        "L2L-Transfer": ("transfer", 1.0, 0.0, "transfer"),
+        "Nominal alone": ("nominal", 1.0, 0.0, "transfer"),
+    }
+    # the penalty is in units of ε, and Transfer-NOT, which knows of no attack, has none
+    assert curves("--recipe", "penalty", "--penalty", "1.5", "--transfer-alpha", "0.4") == {
+        "L2L": ("transfer", 1.0, pytest.approx(0.3), "meta"),
+        "L2L-Transfer (clean)": ("transfer", 1.0, pytest.approx(0.3), "transfer"),
+        "L2L-Transfer (mixed)": ("transfer", 0.4, pytest.approx(0.3), "transfer"),
+        "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
+        "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
+        "Nominal alone": ("nominal", 1.0, pytest.approx(0.3), "transfer"),
+    }
+    assert curves("--dataset", "quadratic") == {
+        "L2L-Transfer": ("transfer", 1.0, 0.0, "transfer"),
+        "Nominal alone": ("nominal", 1.0, 0.0, "transfer"),
     }
 
 
@@ -137,38 +156,8 @@ def test_tuning_never_sees_transfer_half_or_test_set(task, monkeypatch):
         return original(self, index, *args)
 
     monkeypatch.setattr(type(fold.meta), "batch", spy)
-    tuning.validate(task, Method("a", partial(sgd, 0.1)), fold, 0.1)
+    tuning.validate(task, Method("a", partial(sgd, 0.1)), fold, 0.1, 0)
     assert seen and seen <= allowed
-
-
-def test_baselines_are_the_best_of_their_grid(task, tmp_path, monkeypatch):
-    (fold,) = folds(task.config, task.images)
-    scores = {}
-
-    def validate(task, method, fold, eps):
-        key = method.optimizer.args[0], method.l1, method.alpha
-        scores[key] = (
-            key[0] == 0.01,
-            -key[0] - 2 * key[1],
-        )  # 0.01 collapses; else larger is better
-        return scores[key]
-
-    monkeypatch.setattr(tuning, "validate", validate)
-    task = prepare(cli.parse([*QUICK[1:], "--quick"]))
-    methods, chosen = tuning.baselines(task, fold, 0.1, Parts(tmp_path), QUIET)
-    assert chosen == {
-        "Adam": "lr 0.001",  # of 1e-4, 1e-3, 1e-2 (every other one in the miniature)
-        "SGD": "lr 1",
-        "Adam (attacked)": "lr 0.001",
-        "Adam + L1": "lr 0.003, L1 0.003",
-    }
-    labels = {method.label for method in methods}
-    assert labels == {"Adam", "SGD", "Adam (attacked)", "Adam + L1", "Adam, lr 0.001"}
-
-
-def test_warmup_grows_to_one():
-    assert [warmup(n, 4.0) for n in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmup(0, 0.0) == 1.0
 
 
 def test_transfer_not_meets_no_attack(task, monkeypatch):
@@ -180,15 +169,110 @@ def test_transfer_not_meets_no_attack(task, monkeypatch):
     assert not all(map(torch.equal, phis[0].parameters(), attacked.parameters()))
 
 
-def test_parts_are_computed_once_and_survive(tmp_path):
-    parts, calls = Parts(tmp_path / "parts"), []
+def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(task):
+    (fold,) = folds(task.config, task.images)
+    phi, _ = learn(task, fold.meta, NOMINAL, 0.1, 0, 0, lambda *a: None)
+    fresh = new_phi(task, NOMINAL, 0, 0)
+    meta, start = phi["linear"], fresh["linear"]
+    assert (meta.hidden_size, meta.num_layers) == (1, 1) and meta.nominal
+    assert all(map(torch.equal, meta.weights(), start.weights()))
+    assert not meta.head.weight.any() and not meta.head.bias.any()
+    assert meta.log_eta != start.log_eta and meta.log_eta.requires_grad
+    # what a run's own φ has does not reach it, nor does its seed
+    robust = prepare(cli.parse([*QUICK, "--recipe", "robust"]))
+    assert new_phi(robust, NOMINAL, 0, 0)["linear"].settings == meta.settings
+    other = new_phi(task, "transfer", 0, 0)["linear"]
+    assert not other.nominal and other.hidden_size == 20
+    assert new_phi(robust, "transfer", 0, 0)["linear"].nominal
 
-    def compute():
-        calls.append(1)
-        return {"loss": [1.5, float("nan")]}
 
-    first, second = parts.get("a", compute), parts.get("a", compute)
-    assert calls == [1] and first["loss"][0] == second["loss"][0] == 1.5
-    (tmp_path / "parts" / "a.json").write_text("{")
-    with pytest.raises(ValueError, match="a.json is broken"):
-        parts.get("a", compute)
+def drawn(task, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
+    """What `learn` hands to `meta_train`: the settings, and each episode that it draws."""
+    (fold,) = folds(task.config, task.images)
+    seen = []
+
+    def spy(problem, phi, settings, draw, **options):
+        seen.append((settings, [draw(number) for number in range(settings.episodes)]))
+        return History()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l2l_ref.task.meta_train", spy)
+        learn(task, fold.meta, kind, eps, 0, meta_seed, lambda *a: None)
+    return seen[0]
+
+
+def test_the_curriculum_scales_eps_and_strength(small_data, monkeypatch):
+    arguments = [*QUICK, "--attack", "pgd", "--episodes", "9"]
+    settings, episodes = drawn(prepare(cli.parse(arguments)), monkeypatch)
+    assert settings.curriculum == (1 / 3, 2 / 3)
+    expected = [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [episode.strength for episode in episodes] == expected
+    radii = [episode.attack.keywords["eps"] for episode in episodes]
+    assert radii == pytest.approx([0.3 * strength for strength in expected])
+    whole = prepare(cli.parse([*arguments, "--curriculum", "0", "0"]))
+    _, episodes = drawn(whole, monkeypatch)
+    assert {(e.strength, e.attack.keywords["eps"]) for e in episodes} == {(1.0, 0.3)}
+
+
+def test_settings_of_each_kind(small_data, monkeypatch):
+    """α that φ reads and is judged by, λ; those of Transfer-NOT are clean."""
+
+    def losses(kind, *arguments):
+        settings, _ = drawn(prepare(cli.parse([*QUICK, *arguments])), monkeypatch, kind)
+        return settings.read_alpha, settings.alpha, settings.penalty
+
+    assert losses("transfer") == losses("nominal") == (0.5, 0.5, 0.0)
+    assert losses("transfer", "--recipe", "robust") == (1.0, 0.0, 0.0)
+    penalised = 1.0, 0.0, pytest.approx(2 * 0.3)
+    assert losses("transfer", "--recipe", "penalty", "--penalty", "2") == penalised
+    assert losses("nominal", "--recipe", "penalty", "--penalty", "2") == penalised
+    for recipe in ("paper", "robust", "penalty"):
+        assert losses("not", "--recipe", recipe) == (1.0, 1.0, 0.0)
+
+
+def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, monkeypatch):
+    def lengths(*arguments, meta_seed=0, kind="transfer"):
+        task = prepare(cli.parse([*QUICK, *arguments]))
+        settings, episodes = drawn(task, monkeypatch, kind, meta_seed=meta_seed)
+        found = [episode.steps for episode in episodes]
+        assert settings.steps >= max(found)
+        return found
+
+    many = lengths("--episodes", "60", "--episode-steps", "3", "7")
+    assert set(many) == {3, 4, 5, 6, 7}  # both bounds too
+    assert lengths("--episodes", "20", "--episode-steps", "3", "7") == many[:20]
+    assert lengths("--episodes", "60", "--episode-steps", "3", "7", kind="not") == many
+    assert lengths("--episodes", "60", "--episode-steps", "3", "7", meta_seed=1) != many
+    assert lengths("--episodes", "60", "--episode-steps", "3", "7", "--seed", "1") != many
+    assert set(lengths("--episodes", "5", "--episode-steps", "6")) == {6}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, number):
+    arguments = [*QUICK, "--folds", "2"]
+    plain = prepare(cli.parse(arguments))
+    plain = folds(plain.config, plain.images)[number]
+    task = prepare(cli.parse([*arguments, "--judge", "validation"]))
+    fold = folds(task.config, task.images)[number]
+    assert pictures(fold.meta) == pictures(fold.transfer) == pictures(plain.fit)
+    assert pictures(fold.fit) == pictures(plain.fit)
+    assert pictures(fold.test) == pictures(fold.validation) == pictures(plain.validation)
+    assert not pictures(fold.test) & pictures(fold.transfer)
+
+
+def test_images_bounds_what_optimizees_train_on(small_data):
+    plain = prepare(cli.parse(QUICK))
+    (whole,) = folds(plain.config, plain.images)
+    task = prepare(cli.parse([*QUICK, "--images", "40"]))
+    (fold,) = folds(task.config, task.images)
+    for name in ("fit", "transfer"):
+        few, all_of_it = getattr(fold, name), getattr(whole, name)
+        assert len(few) == 40 and torch.equal(few.images, all_of_it.images[:40])
+        assert torch.equal(few.labels, all_of_it.labels[:40])
+    for name in ("meta", "validation", "test"):  # what meta-trains and what judges stay whole
+        assert torch.equal(getattr(fold, name).images, getattr(whole, name).images)
+    task = prepare(cli.parse([*QUICK, "--images", "501"]))
+    with pytest.raises(InputError, match="--images is 501 but there are 500"):
+        folds(task.config, task.images)
+    with pytest.raises(InputError, match="--images is 31: it must be at least --batch-size, 32"):
+        cli.parse([*QUICK, "--images", "31"])

@@ -62,6 +62,29 @@ def test_attacked_and_mixed_batches():
         close(curve.clean, by_hand(0.01, (1.0, 3.0, 2.0), alpha=alpha, shift=0.5))
 
 
+def test_a_cosine_takes_the_rate_to_zero():
+    model, curve, _ = run(Method("", partial(sgd, 0.01), cosine=True))
+    w, trace = 2.0, [2.0]
+    for x, factor in zip((1.0, 3.0, 2.0), (1.0, 0.75, 0.25), strict=True):  # cos 0°, 60°, 120°
+        w -= 0.01 * factor * 2 * w * x**2
+        trace.append(w)
+    close(curve.clean, trace)
+    assert not math.isclose(trace[-1], by_hand(0.01, (1.0, 3.0, 2.0))[-1], rel_tol=0.01)
+
+
+def test_a_rate_in_a_tensor_changes_in_place():
+    rate = torch.tensor(0.01)
+    held = []
+
+    def optimizer(model):
+        held.append(torch.optim.SGD(model.parameters(), lr=rate))
+        return held[0]
+
+    run(Method("", optimizer, cosine=True))
+    assert held[0].param_groups[0]["lr"] is rate
+    close(rate.item(), 0.01 * 0.25)  # of the last of three updates
+
+
 def test_l1_pulls_to_zero():
     _, curve, _ = run(Method("", partial(sgd, 0.01), l1=0.7))
     close(curve.clean, by_hand(0.01, (1.0, 3.0, 2.0), l1=0.7))

@@ -1,0 +1,268 @@
+"""A run as a graph of pieces: order, needs, nothing twice, whatever the number of processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from l2l_ref import pieces
+from l2l_ref.errors import InputError
+from l2l_ref.pieces import Clock, Parts, Piece, Ranks, compute_all, duration
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Graph:
+    """Pieces from {name: (cost, needs)}; notes which were computed, in order."""
+
+    def __init__(self, pieces: dict[str, tuple[float, str]], seconds: float = 0.0):
+        self.done, self.seconds = [], seconds
+        self.pieces = [
+            Piece(name, lambda parts, name=name: self.compute(name, parts), "", cost, tuple(needs))
+            for name, (cost, needs) in pieces.items()
+        ]
+        self.needs = {piece.name: piece.needs for piece in self.pieces}
+
+    def compute(self, name, parts):
+        assert all(parts[need] == f"result of {need}" for need in self.needs[name])
+        self.done.append(name)
+        time.sleep(self.seconds)
+        return f"result of {name}"
+
+
+def alone(graph, parts, say=lambda line: None):
+    compute_all(graph.pieces, parts, Ranks(), say)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return Parts(tmp_path / "parts")
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class TestParts:
+    def test_a_result_is_a_file_that_any_process_reads(self, parts):
+        assert "a" not in parts and list(parts) == [] and len(parts) == 0
+        with pytest.raises(KeyError):
+            parts["a"]
+        parts.keep("a", {"loss": [1.5, float("inf")], "end": None})
+        other = Parts(parts.folder)
+        assert "a" in other and other["a"] == {"loss": [1.5, float("inf")], "end": None}
+        assert list(other) == ["a"] and other.get("b", 3) == 3
+        assert [path.name for path in parts.folder.iterdir()] == ["a.json"]  # no partial file stays
+
+    def test_a_broken_file_is_named(self, parts):
+        parts.keep("a", 1)
+        parts.path("a").write_text("{")
+        with pytest.raises(InputError, match=r"a\.json is broken: delete it"):
+            parts["a"]
+
+    @pytest.mark.parametrize("name", ["λ/ε 1", "lr 0.001, L1 0", "a.b", "100%", "%2F"])
+    def test_every_name_is_one_file_and_comes_back(self, parts, name):
+        parts.keep(name, 7)
+        assert parts[name] == 7 and list(parts) == [name] and dict(parts) == {name: 7}
+
+
+class TestAlone:
+    def test_the_longest_that_is_ready_comes_first(self, parts):
+        graph = Graph({"a": (1, ""), "b": (5, "a"), "c": (3, ""), "d": (9, "c"), "e": (2, "bd")})
+        alone(graph, parts)
+        # c before a, being longer; that makes d ready, longest of all; b waits for a; e for both
+        assert graph.done == ["c", "d", "a", "b", "e"]
+        assert {name: parts[name] for name in "abcde"} == {n: f"result of {n}" for n in "abcde"}
+
+    def test_among_equals_the_order_is_kept(self, parts):
+        graph = Graph({name: (1, "") for name in "jacket"})
+        alone(graph, parts)
+        assert "".join(graph.done) == "jacket"
+
+    def test_resumed_repeats_none(self, parts):
+        names = {"a": (1, ""), "b": (2, "a"), "c": (3, "b")}
+        graph = Graph(names)
+        original, graph.compute = graph.compute, None
+
+        def killed_at_c(name, parts):
+            if name == "c":
+                raise KeyboardInterrupt
+            return original(name, parts)
+
+        graph.compute = killed_at_c
+        with pytest.raises(KeyboardInterrupt):
+            alone(graph, parts)
+        assert graph.done == ["a", "b"] and "c" not in parts
+        again = Graph(names)
+        alone(again, parts)
+        assert again.done == ["c"]
+        alone(again, parts)
+        assert again.done == ["c"]
+
+    def test_it_says_how_much_is_left(self, parts):
+        said = []
+        alone(Graph({str(i): (100 - i, "") for i in range(100)}), parts, said.append)
+        assert 15 <= len(said) <= 20  # not more often than every twentieth
+        shares = [int(line.split("%")[0]) for line in said]
+        assert shares == sorted(set(shares)) and shares[-1] < 100
+        assert all(line.endswith("% of the run, 0 s left") for line in said)
+        quiet = []
+        alone(Graph({"only": (1, "")}), Parts(parts.folder / "other"), quiet.append)
+        assert quiet == []
+
+
+class Shared(Ranks):
+    """A process among several; the store of all is a dict."""
+
+    def __init__(self, rank, world, claims):
+        self.rank, self.world, self.store = rank, world, self
+        self.claims, self.lock = claims, claims.setdefault("lock", threading.Lock())
+
+    def add(self, key, value):
+        with self.lock:
+            self.claims[key] = self.claims.get(key, 0) + value
+            return self.claims[key]
+
+
+def together(graph, parts, world):
+    """`compute_all` in as many threads; returns the ranks in the order in which they ended."""
+    claims, ended, errors = {}, [], []
+
+    def work(rank):
+        try:
+            compute_all(graph.pieces, parts, Shared(rank, world, claims), lambda line: None)
+            ended.append((rank, {name for name in graph.needs if name in parts}))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors, errors
+    assert not any(thread.is_alive() for thread in threads), "a process waits for ever"
+    return dict(ended)
+
+
+class TestTogether:
+    @pytest.fixture(autouse=True)
+    def often(self, monkeypatch):
+        monkeypatch.setattr(pieces, "POLL", 1e-3)
+
+    @pytest.mark.parametrize("world", [2, 3, 5])
+    def test_nothing_twice_nothing_before_what_it_needs(self, parts, world):
+        # `compute` asserts that what a piece needs is there
+        names = {str(i): (i % 7, [str(i // 2)] * (i > 1)) for i in range(1, 40)}
+        graph = Graph(names, seconds=0.002)
+        there = together(graph, parts, world)
+        assert sorted(graph.done) == sorted(names)
+        assert there[0] == names.keys()  # rank 0 goes on to report, so it waits for all
+
+    def test_they_share_the_work(self, parts):
+        graph, by = Graph({str(i): (1, "") for i in range(12)}, seconds=0.01), set()
+        original = graph.compute
+        graph.compute = lambda *a: (by.add(threading.get_ident()), original(*a))[1]
+        together(graph, parts, 3)
+        assert len(by) == 3
+
+    def test_another_goes_on_while_the_longest_runs(self, parts):
+        graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
+        original, free = graph.compute, threading.Event()
+
+        def compute(name, parts):
+            if name == "long":
+                assert free.wait(10)
+            result = original(name, parts)
+            if name == "b":
+                free.set()
+            return result
+
+        graph.compute = compute
+        together(graph, parts, 2)
+        assert graph.done == ["a", "b", "long", "end"]
+
+
+class TestClock:
+    a, b, c = Piece("a", None, "a", 4.0), Piece("b", None, "b", 10.0), Piece("c", None, "c", 6.0)
+
+    def test_left_by_hand(self):
+        clock = Clock([self.a, self.b, self.c], world=1)
+        clock.count(self.a, 2.0)  # 0.5 s a unit
+        clock.count(self.b, 1.0)  # 0.1 s a unit
+        assert clock.left([self.a]) == pytest.approx(2.0)
+        assert clock.left([self.a, self.b, self.b]) == pytest.approx(4.0)
+        # c has not been met: as fast as both together, 3 s for 14
+        assert clock.left([self.c]) == pytest.approx(6 * 3 / 14)
+        clock.count(self.a, 4.0)  # now 6 s for 8
+        assert clock.left([self.a, self.b]) == pytest.approx(3.0 + 1.0)
+
+    def test_processes_share_what_is_left(self):
+        clock = Clock([self.a], world=4)
+        clock.count(self.a, 2.0)
+        assert clock.left([self.a, self.a]) == pytest.approx(1.0)
+
+    def test_tells_every_twentieth(self):
+        said, clock = [], Clock([Piece(str(i), None, "", 1.0) for i in range(100)], world=1)
+        clock.count(self.a, 40.0)
+        for pending in (99, 96, 94, 91, 88, 50, 1, 0):
+            clock.tell([Piece("", None, "", 1.0)] * pending, said.append)
+        assert said == ["6% of the run, 16 min left", "12% of the run, 15 min left",
+                        "50% of the run, 8 min left", "99% of the run, 10 s left"]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "seconds, text",
+        [(0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (3569, "59 min"), (3590, "1 h 00 min"),
+         (7500, "2 h 05 min"), (90000, "25 h 00 min")],
+    )  # fmt: skip
+    def test_durations(self, seconds, text):
+        assert duration(seconds) == text
+
+
+class TestTorchrun:
+    """Real processes."""
+
+    tiny = ["--dataset", "quadratic", "--quick", "--steps", "4", "--unroll", "2", "--episodes", "2",
+            "--episode-steps", "2", "5", "--seeds", "1", "--nominal"]  # fmt: skip
+
+    def call(self, *arguments, cwd, processes=None):
+        command = [sys.executable]
+        if processes:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                        str(processes)]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run([*command, str(ROOT / "run.py"), *arguments], cwd=cwd, timeout=120,
+                              capture_output=True, text=True, env=environment)  # fmt: skip
+
+    def test_two_processes_give_the_bits_of_one(self, tmp_path):
+        alone = self.call(*self.tiny, "--out", "one", cwd=tmp_path)
+        both = self.call(*self.tiny, "--out", "two", cwd=tmp_path, processes=2)
+        assert alone.returncode == both.returncode == 0, both.stderr
+        one, two = tmp_path / "one", tmp_path / "two"
+        text = (two / "metrics.csv").read_text()
+        assert text == (one / "metrics.csv").read_text()
+        methods = {row["method"] for row in csv.DictReader(text.splitlines())}
+        assert methods == {"L2L-Transfer", "Nominal alone", "SGD", "Adam", "Adam, lr 0.001"}
+        assert {p.name for p in (one / "parts").iterdir()} == {
+            p.name for p in (two / "parts").iterdir()
+        }
+        a, b = (json.loads((out / "summary.json").read_text()) for out in (one, two))
+        assert a["meta_training"] == b["meta_training"] and a["tuned"] == b["tuned"]
+        # what rank 0 says, it says once
+        assert both.stdout.count("results in two") == 1
+        assert both.stdout.count("| Nominal alone") == 1
+
+    def test_a_mistake_is_one_sentence_and_an_end(self, tmp_path):
+        done = self.call("--eps", "2", cwd=tmp_path, processes=2)
+        assert done.returncode != 0 and done.stdout == ""
+        sentence = "run.py: --eps is 2.0: it must be between 0 and 1"
+        assert done.stderr.count("run.py: --") == done.stderr.count(sentence) == 1
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,223 @@
+"""What a report says of runs: means by φ, paired differences, and the φ that were given up."""
+
+import json
+import math
+
+import pytest
+
+from l2l_ref import cli, report
+from l2l_ref.experiment import Results
+from l2l_ref.figure import draw_curves
+from l2l_ref.task import prepare
+
+
+def run(method, phi=None, seed=0, fold=0, eps=0.1, loss=1.0, end="ok", **more):
+    return {"eps": eps, "method": method, "fold": fold, "phi": phi, "seed": seed, "steps": [0, 1],
+            "clean": [1.0, 1.0], "attacked": [2.0, loss], "clean_loss": 1.0, "attacked_loss": loss,
+            "ms_per_step": 1.0, "end": end, **more}  # fmt: skip
+
+
+def skipped(method, phi=0, seed=0, fold=0, eps=0.1):
+    key = {"eps": eps, "method": method, "fold": fold, "phi": phi, "seed": seed}
+    return {**key, "skipped": "φ collapsed"}
+
+
+def results(*runs) -> Results:
+    return Results(list(runs), {}, [], {})
+
+
+class TestStudent:
+    def test_quantiles_of_the_tables(self):
+        """Three digits, as printed in any table of the t distribution."""
+        known = {1: 12.706, 2: 4.303, 5: 2.571, 10: 2.228, 11: 2.201, 14: 2.145, 20: 2.086,
+                 30: 2.042, 60: 2.000, 120: 1.980}  # fmt: skip
+        assert {n: round(report.student(n), 3) for n in known} == known
+        assert report.student(10**9) == pytest.approx(1.959964, abs=1e-6)
+
+    def test_against_scipy(self):
+        t = pytest.importorskip("scipy.stats").t
+        for freedom in range(1, 200):
+            assert report.student(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=6e-4)
+
+
+class TestInterval:
+    def test_by_hand(self):
+        # mean 3, deviation √7, t of two degrees of freedom 4.303
+        expected = {"mean": 3.0, "half_width": pytest.approx(4.303 * math.sqrt(7 / 3))}
+        assert report.interval([1.0, 2.0, 6.0]) == expected
+
+    def test_one_value_has_none(self):
+        assert report.interval([1.5]) == {"mean": 1.5, "half_width": None}
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_has_none(self, value):
+        for values in ([value], [1.0, value], [value, -value, 2.0]):
+            assert report.interval(values) == {"mean": None, "half_width": None}
+
+    def test_against_scipy(self):
+        stats = pytest.importorskip("scipy.stats")
+        ours, theirs = [2.0, 3.5, 2.5, 4.0], [1.0, 3.0, 2.75, 2.0]
+        expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+        found = report.interval([a - b for a, b in zip(ours, theirs, strict=True)])
+        half = found["half_width"]
+        assert found["mean"] - half == pytest.approx(expected.low, abs=1e-3)
+        assert found["mean"] + half == pytest.approx(expected.high, abs=1e-3)
+
+
+class TestDifferences:
+    def by_pair(self, *runs):
+        rows = report.differences(results(*runs))
+        pairs = [(row["eps"], row["method"], row["less"]) for row in rows]
+        assert len(set(pairs)) == len(pairs)
+        return dict(zip(pairs, rows, strict=True))
+
+    def test_pairs_by_seed_after_the_mean_over_phi(self):
+        found = self.by_pair(
+            # seed 0: mean 2 over φ, less 1.5; seed 1: 5 less 2; the seeds in another order
+            run("φ", phi=0, seed=0, loss=1.0), run("φ", phi=1, seed=0, loss=3.0),
+            run("φ", phi=0, seed=1, loss=4.0), run("φ", phi=1, seed=1, loss=6.0),
+            run("Adam", seed=1, loss=2.0), run("Adam", seed=0, loss=1.5),
+        )  # fmt: skip
+        assert found.keys() == {(0.1, "φ", "Adam")}  # a baseline less a φ says no more
+        # differences 0.5 and 3: mean 1.75, deviation 2.5/√2, t of one degree of freedom
+        half = 12.706 * 2.5 / 2
+        expected = {"mean": 1.75, "half_width": pytest.approx(half)}
+        assert found[0.1, "φ", "Adam"]["attacked_loss"] == expected
+
+    def test_folds_are_pairs_of_their_own_and_eps_never_mix(self):
+        found = self.by_pair(
+            run("φ", phi=0, fold=0, loss=1.0), run("φ", phi=0, fold=1, loss=5.0),
+            run("Adam", fold=0, loss=2.0), run("Adam", fold=1, loss=2.0),
+            run("φ", phi=0, eps=0.2, loss=9.0), run("SGD", eps=0.2, loss=3.0),
+        )  # fmt: skip
+        assert found.keys() == {(0.1, "φ", "Adam"), (0.2, "φ", "SGD")}
+        half = pytest.approx(12.706 * 4 / 2)  # of -1 and 3, whose deviation is 4/√2
+        assert found[0.1, "φ", "Adam"]["attacked_loss"] == {"mean": 1.0, "half_width": half}
+        only = {"mean": 6.0, "half_width": None}
+        assert found[0.2, "φ", "SGD"]["attacked_loss"] == only
+
+    def test_methods_of_phi_are_compared_both_ways(self):
+        found = self.by_pair(run("a", phi=0, loss=3.0), run("b", phi=0, loss=1.0))
+        assert found[0.1, "a", "b"]["attacked_loss"]["mean"] == 2.0
+        assert found[0.1, "b", "a"]["attacked_loss"]["mean"] == -2.0
+
+    def test_only_seeds_that_both_have_count(self):
+        found = self.by_pair(
+            run("φ", phi=0, seed=0, loss=1.0), run("φ", phi=0, seed=1, loss=2.0),
+            run("Adam", seed=1, loss=0.5), run("Adam", seed=2, loss=9.0),
+        )  # fmt: skip
+        only = {"mean": 1.5, "half_width": None}
+        assert found[0.1, "φ", "Adam"]["attacked_loss"] == only
+
+    def test_the_metrics_of_classifiers(self):
+        more = {"pgd_loss": 1.0, "accuracy": 0.9, "pgd_accuracy": 0.5}
+        other = {"pgd_loss": 3.0, "accuracy": 0.7, "pgd_accuracy": 0.6}
+        found = self.by_pair(run("φ", phi=0, **more), run("Adam", **other))
+        row = found[0.1, "φ", "Adam"]
+        means = {name: row[name]["mean"] for name in more}
+        assert means == pytest.approx({"pgd_loss": -2, "accuracy": 0.2, "pgd_accuracy": -0.1})
+        found = self.by_pair(run("φ", phi=0), run("Adam"))  # quadratics
+        assert found[0.1, "φ", "Adam"].keys() == {"eps", "method", "less", "attacked_loss"}
+
+    def test_runs_of_a_phi_that_was_given_up_are_left_out(self):
+        found = self.by_pair(
+            run("φ", phi=0, loss=1.0), skipped("φ", phi=1), run("Adam", loss=3.0), skipped("ψ")
+        )
+        assert found.keys() == {(0.1, "φ", "Adam")}
+        assert found[0.1, "φ", "Adam"]["attacked_loss"]["mean"] == -2.0
+
+    def test_a_run_that_diverged_leaves_no_mean(self):
+        found = self.by_pair(
+            run("φ", phi=0, seed=0, loss=math.nan, end="diverged"), run("φ", phi=0, seed=1),
+            run("Adam", seed=0), run("Adam", seed=1),
+        )  # fmt: skip
+        nothing = {"mean": None, "half_width": None}
+        assert found[0.1, "φ", "Adam"]["attacked_loss"] == nothing
+
+
+class TestSummary:
+    def test_means_by_phi(self):
+        (row,) = report.summarise(results(
+            run("φ", phi=1, seed=0, loss=5.0), run("φ", phi=0, seed=0, loss=1.0),
+            run("φ", phi=0, seed=1, loss=2.0), run("φ", phi=1, seed=1, loss=8.0),
+        ))  # fmt: skip
+        assert row["attacked_loss"]["mean"] == 4.0
+        assert row["attacked_loss"]["by_phi"] == [1.5, 6.5]
+        (row,) = report.summarise(results(run("φ", phi=0, seed=0), run("φ", phi=0, seed=1)))
+        assert "by_phi" not in row["attacked_loss"]
+        (row,) = report.summarise(results(run("Adam", seed=0), run("Adam", seed=1)))
+        assert "by_phi" not in row["attacked_loss"]
+
+    def test_skipped_runs_are_counted_and_enter_no_mean(self):
+        (row,) = report.summarise(results(
+            run("φ", phi=0, loss=1.0), skipped("φ", phi=1),
+            run("φ", phi=2, loss=4.0, end="collapsed"),
+        ))  # fmt: skip
+        assert (row["runs"], row["skipped"], row["collapsed"]) == (3, 1, 1)
+        assert row["attacked_loss"]["mean"] == 2.5
+        assert row["attacked_loss"]["by_phi"] == [1.0, 4.0]
+        assert "1/3 collapsed, 1/3 skipped" in report.table([row], "title", "footer")
+
+    def test_a_method_without_any_run_is_a_line_of_dashes(self):
+        rows = report.summarise(results(run("Adam", loss=1.25), skipped("φ")))
+        text = report.table(rows, "title", "footer").splitlines()
+        assert [cell.strip() for cell in text[4].split("|")[1:-1]] == [
+            "0.1", "Adam", "1.250", "1.00", "1", ""]  # fmt: skip
+        assert [cell.strip() for cell in text[5].split("|")[1:-1]] == [
+            "0.1", "φ", "–", "–", "1", "1/1 skipped"]  # fmt: skip
+
+    def test_judged_losses_take_the_place_of_the_curves(self):
+        more = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
+        (row,) = report.summarise(results(run("φ", phi=0, fgsm_accuracy=0.6, **more)))
+        assert row["attacked_loss"]["mean"] == 1.0  # stays in summary.json
+        head = report.table([row], "title", "footer").splitlines()[2]
+        assert [cell.strip() for cell in head.split("|")[1:-1]] == [
+            "ε", "method", "loss, PGD-7", "loss, FGSM", "clean acc.", "FGSM acc.", "PGD-20 acc.",
+            "ms/step", "runs", ""]  # fmt: skip
+
+    def test_skipped_runs_have_no_curve(self):
+        text = report.curves_csv(results(skipped("φ"), run("Adam")), "made up")
+        assert text.splitlines() == [
+            "eps,method,fold,phi,seed,step,clean_loss,attacked_loss,data",
+            "0.1,Adam,0,,0,0,1.0,2.0,made up",
+            "0.1,Adam,0,,0,1,1.0,1.0,made up",
+        ]
+
+
+def test_the_figure_names_what_was_skipped(tmp_path, monkeypatch):
+    """A method of which nothing ran has no curve, but a note in its panel."""
+    from matplotlib.axes import Axes
+
+    notes, curves = [], []
+    text, plot = Axes.text, Axes.plot
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **o: (
+        notes.append(s), text(self, x, y, s, **o))[1])  # fmt: skip
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **o: (
+        curves.append(o["label"]), plot(self, *a, **o))[1])  # fmt: skip
+    runs = [run("Adam"), run("L2L", phi=0), skipped("L2L", phi=1)]
+    runs += [skipped("L2L-Transfer (clean)", phi) for phi in (0, 1)]
+    config = cli.parse(["--dataset", "mnist"])
+    draw_curves(tmp_path / "x.png", runs, report.summarise(results(*runs)), config, "t", "f")
+    assert curves == ["L2L", "Adam"]
+    (note,) = notes
+    assert sorted(note.splitlines()) == [
+        "L2L-Transfer (clean): 2/2 skipped", "L2L: 1/2 skipped"]  # fmt: skip
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_with_runs_that_diverged_or_were_skipped(tmp_path):
+    """All of it is written, in JSON that any reader takes."""
+    task = prepare(cli.parse(["--dataset", "quadratic"]))
+    runs = [run("Adam", seed=s, eps=0.0) for s in (0, 1)]
+    runs.append(run("L2L-Transfer", phi=0, seed=0, eps=0.0, loss=math.nan, end="diverged"))
+    runs += [run("L2L-Transfer", phi=0, seed=1, eps=0.0), skipped("Nominal alone", eps=0.0)]
+    environment = dict.fromkeys(("git_commit", "device", "threads", "torch", "backend"))
+    text = report.report(tmp_path, results(*runs), task, environment, "python run.py")
+    assert "1/2 diverged" in text and "1/1 skipped" in text and "not finite" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    rows = {row["method"]: row for row in summary["table"]}
+    assert rows["Nominal alone"]["skipped"] == 1 and rows["L2L-Transfer"]["diverged"] == 1
+    assert summary["runs"][-1]["skipped"] == "φ collapsed"
+    (row,) = summary["differences"]
+    assert (row["method"], row["less"]) == ("L2L-Transfer", "Adam")
+    assert row["attacked_loss"] == {"mean": None, "half_width": None}
