@@ -141,8 +141,8 @@ BY_DATASET: dict[str, dict[str, Any]] = {
                   "curve_samples": 1},
 }  # fmt: skip
 # Literally, φ drifts to a constant predictor unless it meets clean batches first.
-PAPER = {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3,
-         "episode_steps": (100,), "curriculum": (1 / 3, 2 / 3)}  # fmt: skip
+PAPER = {"output_scale": 0.01, "theta_input": False, "odd": False, "nominal": False,
+         "meta_lr": 1e-3, "episode_steps": (100,), "curriculum": (1 / 3, 2 / 3)}  # fmt: skip
 # The odd form cannot drift; θ as input and lengths up to what transfer has hold it there.
 ROBUST = {"output_scale": 0.1, "theta_input": True, "odd": True, "nominal": True, "meta_lr": 3e-3,
           "read_alpha": 1.0, "curriculum": (0.0, 0.0), "episode_steps": (100, 400),
