@@ -109,7 +109,7 @@ def measure(dataset: str, options: Any) -> dict[str, Any]:
     problem = problems.make(dataset)
     train_set, source = images(dataset, options)
     runs = {}
-    for name, method in methods(problem, options.backend, eps).items():
+    for name, method in methods(problem, options.backend, EPS[dataset]).items():
         generator = torch.Generator().manual_seed(0)
         batches = data.batches(train_set, options.batch_size, generator)
         runs[name] = runner(problem, method, batches, EPS[dataset], options.steps)
