@@ -34,7 +34,7 @@ from l2l_ref.tuning import adam
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.textures}
-FORM = ("output_scale", "theta_input", "odd", "nominal")  # the settings of φ among those of a recipe
+FORM = ("output_scale", "theta_input", "odd", "nominal")  # of φ, in a recipe
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 
 

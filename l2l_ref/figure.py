@@ -19,6 +19,8 @@ STYLES = {
     "Transfer-NOT": ("#CC79A7", "-."),
     "Adam": ("#000000", "-"),
     "Adam (attacked)": ("#009E73", ":"),
+    "Adam + L1": ("#999999", "--"),
+    "Nominal alone": ("#56B4E9", "-."),
 }
 
 

@@ -35,6 +35,7 @@ METRICS = {
     "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
     "ms_per_step": "ms/step",
 }
+CONTROLS = ("Nominal alone", "Adam + L1")  # what φ adds; the strongest on clean batches
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10
 PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
 
@@ -196,6 +197,28 @@ def differences(results: Results) -> list[dict[str, Any]]:
                     row[name] = interval([a - b for a, b in pairs])
             rows.append(row)
     return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> str:
+    """What of `differences` says whether a φ has learned: its loss less that of `CONTROLS`."""
+    lines = []
+    for eps, control in dict.fromkeys((row["eps"], row["less"]) for row in rows):
+        own = [row for row in rows if (row["eps"], row["less"]) == (eps, control)
+               and row["method"].startswith("L2L")]  # fmt: skip
+        if control not in CONTROLS or not own:
+            continue
+        losses = [row.get("pgd_loss", row.get("attacked_loss")) for row in own]
+        texts = [f"{row['method']} {signed(loss)}" for row, loss in zip(own, losses, strict=True)]
+        lines.append(f"ε {eps:g}, loss less that of {control} (95 %): " + ", ".join(texts))
+    return "\n".join(lines)
+
+
+def signed(value: dict[str, float | None] | None) -> str:
+    """`+0.123 ± 0.045`."""
+    if value is None or value["mean"] is None:
+        return "not finite"
+    half = value["half_width"]
+    return f"{value['mean']:+.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def mean(runs: list[dict[str, Any]], name: str) -> float | None:
@@ -360,4 +383,5 @@ def report(
     }
     write_json(out / "summary.json", value)
     draw_curves(out / "curves.png", results.runs, summary, config, heading, footer)
-    return table(summary, heading, footer)
+    text = table(summary, heading, footer)
+    return f"{text}\n\n{learned}" if (learned := verdicts(value["differences"])) else text

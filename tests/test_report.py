@@ -221,3 +221,23 @@ def test_a_report_with_runs_that_diverged_or_were_skipped(tmp_path):
     (row,) = summary["differences"]
     assert (row["method"], row["less"]) == ("L2L-Transfer", "Adam")
     assert row["attacked_loss"] == {"mean": None, "half_width": None}
+
+
+def test_verdicts_name_what_a_phi_adds_to_its_controls():
+    def row(method, less, value, half):
+        loss = {"mean": value, "half_width": half}
+        return {"eps": 0.1, "method": method, "less": less, "pgd_loss": loss}
+
+    rows = [
+        row("L2L", "Nominal alone", -0.25, 0.1),
+        row("L2L-Transfer (clean)", "Nominal alone", None, None),
+        row("L2L", "Adam", -9.0, 0.1),  # no control
+        row("Transfer-NOT", "Adam + L1", 1.0, 0.1),  # never met an attack
+        row("L2L", "Adam + L1", 0.5, None),
+    ]
+    assert report.verdicts(rows).splitlines() == [
+        "ε 0.1, loss less that of Nominal alone (95 %): L2L -0.250 ± 0.100, "
+        "L2L-Transfer (clean) not finite",
+        "ε 0.1, loss less that of Adam + L1 (95 %): L2L +0.500",
+    ]
+    assert report.verdicts([]) == ""
