@@ -146,7 +146,7 @@ class BuildEngine(build_ext):
         extension.optional = False  # else a failure would only be a warning
         major, minor = STABLE_ABI.split(".")
         home = Path(torch.__file__).parent
-        extension.include_dirs += [str(home / "include"), *pybind11_include()]
+        extension.include_dirs += [*pybind11_include(), str(home / "include")]
         extension.library_dirs += [str(home / "lib")]
         extension.define_macros += [
             ("TORCH_TARGET_VERSION", f"0x{int(major):02x}{int(minor):02x}000000000000"),
@@ -156,6 +156,8 @@ class BuildEngine(build_ext):
         ]
         extension.extra_compile_args += OPTIMIZED
         extension.extra_link_args += SANITIZED
+        if sys.platform == "linux":  # a libstdc++ that is linked in must not mix with torch's
+            extension.extra_link_args += ["-Wl,--exclude-libs,ALL"]
         return torch
 
     def copy_extensions_to_source(self):
@@ -217,7 +219,8 @@ def run(command):
 
 
 def pybind11_include():
-    """pybind11's own headers; torch brings a copy, found without this."""
+    """pybind11's own headers, to be found before torch's copy: that of torch 2.11 cannot be used
+    beside its stable ABI, those of later versions can."""
     try:
         import pybind11
     except ImportError:

@@ -35,6 +35,8 @@ class Peer:
 class Case:
     """φ as modules and packed [P], θ [N], gradients and cotangents [T, N], state [L, 2, H, M].
 
+    `thetas` [T, N] is what an unroll's updates saw of θ; None where φ does not see θ.
+
     No peer changes them: each works on copies of its own.
     """
 
@@ -44,13 +46,16 @@ class Case:
     gradients: Tensor
     cotangents: Tensor
     state: Tensor
+    thetas: Tensor | None
 
     def part(self, start: int, stop: int) -> "Case":
         """The case of the coordinates from `start` to before `stop`."""
         by_sign = self.state.unflatten(-1, (-1, len(self.theta)))  # [L, 2, H, 1 or 2, N]
         cut = slice(start, stop)
         steps = (self.gradients[:, cut], self.cotangents[:, cut])
-        return Case(self.meta, self.phi, self.theta[cut], *steps, by_sign[..., cut].flatten(3))
+        state = by_sign[..., cut].flatten(3)
+        thetas = None if self.thetas is None else self.thetas[:, cut]
+        return Case(self.meta, self.phi, self.theta[cut], *steps, state, thetas)
 
 
 def make_case(
@@ -78,15 +83,18 @@ def make_case(
     gradients *= 10 ** (9 * torch.rand(steps, n, **options) - 8)
     cotangents = torch.randn(steps, n, **options)
     state = meta.init_state(n).uniform_(-0.5, 0.5, generator=generator)
-    return Case(meta, meta.phi().detach(), theta, gradients, cotangents, state)
+    thetas = None
+    if meta.form["theta_input"]:
+        thetas = theta + 0.01 * torch.randn(steps, n, **options)
+    return Case(meta, meta.phi().detach(), theta, gradients, cotangents, state, thetas)
 
 
-def inputs(case: Case, theta: Tensor, gradient: Tensor) -> Tensor:
-    """What φ reads, batch first: θ [N] and gradient [..., N] -> [..., M, F]."""
+def inputs(case: Case, theta: Tensor | None, gradient: Tensor) -> Tensor:
+    """What φ reads, batch first: θ and gradient [..., N] -> [..., M, F]."""
     x = preprocess(gradient, case.meta.form["p"])  # [2, ..., N]
     if case.meta.form["theta_input"]:
         seen = (THETA_SCALE * theta).clamp(-THETA_CLAMP, THETA_CLAMP)
-        x = torch.cat((x, seen.expand_as(gradient)[None]))
+        x = torch.cat((x, seen[None]))
     if case.meta.form["odd"]:
         x = torch.cat((x, torch.cat((x[:1], -x[1:]))), dim=-1)
     return x.movedim(0, -1).contiguous()

@@ -35,7 +35,8 @@ def traffic(operator: str, case: Case) -> int:
     """Bytes that an operator must move for a case: T steps in place, or one meta-gradient."""
     once = case.phi.nbytes
     if operator == "meta_gradient":
-        read = (case.theta, case.state, case.gradients, case.cotangents)
+        read = [case.state, case.gradients, case.cotangents]
+        read += [] if case.thetas is None else [case.thetas]
         return sum(tensor.nbytes for tensor in read) + 2 * once
     gradient = case.gradients[0].nbytes
     return len(case.gradients) * (2 * (case.theta.nbytes + case.state.nbytes) + gradient + once)

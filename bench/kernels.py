@@ -80,7 +80,7 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
         return theta, state
 
     def meta_gradient() -> tuple[Tensor, ...]:
-        data = (theta, case.gradients, state, case.cotangents, case.phi)
+        data = (case.gradients, state, case.cotangents, case.phi, case.thetas)
         return (ours.unroll_meta_gradient(*data, **form),)
 
     inputs = [x.clone().requires_grad_() for x in (theta, gradient, state, case.phi)]

@@ -187,25 +187,17 @@ def step_compiled(case: Case) -> Peer:
 
 def meta_gradient_with(unroll_meta_gradient: Callable, case: Case) -> Peer:
     """One call of an operator with the signature of `equations.unroll_meta_gradient`."""
-    data = (case.theta, case.gradients, case.state, case.cotangents, case.phi)
+    data = (case.gradients, case.state, case.cotangents, case.phi, case.thetas)
     return Peer(lambda: unroll_meta_gradient(*data, **case.meta.form), ns(case))
 
 
 def meta_gradient_lstm(case: Case) -> Peer:
-    """Autograd through `nn.LSTM`: all T steps in one call, or step by step where φ sees θ."""
+    """Autograd through `nn.LSTM`, all T steps in one call."""
     weights = list(case.meta.parameters())
 
     def gradient(part: Case) -> Tensor:
-        lstm, state = part.meta.lstm, lstm_state(part)
-        if part.meta.form["theta_input"]:  # what a step reads waits for the update before it
-            theta, updates = part.theta, []
-            for g in part.gradients:
-                h, state = lstm(inputs(part, theta, g)[None], state)
-                updates.append(head(part, h[0]))
-                theta = theta + updates[-1].detach()
-            u = torch.stack(updates)
-        else:
-            u = head(part, lstm(inputs(part, part.theta, part.gradients), state)[0])
+        x = inputs(part, part.thetas, part.gradients)
+        u = head(part, part.meta.lstm(x, lstm_state(part))[0])
         grads = torch.autograd.grad((u * part.cotangents).sum(), weights)
         return torch.cat([grad.reshape(-1) for grad in grads])
 
@@ -217,7 +209,7 @@ def meta_gradient_autograd(unroll: Callable, case: Case, note: str = "") -> Peer
 
     def gradient(part: Case) -> Tensor:
         phi = part.phi.clone().requires_grad_()
-        u, _ = unroll(part.theta, part.gradients, part.state, phi, **part.meta.form)
+        u, _ = unroll(part.gradients, part.state, phi, part.thetas, **part.meta.form)
         return torch.autograd.grad(u, phi, part.cotangents)[0]
 
     return in_blocks(case, gradient, note)
@@ -230,11 +222,11 @@ def meta_gradient_compiled(case: Case, whole: bool) -> Peer:
     """
     forward = fresh_compile(equations.unroll if whole else equations.update)
 
-    def step_by_step(theta: Tensor, gradients: Tensor, state: Tensor, phi: Tensor, **form):
+    def step_by_step(gradients: Tensor, state: Tensor, phi: Tensor, thetas: Tensor | None, **form):
         updates = []
-        for g in gradients:
+        for t, g in enumerate(gradients):
+            theta = None if thetas is None else thetas[t]
             update, state = forward(theta, g, state, phi, **form)
-            theta = theta + update.detach()
             updates.append(update)
         return torch.stack(updates), state
 

@@ -34,7 +34,7 @@ from l2l_ref.tuning import adam
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.textures}
-FORM = ("output_scale", "theta_input", "odd")  # the settings of φ among those of a recipe
+FORM = ("output_scale", "theta_input", "odd", "nominal")  # the settings of φ among those of a recipe
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 
 
@@ -69,14 +69,15 @@ def images(dataset: str, options: Any) -> tuple[data.ImageSet, str]:
     return data.ImageSet(x, y), "stand-in"
 
 
-def methods(problem: problems.Problem, backend: str) -> dict[str, Method]:
+def methods(problem: problems.Problem, backend: str, eps: float) -> dict[str, Method]:
     """Label -> method: φ in the form of each recipe, and Adam with and without an attack."""
     result = {}
     for recipe, settings in RECIPES.items():
         form = {name: settings[name] for name in FORM}
         phi = new_meta_optimizers(problem, torch.Generator().manual_seed(0), "cpu", **form)
         label = f"L2L-Transfer ({recipe})"
-        result[label] = Method(label, partial(learned, phi, backend))
+        penalty = settings.get("penalty", 0.0) * eps
+        result[label] = Method(label, partial(learned, phi, backend), penalty=penalty)
     result["Adam (clean)"] = Method("Adam (clean)", partial(adam, 1e-3))
     result[OPPONENT] = Method(OPPONENT, partial(adam, 1e-3), alpha=0.0)
     return result
@@ -108,7 +109,7 @@ def measure(dataset: str, options: Any) -> dict[str, Any]:
     problem = problems.make(dataset)
     train_set, source = images(dataset, options)
     runs = {}
-    for name, method in methods(problem, options.backend).items():
+    for name, method in methods(problem, options.backend, EPS[dataset]).items():
         generator = torch.Generator().manual_seed(0)
         batches = data.batches(train_set, options.batch_size, generator)
         runs[name] = runner(problem, method, batches, EPS[dataset], options.steps)

@@ -169,13 +169,13 @@ void unroll_forward(const Shape& shape, const Backward<T>& call, const Packed<co
                     const BackwardScratch<T>& s, const Block<T>& block) {
   const Eq5<T> eq5(shape.form.p);
   const int64_t H = shape.hidden, L = shape.layers, M = shape.states(), N = shape.coordinates;
-  block.load_signed(s.theta, call.theta);
   for (int64_t layer = 0; layer < L; ++layer) {
     block.load_states(s.h + layer * H * lanes, call.state + 2 * layer * H * M, H);
     block.load_states(s.c + layer * H * lanes, call.state + (2 * layer + 1) * H * M, H);
   }
   for (int64_t step = 0; step < call.steps; ++step) {
     block.load_signed(s.gradient, call.gradients + step * N);
+    if (shape.form.theta_input) block.load_signed(s.theta, call.thetas + step * N);
     inputs(shape, eq5, s.gradient, s.theta, s.in + step * s.F * lanes);
     const T* below = s.in + step * s.F * lanes;
     for (int64_t layer = 0; layer < L; ++layer) {
@@ -184,8 +184,6 @@ void unroll_forward(const Shape& shape, const Backward<T>& call, const Packed<co
                           s.c + next, s.h + next, s.kept + 5 * now);
       below = s.h + next;
     }
-    if (shape.form.theta_input && step + 1 < call.steps)  // the only reader of θ
-      add_update(shape, packed.head, below, block.half, s.theta);
   }
 }
 

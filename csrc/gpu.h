@@ -280,19 +280,18 @@ L2L_INLINE void inputs(int thread, int threads, const Shape& shape, const Eq5<T>
   }
 }
 
-// Eq. 3-4 for a block's coordinates: θ + u from the top layer's h, in rows of `stride`; that of
-// m(-x) lies `minus` columns after that of m(x).
+// Eq. 3-4 for a block's coordinates: θ + u from the top layer's h in the state.
 template <class T>
 L2L_INLINE void add_update(int thread, int threads, const Shape& shape, const T* head, const T* h,
-                           int64_t stride, int64_t minus, int count, const T* theta,
-                           T* next_theta) {
+                           int count, const T* theta, T* next_theta) {
   const int H = int(shape.hidden);
+  const int64_t M = shape.states(), minus = shape.coordinates;  // from m(x) to m(-x)
   const bool odd = shape.form.odd;
   for (int at = thread; at < count; at += threads) {
     T u = odd ? T(0) : head[H];  // the bias of m(x) - m(-x) cancels
 #pragma unroll 4
     for (int unit = 0; unit < H; ++unit) {
-      const T* row = h + unit * stride;
+      const T* row = h + unit * M;
       u += head[unit] * (odd ? row[at] - row[minus + at] : row[at]);
     }
     next_theta[at] = theta[at] + T(shape.form.output_scale) * u;
@@ -412,8 +411,8 @@ L2L_INLINE void step(const Team& team, const StepArguments<T>& a, int64_t block,
   }
   team([&](int thread) {
     const T* h = call.next_state + 2 * (shape.layers - 1) * H * M + lanes.start;
-    add_update(thread, team.threads, shape, head_of(shape, a.phi), h, M, shape.coordinates,
-               lanes.count, call.theta + lanes.start, call.next_theta + lanes.start);
+    add_update(thread, team.threads, shape, head_of(shape, a.phi), h, lanes.count,
+               call.theta + lanes.start, call.next_theta + lanes.start);
   });
 }
 
@@ -444,10 +443,10 @@ struct Tasks {
 template <class T>
 struct BackwardLayout {
   static constexpr int n = tile_sums<T>;
-  // h and c [steps + 1][L][H][lanes], what the first layer reads [steps][3][lanes], θ [lanes] by
-  // coordinate, dh and dc [L][H][lanes], d of what the first layer read [3][lanes], the head's sums
-  // [H + 1][lanes], the layers' sums [tasks][n][n]
-  int64_t c, in, theta, dh, dc, d_in, head, sums, size;
+  // h and c [steps + 1][L][H][lanes], what the first layer reads [steps][3][lanes], dh and dc
+  // [L][H][lanes], d of what the first layer read [3][lanes], the head's sums [H + 1][lanes], the
+  // layers' sums [tasks][n][n]
+  int64_t c, in, dh, dc, d_in, head, sums, size;
   Tasks<n> first, rest;  // of the first layer and of each other one
   // c [H], the gates' derivatives [4H], weights; whole tiles where `sum_outer` reads
   int cells, d_gates, weights, shared;
@@ -458,8 +457,7 @@ struct BackwardLayout {
     const int64_t H = shape.hidden, units = shape.layers * H * lanes;
     c = (steps + 1) * units;
     in = 2 * c;
-    theta = in + steps * 3 * lanes;
-    dh = theta + lanes;
+    dh = in + steps * 3 * lanes;
     dc = dh + units;
     d_in = dc + units;
     head = d_in + 3 * lanes;
@@ -556,7 +554,6 @@ struct BackwardBlock {
   L2L_INLINE T* h() const { return scratch; }
   L2L_INLINE T* c() const { return scratch + a.layout.c; }
   L2L_INLINE T* in(int64_t step) const { return scratch + a.layout.in + step * 3 * P; }
-  L2L_INLINE T* theta() const { return scratch + a.layout.theta; }
   L2L_INLINE T* dh(int layer) const { return scratch + a.layout.dh + layer * H * P; }
   L2L_INLINE T* dc(int layer) const { return scratch + a.layout.dc + layer * H * P; }
   L2L_INLINE T* d_in() const { return scratch + a.layout.d_in; }
@@ -598,8 +595,6 @@ struct BackwardBlock {
         dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
         dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
       });
-      for (int i = thread; i < lanes.count; i += team.threads)
-        theta()[i] = call.theta[lanes.start + i];
       for (int i = thread; i < (H + 1) * P; i += team.threads) head_sums()[i] = 0;
       for (int64_t i = a.layout.sums + thread; i < a.layout.size; i += team.threads) scratch[i] = 0;
     });
@@ -608,8 +603,9 @@ struct BackwardBlock {
   L2L_INLINE void forward() const {
     for (int64_t step = 0; step < call.steps; ++step) {
       team([&](int thread) {
-        inputs<P>(thread, team.threads, shape, a.eq5, lanes,
-                  call.gradients + step * shape.coordinates + lanes.start, theta(), in(step), P);
+        const int64_t row = step * shape.coordinates + lanes.start;
+        inputs<P>(thread, team.threads, shape, a.eq5, lanes, call.gradients + row,
+                  shape.form.theta_input ? call.thetas + row : nullptr, in(step), P);
       });
       for (int layer = 0; layer < L; ++layer) {
         layer_forward<C, ScratchColumns>(
@@ -618,11 +614,6 @@ struct BackwardBlock {
                     at(c(), step, layer), at(h(), step + 1, layer), at(c(), step + 1, layer), P},
             x, cells(), pitch, weights(0, 0));
       }
-      if (!shape.form.theta_input) continue;  // the only reader of θ
-      team([&](int thread) {
-        add_update(thread, team.threads, shape, head_of(shape, a.phi), at(h(), step + 1, L - 1), P,
-                   P / 2, lanes.count, theta(), theta());
-      });
     }
   }
 
@@ -771,7 +762,7 @@ struct BackwardBlock {
           const T* d = d_in() + (sign < 0 ? lanes.half + at : at);
           d_gradient += sign * a.eq5.backward(sign * call.gradients[i], d[0], d[P]);
           if (shape.form.theta_input)
-            d_theta += sign * clamped_theta_backward(T(sign * call.theta[i]), d[2 * P]);
+            d_theta += sign * clamped_theta_backward(T(sign * call.thetas[i]), d[2 * P]);
         }
         call.d_gradient[i] = d_gradient;
         call.d_theta[i] = d_theta + call.cotangents[i];

@@ -57,8 +57,8 @@ STABLE_TORCH_LIBRARY(l2l_ref, m) {
       "Tensor d_next_theta, Tensor d_next_state, " L2L_FORM
       ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "unroll_meta_gradient(Tensor theta, Tensor gradients, Tensor state, Tensor cotangents, "
-      "Tensor phi, " L2L_FORM ") -> Tensor");
+      "unroll_meta_gradient(Tensor gradients, Tensor state, Tensor cotangents, Tensor phi, "
+      "Tensor? thetas, " L2L_FORM ") -> Tensor");
   m.def("preprocess(Tensor gradient, *, float p) -> Tensor");
   m.def("preprocess_backward(Tensor gradient, Tensor d_result, *, float p) -> Tensor");
 }

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -44,34 +45,46 @@ inline void check_dtype(const Tensor& tensor, const char* name) {
                   " must be float32 or float64");
 }
 
-inline void check_like(const Tensor& theta, const Tensor& tensor, const char* name,
-                       std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(tensor.device() == theta.device(), name, " is not on ", text(theta.device()),
-                  ", where theta is");
-  STD_TORCH_CHECK(tensor.scalar_type() == theta.scalar_type(), name,
-                  " and theta differ in dtype: all tensors of a call share one");
-  STD_TORCH_CHECK(tensor.sizes().size() == sizes.size() &&
-                      std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin()),
-                  name, " has shape ", text(tensor.sizes()), ", expected ",
-                  text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())));
+inline void check_contiguous(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous: pass ", name, ".contiguous()");
 }
 
-// Checks what every operator takes, and says what shape of problem it is.
-inline Shape check(const Tensor& theta, const Tensor& state, const Tensor& phi, double p,
-                   double output_scale, bool theta_input, bool odd) {
-  check_dtype(theta, "theta");
-  STD_TORCH_CHECK(theta.sizes().size() == 1, "theta has shape ", text(theta.sizes()),
-                  ", expected [N]");
+// The tensor of a call whose dtype and device the others share.
+struct First {
+  const Tensor& tensor;
+  const char* name;
+
+  void check(const Tensor& other, const char* other_name,
+             std::initializer_list<int64_t> sizes) const {
+    STD_TORCH_CHECK(other.device() == tensor.device(), other_name, " is not on ",
+                    text(tensor.device()), ", where ", name, " is");
+    STD_TORCH_CHECK(other.scalar_type() == tensor.scalar_type(), other_name, " and ", name,
+                    " differ in dtype: all tensors of a call share one");
+    STD_TORCH_CHECK(other.sizes().size() == sizes.size() &&
+                        std::equal(sizes.begin(), sizes.end(), other.sizes().begin()),
+                    other_name, " has shape ", text(other.sizes()), ", expected ",
+                    text(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())));
+    check_contiguous(other, other_name);
+  }
+};
+
+// Checks what every operator takes, and says what shape of problem it is. `first` has the axes
+// [N], or [T, N].
+inline Shape check(const First& first, size_t axes, const Tensor& state, const Tensor& phi,
+                   double p, double output_scale, bool theta_input, bool odd) {
+  const auto sizes = first.tensor.sizes();
+  check_dtype(first.tensor, first.name);
+  STD_TORCH_CHECK(sizes.size() == axes, first.name, " has shape ", text(sizes), ", expected ",
+                  axes == 1 ? "[N]" : "[T, N]");
   STD_TORCH_CHECK(state.sizes().size() == 4 && state.size(0) >= 1 && state.size(2) >= 1,
                   "state has shape ", text(state.sizes()), ", expected [L, 2, H, M]");
-  Shape shape{theta.size(0), state.size(0), state.size(2), {p, output_scale, theta_input, odd}};
+  Shape shape{sizes[axes - 1], state.size(0), state.size(2), {p, output_scale, theta_input, odd}};
   STD_TORCH_CHECK(shape.hidden <= max_hidden, "state has ", shape.hidden,
                   " units, the fused kernels take at most ", max_hidden);
   check_p(p);
-  check_like(theta, theta, "theta", {shape.coordinates});
-  check_like(theta, state, "state", {shape.layers, 2, shape.hidden, shape.states()});
-  check_like(theta, phi, "phi", {shape.phi()});
+  check_contiguous(first.tensor, first.name);
+  first.check(state, "state", {shape.layers, 2, shape.hidden, shape.states()});
+  first.check(phi, "phi", {shape.phi()});
   return shape;
 }
 
@@ -84,10 +97,10 @@ T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls f(T()) with the dtype of theta.
+// Calls f(T()) with the dtype of a tensor.
 template <class F>
-void with_dtype(const Tensor& theta, F f) {
-  if (theta.scalar_type() == ScalarType::Float)
+void with_dtype(const Tensor& tensor, F f) {
+  if (tensor.scalar_type() == ScalarType::Float)
     f(float());
   else
     f(double());
@@ -96,8 +109,9 @@ void with_dtype(const Tensor& theta, F f) {
 template <class Device>
 void theta_step_(const Tensor& theta, const Tensor& gradient, const Tensor& state,
                  const Tensor& phi, double p, double output_scale, bool theta_input, bool odd) {
-  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
-  check_like(theta, gradient, "gradient", {shape.coordinates});
+  const First first{theta, "theta"};
+  const Shape shape = check(first, 1, state, phi, p, output_scale, theta_input, odd);
+  first.check(gradient, "gradient", {shape.coordinates});
   const typename Device::Guard guard(theta);
   with_dtype(theta, [&](auto zero) {
     using T = decltype(zero);
@@ -111,8 +125,9 @@ template <class Device>
 std::tuple<Tensor, Tensor> theta_step(const Tensor& theta, const Tensor& gradient,
                                       const Tensor& state, const Tensor& phi, double p,
                                       double output_scale, bool theta_input, bool odd) {
-  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
-  check_like(theta, gradient, "gradient", {shape.coordinates});
+  const First first{theta, "theta"};
+  const Shape shape = check(first, 1, state, phi, p, output_scale, theta_input, odd);
+  first.check(gradient, "gradient", {shape.coordinates});
   Tensor next_theta = torch::stable::empty_like(theta);
   Tensor next_state = torch::stable::empty_like(state);
   const typename Device::Guard guard(theta);
@@ -131,10 +146,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
     const Tensor& theta, const Tensor& gradient, const Tensor& state, const Tensor& phi,
     const Tensor& d_next_theta, const Tensor& d_next_state, double p, double output_scale,
     bool theta_input, bool odd) {
-  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
-  check_like(theta, gradient, "gradient", {shape.coordinates});
-  check_like(theta, d_next_theta, "d_next_theta", {shape.coordinates});
-  check_like(theta, d_next_state, "d_next_state", {shape.layers, 2, shape.hidden, shape.states()});
+  const First first{theta, "theta"};
+  const Shape shape = check(first, 1, state, phi, p, output_scale, theta_input, odd);
+  first.check(gradient, "gradient", {shape.coordinates});
+  first.check(d_next_theta, "d_next_theta", {shape.coordinates});
+  first.check(d_next_state, "d_next_state", {shape.layers, 2, shape.hidden, shape.states()});
   Tensor d_theta = torch::stable::empty_like(theta);
   Tensor d_gradient = torch::stable::empty_like(gradient);
   Tensor d_state = torch::stable::empty_like(state);
@@ -144,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
     using T = decltype(zero);
     Device::backward(
         shape,
-        Backward<T>{1, in<T>(theta), in<T>(gradient), in<T>(state), in<T>(d_next_theta), nullptr,
+        Backward<T>{1, in<T>(gradient), in<T>(state), in<T>(d_next_theta), in<T>(theta), nullptr,
                     in<T>(d_next_state), out<T>(d_theta), out<T>(d_gradient), out<T>(d_state)},
         phi, out<T>(d_phi));
   });
@@ -152,22 +168,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
 }
 
 template <class Device>
-Tensor unroll_meta_gradient(const Tensor& theta, const Tensor& gradients, const Tensor& state,
-                            const Tensor& cotangents, const Tensor& phi, double p,
+Tensor unroll_meta_gradient(const Tensor& gradients, const Tensor& state, const Tensor& cotangents,
+                            const Tensor& phi, const std::optional<Tensor>& thetas, double p,
                             double output_scale, bool theta_input, bool odd) {
-  const Shape shape = check(theta, state, phi, p, output_scale, theta_input, odd);
-  STD_TORCH_CHECK(gradients.sizes().size() == 2, "gradients has shape ", text(gradients.sizes()),
-                  ", expected [T, N]");
+  const First first{gradients, "gradients"};
+  const Shape shape = check(first, 2, state, phi, p, output_scale, theta_input, odd);
   const int64_t steps = gradients.size(0);
-  check_like(theta, gradients, "gradients", {steps, shape.coordinates});
-  check_like(theta, cotangents, "cotangents", {steps, shape.coordinates});
+  first.check(cotangents, "cotangents", {steps, shape.coordinates});
+  if (thetas) first.check(*thetas, "thetas", {steps, shape.coordinates});
+  STD_TORCH_CHECK(thetas || !theta_input,
+                  "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw");
   Tensor d_phi = torch::stable::empty_like(phi);
-  const typename Device::Guard guard(theta);
-  with_dtype(theta, [&](auto zero) {
+  const typename Device::Guard guard(gradients);
+  with_dtype(gradients, [&](auto zero) {
     using T = decltype(zero);
     Device::backward(shape,
-                     Backward<T>{steps, in<T>(theta), in<T>(gradients), in<T>(state),
-                                 in<T>(cotangents), nullptr, nullptr, nullptr, nullptr, nullptr},
+                     Backward<T>{steps, in<T>(gradients), in<T>(state), in<T>(cotangents),
+                                 thetas ? in<T>(*thetas) : nullptr, nullptr, nullptr, nullptr,
+                                 nullptr, nullptr},
                      phi, out<T>(d_phi));
   });
   return d_phi;
@@ -178,7 +196,7 @@ template <class Device>
 Tensor preprocess(const Tensor& gradient, double p) {
   check_dtype(gradient, "gradient");
   check_p(p);
-  STD_TORCH_CHECK(gradient.is_contiguous(), "gradient is not contiguous: pass .contiguous()");
+  check_contiguous(gradient, "gradient");
   std::vector<int64_t> sizes = {2};
   sizes.insert(sizes.end(), gradient.sizes().begin(), gradient.sizes().end());
   Tensor result = torch::stable::new_empty(gradient, sizes);

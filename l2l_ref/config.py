@@ -141,8 +141,8 @@ BY_DATASET: dict[str, dict[str, Any]] = {
                   "curve_samples": 1},
 }  # fmt: skip
 # Literally, φ drifts to a constant predictor unless it meets clean batches first.
-PAPER = {"output_scale": 0.01, "theta_input": False, "odd": False, "meta_lr": 1e-3,
-         "episode_steps": (100,), "curriculum": (1 / 3, 2 / 3)}  # fmt: skip
+PAPER = {"output_scale": 0.01, "theta_input": False, "odd": False, "nominal": False,
+         "meta_lr": 1e-3, "episode_steps": (100,), "curriculum": (1 / 3, 2 / 3)}  # fmt: skip
 # The odd form cannot drift; θ as input and lengths up to what transfer has hold it there.
 ROBUST = {"output_scale": 0.1, "theta_input": True, "odd": True, "nominal": True, "meta_lr": 3e-3,
           "read_alpha": 1.0, "curriculum": (0.0, 0.0), "episode_steps": (100, 400),
@@ -161,7 +161,7 @@ QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2, "curriculum": (0.0, 0.0), "no
 # The paper mixes clean and FGSM losses, and takes the PGD loss alone (sections 4.1, 4.2).
 ALPHA = {"fgsm": 0.5, "pgd": 0.0, "none": 1.0}
 QUICK: dict[str, dict[str, Any]] = {
-    "mnist": {"episodes": 4, "steps": 40, "episode_steps": (40,)},
+    "mnist": {"episodes": 15, "steps": 40, "episode_steps": (60,), "meta_lr": 3e-3},
     "cifar10": {"episodes": 1, "steps": 10, "episode_steps": (10,), "unroll": 5, "seeds": 1,
                 "batch_size": 32, "curve_samples": 32, "eval_samples": 100},
     "quadratic": {"episodes": 10, "steps": 40, "episode_steps": (40,)},

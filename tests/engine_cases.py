@@ -88,13 +88,14 @@ def arguments(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
         "cotangents": normal(case.steps, case.n),
         "d_next_theta": normal(case.n),
         "d_next_state": normal(*case.state_shape),
+        "thetas": 0.3 * normal(case.steps, case.n),  # whatever moved θ from row to row
     }
     tensors["state"][:, 0].tanh_()  # h is in ±1
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 STEP = ("theta", "gradient", "state", "phi")
-UNROLL = ("theta", "gradients", "state", "cotangents", "phi")
+UNROLL = ("gradients", "state", "cotangents", "phi", "thetas")
 BACKWARD = (*STEP, "d_next_theta", "d_next_state")
 
 
@@ -123,8 +124,9 @@ def run_gradients(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor,
 
 
 def run_unroll(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor]:
-    """unroll_meta_gradient: dφ."""
-    return (module.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form),)
+    """unroll_meta_gradient: dφ. What φ does not see is not given."""
+    names = UNROLL if case.theta_input else UNROLL[:-1]
+    return (module.unroll_meta_gradient(*(given[name] for name in names), **case.form),)
 
 
 @cache

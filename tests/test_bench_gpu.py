@@ -75,8 +75,10 @@ def test_bytes_of_a_step():
 
 def test_bytes_of_a_meta_gradient():
     one, two = (floors.traffic("meta_gradient", make_case(n, 20)) for n in (1, 2))
-    assert two - one == 4 + 320 + 2 * 20 * 4  # θ, the first state, ∇ and cotangents
+    assert two - one == 320 + 2 * 20 * 4  # the first state, ∇ and cotangents
     assert one - (two - one) == 2 * 4 * 5301  # φ is read, dφ is written
+    one, two = (floors.traffic("meta_gradient", make_case(n, 20, theta_input=True)) for n in (1, 2))
+    assert two - one == 320 + 3 * 20 * 4  # and θ
 
 
 def test_ceilings_of_an_h200():

@@ -82,17 +82,22 @@ class TestDerivatives:
             one[at].grad = None
         assert all(x.grad is None for x in one)
 
-    def test_through_several_steps(self, fused):
-        """Autograd through an unroll of fused steps is the closed form."""
-        case = Case(9, 2, 5, odd=True, steps=4)
+    @forms
+    @pytest.mark.parametrize("moved_by_phi_alone", [True, False])
+    def test_through_several_steps(self, level, fused, theta_input, odd, moved_by_phi_alone):
+        """Autograd through an unroll of fused steps, each from the θ that it saw, is the closed
+        form, whatever moved θ in between."""
+        case = Case(9, 2, 5, theta_input, odd, steps=4)
         given = arguments(case)
         phi, state = given["phi"].clone().requires_grad_(), given["state"]
-        theta, total = given["theta"], 0.0
-        for gradient, cotangent in zip(given["gradients"], given["cotangents"], strict=True):
-            after, state = fused.theta_step(theta, gradient, state, phi, **case.form)
-            total = total + ((after - theta) * cotangent).sum()
-            theta = after
+        rows = zip(given["thetas"], given["gradients"], given["cotangents"], strict=True)
+        after, seen, total = given["theta"], [], 0.0
+        for theta, gradient, cotangent in rows:
+            seen.append(after.detach() if moved_by_phi_alone else theta)
+            after, state = fused.theta_step(seen[-1], gradient, state, phi, **case.form)
+            total = total + ((after - seen[-1]) * cotangent).sum()
         expected = torch.autograd.grad(total, phi)
+        given["thetas"] = torch.stack(seen)
         expect_close(run_unroll(fused, case, given), expected, 1e-10)
 
     def test_results_require_nothing_without_need(self, fused):
@@ -114,6 +119,8 @@ class TestRegistration:
         names = OPERATORS[name]
         inputs = take(case, names, torch.float32, device=device)
         inputs = [x.requires_grad_(differentiable) for x in inputs]
+        if name == "unroll_meta_gradient" and not theta_input:
+            inputs[-1] = None
         form = {"p": case.p} if name.startswith("preprocess") else case.form
         torch.library.opcheck(operator, tuple(inputs), form)
 

@@ -12,7 +12,6 @@ from conftest import need_cuda
 from engine_cases import (
     FORMS,
     STEP,
-    UNROLL,
     Case,
     arguments,
     expect_close,
@@ -257,7 +256,7 @@ class TestCuda:
 
         def work():
             cuda.theta_step_(*step, **case.form)
-            return cuda.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form)
+            return run_unroll(cuda, case, given)[0]
 
         with torch.cuda.stream(side):
             work()  # warm

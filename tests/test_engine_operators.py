@@ -21,6 +21,7 @@ from engine_cases import (
     error,
     expect_close,
     expected,
+    phi,
     run_gradients,
     run_unroll,
     run_update,
@@ -217,11 +218,21 @@ def test_the_inputs_are_left_alone(level, fused):
 
 
 def test_no_steps_have_no_gradient(level, fused):
-    case = Case(9, steps=0)
+    case, seeing = Case(9, steps=0), Case(9, theta_input=True, steps=0)
     given = arguments(case)
     (d_phi,) = run_unroll(fused, case, given)
     assert torch.equal(d_phi, torch.zeros_like(given["phi"]))
-    assert not fused.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form).any()
+    (d_phi,) = run_unroll(fused, seeing, arguments(seeing))
+    assert d_phi.shape == phi(seeing).shape and not d_phi.any()
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_thetas_that_phi_does_not_see_are_not_read(level, fused, odd):
+    case = Case(70, 2, 5, odd=odd, steps=3)
+    given = arguments(case)
+    given["thetas"].fill_(torch.nan)
+    d_phi = fused.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form)
+    assert torch.equal(d_phi, run_unroll(fused, case, given)[0])
 
 
 def test_an_unroll_may_start_with_weights_that_require_gradients(level, fused):

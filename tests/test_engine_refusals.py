@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine_cases import BACKWARD, STEP, UNROLL, Case
+from engine_cases import BACKWARD, STEP, UNROLL, Case, run_unroll
 from engine_cases import arguments as cpu_arguments
 
-from l2l_ref import engine
+from l2l_ref import engine, equations
 
 OPERATORS = {
     "theta_step_": STEP,
@@ -49,8 +49,8 @@ DEFECTS = {
     "broadcast": lambda x: torch.zeros(1, device=x.device).expand(x.shape),
     "meta": lambda x: x.to("meta"),
 }
-# Where θ differs from the rest, the rest may be named; the state says how many layers φ has, and
-# `gradients` how many steps.
+# Where the first tensor differs from the rest, the rest may be named; the state says how many
+# layers φ has, and `gradients` how many steps.
 EITHER = {"float64", "one element more", "one row more", "empty", "meta"}
 OTHERS = {"state": "phi", "gradients": "cotangents"}
 
@@ -70,7 +70,7 @@ def test_a_wrong_tensor_is_named(fused, arguments, name, argument, defect):
     before = given["theta"].clone(), given["state"].clone()
     bad = given | {argument: DEFECTS[defect](given[argument])}
     words = argument
-    if argument == "theta" and defect in EITHER:
+    if argument == OPERATORS[name][0] and defect in EITHER:
         words = "|".join(OPERATORS[name])
     if argument in OTHERS and defect == "one row more":
         words = OTHERS[argument]
@@ -110,7 +110,7 @@ class TestWhateverTheOperator:
     def test_a_sparse_tensor(self, fused, arguments, name):
         given = arguments()
         with pytest.raises((RuntimeError, NotImplementedError)):
-            call(name, given | {"theta": given["theta"].to_sparse()})
+            call(name, given | {(first := OPERATORS[name][0]): given[first].to_sparse()})
 
     def test_no_coordinates_still_need_a_phi_that_fits(self, fused, arguments, name):
         case = CASE._replace(n=0)
@@ -120,20 +120,45 @@ class TestWhateverTheOperator:
             call(name, given | {"phi": given["phi"][1:]})
 
 
-@pytest.mark.parametrize("argument", ["gradients", "cotangents"])
-def test_steps_that_differ(fused, arguments, argument):
+@pytest.mark.parametrize(
+    "argument, named", [("gradients", "cotangents"), ("cotangents",) * 2, ("thetas",) * 2]
+)
+def test_steps_that_differ(fused, arguments, argument, named):
     """`gradients` says how many steps there are."""
     given = arguments()
     given[argument] = given[argument][:2]
-    with pytest.raises(RuntimeError, match="cotangents has shape"):
+    with pytest.raises(RuntimeError, match=f"{named} has shape"):
         call("unroll_meta_gradient", given)
+
+
+def test_thetas_that_are_missing(fused, arguments):
+    """Only where φ sees them, and the reference says the same."""
+    case = CASE._replace(theta_input=True)
+    tensors = [arguments(case)[name] for name in UNROLL[:-1]]
+    for module in (fused, equations):
+        with pytest.raises(RuntimeError, match="thetas is missing: phi sees theta, pass"):
+            module.unroll_meta_gradient(*tensors, **case.form)
+    given = arguments() | {"thetas": None}
+    assert call("unroll_meta_gradient", given).isfinite().all()
+
+
+@pytest.mark.parametrize("theta_input", [False, True])
+@pytest.mark.parametrize("defect", ["one row more", "one element more", "one axis more", "empty"])
+def test_the_reference_refuses_thetas_of_another_shape(arguments, theta_input, defect):
+    case = CASE._replace(theta_input=theta_input)
+    given = arguments(case)
+    given["thetas"] = DEFECTS[defect](given["thetas"])
+    with pytest.raises(RuntimeError, match="thetas has shape .*, expected"):
+        equations.unroll_meta_gradient(*(given[name] for name in UNROLL), **case.form)
+    few = [given[name] for name in ("gradients", "state", "phi", "thetas")]
+    with pytest.raises(RuntimeError, match="thetas has shape .*, expected"):
+        equations.unroll(*few, **case.form)
 
 
 @pytest.mark.parametrize("hidden", [engine.MAX_HIDDEN - 1, engine.MAX_HIDDEN])
 def test_as_many_units_as_promised(fused, hidden):
     case = Case(3, 1, hidden, steps=1)
-    given = cpu_arguments(case, torch.float32)
-    results = fused.unroll_meta_gradient(*(given[n] for n in UNROLL), **case.form)
+    (results,) = run_unroll(fused, case, cpu_arguments(case, torch.float32))
     assert results.isfinite().all() and results.any()
 
 

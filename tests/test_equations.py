@@ -186,10 +186,10 @@ class TestMetaGradient:
 
     steps, hidden = 6, 5
 
-    def whole_unroll(self, meta, model, data):
+    def whole_unroll(self, meta, model, data, also):
         """Σ_t L_t(θ_t) with its graph kept: gradients, and θ where φ sees it, enter detached."""
         theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-        start, state = theta.clone(), meta.init_state(len(theta))
+        state = meta.init_state(len(theta))
         shapes = [p.shape for p in model.parameters()]
 
         def loss(theta, x, y):
@@ -203,31 +203,35 @@ class TestMetaGradient:
             theta = theta.detach().requires_grad_()
             return torch.autograd.grad(loss(theta, x, y), theta)[0]
 
-        total, reads, judged = 0.0, [], []
+        total, seen, reads, judged = 0.0, [], [], []
         for t in range(self.steps):
+            seen.append(theta.detach())
             reads.append(gradient(theta, *data[t]))
             u, state = equations.update(theta.detach(), reads[-1], state, meta.phi(), **meta.form)
-            theta = theta + u
+            theta = theta + u + also
             total = total + loss(theta, *data[t + 1])
             judged.append(gradient(theta, *data[t + 1]))
         expected = torch.autograd.grad(total, list(meta.parameters()))
-        return start, reads, judged, torch.cat([g.reshape(-1) for g in expected])
+        rows = [torch.stack(each) for each in (seen, reads, judged)]
+        return *rows, torch.cat([g.reshape(-1) for g in expected])
 
     @pytest.mark.parametrize("block", [2048, 7])
+    @pytest.mark.parametrize("also", [0.0, 0.05])
     @pytest.mark.parametrize("form", FORMS)
-    def test_equals_autograd_through_everything(self, form, block, monkeypatch):
+    def test_equals_autograd_through_everything(self, form, also, block, monkeypatch):
+        """Even where θ moves by more than φ's update: by `also` in every step."""
         monkeypatch.setattr(equations, "BLOCK", block)
         meta = random_phi(hidden_size=self.hidden, output_scale=0.3, **form)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
         data = [(normal(8, 4, seed=t), torch.arange(8) % 3) for t in range(self.steps + 1)]
-        start, reads, judged, expected = self.whole_unroll(meta, model, data)
+        seen, reads, judged, expected = self.whole_unroll(meta, model, data, also)
         actual = unroll_meta_gradient(
-            start,
-            torch.stack(reads),
-            meta.init_state(len(start)),
-            equations.update_cotangents(torch.stack(judged)),
+            reads,
+            meta.init_state(seen.shape[1]),
+            equations.update_cotangents(judged),
             meta.phi(),
+            seen if meta.form["theta_input"] else None,
             **meta.form,
         )
         assert expected.abs().max() > 1e-6
@@ -238,11 +242,9 @@ class TestMetaGradient:
         gradients, cotangents = normal(3, 4), normal(3, 4, seed=1)
         state = normal(*meta.init_state(4).shape, seed=2)
         phi = meta.phi().detach().requires_grad_()
-        updates, _ = equations.unroll(torch.zeros(4).double(), gradients, state, phi, **meta.form)
+        updates, _ = equations.unroll(gradients, state, phi, **meta.form)
         (expected,) = torch.autograd.grad((updates * cotangents).sum(), phi)
-        actual = unroll_meta_gradient(
-            torch.zeros(4).double(), gradients, state, cotangents, phi, **meta.form
-        )
+        actual = unroll_meta_gradient(gradients, state, cotangents, phi, **meta.form)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
     def test_cotangents_are_suffix_sums(self):
@@ -251,8 +253,8 @@ class TestMetaGradient:
         assert torch.equal(equations.update_cotangents(rows), expected)
 
     def test_keeps_no_graph_and_touches_nothing(self):
-        meta = random_phi(hidden_size=self.hidden)
-        inputs = normal(4), normal(3, 4), meta.init_state(4), normal(3, 4), meta.phi()
+        meta = random_phi(hidden_size=self.hidden, theta_input=True)
+        inputs = normal(3, 4), meta.init_state(4), normal(3, 4), meta.phi(), normal(3, 4)
         before = [t.detach().clone() for t in inputs]
         assert not unroll_meta_gradient(*inputs, **meta.form).requires_grad
         assert all(map(torch.equal, inputs, before))

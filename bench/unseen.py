@@ -1,0 +1,72 @@
+"""Optimizees that φ has not been trained on: a wider MLP, a deeper one, one with tanh.
+
+python bench/unseen.py runs/mnist-fgsm-robust/meta_optimizer.pt --judge validation
+
+All other options are those of run.py. Of each network: φ on clean batches (L2L-Transfer) beside
+Adam + L1 tuned on that very network. Finished runs stay in --out, and are found again there.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from l2l_ref import cli, report
+from l2l_ref.errors import InputError
+from l2l_ref.experiment import Experiment, Results, load_phis
+from l2l_ref.heap import keep_freed_memory
+from l2l_ref.pieces import Ranks, compute_all
+from l2l_ref.task import Task, prepare
+
+METHODS = ("Adam + L1", "L2L-Transfer (clean)")
+
+
+def perceptron(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """784-…-10 with hidden layers of `widths`."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in zip((28 * 28, *widths), widths, strict=False):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
+
+
+NETWORKS = {
+    "784-20-10, ReLU (as meta-trained)": lambda: perceptron(20),
+    "784-40-10, ReLU": lambda: perceptron(40),
+    "784-20-20-10, ReLU": lambda: perceptron(20, 20),
+    "784-20-10, tanh": lambda: perceptron(20, activation=nn.Tanh),
+}
+
+
+def compare(task: Task, out: Path, phis: dict[str, nn.ModuleDict]) -> Results:
+    """Only the runs of `METHODS`, and the candidates that they need."""
+    experiment = Experiment(task, out, report.reporter(), phis)
+    runs = [(key, piece) for key, piece in experiment.runs() if key["method"] in METHODS]
+    needed = {name for _, piece in runs for name in piece.needs}
+    pieces = [piece for piece in experiment.pieces() if piece.name in needed]
+    pieces += [piece for _, piece in runs]
+    compute_all(pieces, experiment.parts, Ranks(), experiment.reporter.say)
+    return Results([{**key, **experiment.parts[p.name]} for key, p in runs], {}, [], {})
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError("name the meta_optimizer.pt of a run first (bench/unseen.py FILE ...)")
+    config = cli.parse(["--out", "runs/unseen", *arguments[1:], "--load", arguments[0]])
+    if config.dataset != "mnist":
+        raise InputError(f"--dataset is {config.dataset}: the networks here are for mnist")
+    keep_freed_memory()
+    task, phis = load_phis(Path(config.load), prepare(config))
+    out = Path(config.out)
+    for name, build in NETWORKS.items():
+        own = replace(task, problem=replace(task.problem, build=build))
+        results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis)
+        footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
+        print("\n" + report.table(report.summarise(results), report.title(own), footer))
+
+
+if __name__ == "__main__":
+    cli.run_as_script("unseen.py", main)
