@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -113,7 +114,7 @@ class TestAlone:
         assert 15 <= len(said) <= 20  # not more often than every twentieth
         shares = [int(line.split("%")[0]) for line in said]
         assert shares == sorted(set(shares)) and shares[-1] < 100
-        assert all(line.endswith("% of the run, 0 s left") for line in said)
+        assert all(re.fullmatch(r"\d+% of the run, \d+ s left", line) for line in said)
         quiet = []
         alone(Graph({"only": (1, "")}), Parts(parts.folder / "other"), quiet.append)
         assert quiet == []
@@ -143,7 +144,10 @@ def together(graph, parts, world):
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(world)]
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=str(rank), daemon=True)
+        for rank in range(world)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -168,11 +172,16 @@ class TestTogether:
         assert there[0] == names.keys()  # rank 0 goes on to report, so it waits for all
 
     def test_they_share_the_work(self, parts):
-        graph, by = Graph({str(i): (1, "") for i in range(12)}, seconds=0.01), set()
+        graph, all_three = Graph({name: (1, "") for name in "abc"}), threading.Barrier(3)
         original = graph.compute
-        graph.compute = lambda *a: (by.add(threading.get_ident()), original(*a))[1]
+
+        def compute(name, parts):
+            all_three.wait(10)  # until each process has one
+            return original(name, parts)
+
+        graph.compute = compute
         together(graph, parts, 3)
-        assert len(by) == 3
+        assert sorted(graph.done) == ["a", "b", "c"]
 
     def test_another_goes_on_while_the_longest_runs(self, parts):
         graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
@@ -189,6 +198,24 @@ class TestTogether:
         graph.compute = compute
         together(graph, parts, 2)
         assert graph.done == ["a", "b", "long", "end"]
+
+    @pytest.mark.parametrize("slow", [0, 1])
+    def test_rank_0_waits_for_all_and_another_for_nothing(self, parts, slow):
+        graph, both, released = Graph({"a": (1, ""), "b": (1, "")}), threading.Barrier(2), []
+        original = graph.compute
+
+        def compute(name, parts):
+            both.wait(10)  # each process has one of the two
+            if threading.current_thread().name == str(slow):
+                time.sleep(0.2)
+                released.append(name)
+            return original(name, parts)
+
+        graph.compute = compute
+        there = together(graph, parts, 2)
+        assert there[0] == {"a", "b"}
+        # with nothing left to take, rank 1 ends; if its own piece is the last, all is there
+        assert there[1] == ({"a", "b"} if slow == 1 else {"a", "b"} - {*released})
 
 
 class TestClock:
