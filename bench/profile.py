@@ -39,6 +39,7 @@ from l2l_ref import (  # noqa: E402
 )
 from l2l_ref.heap import keep_freed_memory  # noqa: E402
 from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
+from l2l_ref.pieces import Ranks, compute_all  # noqa: E402
 from l2l_ref.task import Reporter, Task, prepare  # noqa: E402
 
 OPTIMIZEE, CRAFTING = "optimizee: forward, backward", "attacks: forward, backward"
@@ -104,7 +105,7 @@ def instrument(clock: Clock, task: Task) -> Task:
 
     graphs.graphs_of = lambda device, generators: None  # a replay could not be told apart
     patch(experiment, "learn", phase="meta-training")
-    patch(tuning, "baselines", phase="tuning")
+    patch(tuning, "validate", phase="tuning")
     patch(experiment, "run_method", phase="transfer")
     patch(evaluate, "losses", phase="recording")
     patch(evaluate, "robust_accuracy", phase="judging")
@@ -162,7 +163,8 @@ def main(arguments: list[str]) -> None:
     quiet = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
     clock = Clock(task.device)
     with tempfile.TemporaryDirectory() as folder:
-        experiment.run(instrument(clock, task), Path(folder), quiet)
+        whole = experiment.Experiment(instrument(clock, task), Path(folder), quiet)
+        compute_all(whole.pieces(), whole.parts, Ranks(), quiet.say)
     clock.lap()
     line = command("profile.py", arguments)
     total = sum(clock.seconds.values())

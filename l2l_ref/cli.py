@@ -102,7 +102,7 @@ def parser() -> Parser:
     count(
         meta,
         "--episodes",
-        "each trains fresh optimizees (70; robust: 40,\nCIFAR-10: 30; quadratic: 100)",
+        "each trains fresh optimizees (70; robust: 30;\nquadratic: 100)",
     )
     meta.add_argument(
         "--episode-steps",
@@ -110,7 +110,7 @@ def parser() -> Parser:
         nargs="+",
         metavar="N",
         help="updates of an episode, or smallest and largest\n"
-        "(100; robust: 100 400, CIFAR-10: 100 700)",
+        "(100; robust: 100 1000)",
     )
     count(meta, "--tasks", "optimizees an episode trains at once (1)")
     count(meta, "--unroll", "updates an unroll (20)")

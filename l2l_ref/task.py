@@ -250,7 +250,8 @@ def learn(
         attack = task.attack(eps * strength, *tasks[0])
         generator = stream(c.seed, "length", fold, meta_seed, number)
         low, high = c.episode_steps[0], c.episode_steps[-1]
-        steps = int(torch.randint(low, high + 1, (), generator=generator))
+        share = torch.rand((), generator=generator).item()
+        steps = round(low * (high / low) ** share)  # as many between 100 and 200 as 400 and 800
         return Episode(model, task.batches(images, *tasks), attack, steps, strength)
 
     history = meta_train(
