@@ -67,6 +67,24 @@ def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
     return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != NOT else "")
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A row of a table.
+
+    Attributes:
+        method: its label, and what it costs; settings and φ come from `make`.
+        make: the results of all pieces so far -> the method.
+        needs: the pieces that it needs for that.
+        meta_seed: of its φ, and `phi`, the φ's name; None for a baseline.
+    """
+
+    method: Method
+    make: Callable[[Mapping[str, Any]], Method]
+    needs: tuple[str, ...] = ()
+    meta_seed: int | None = None
+    phi: str | None = None
+
+
 class Experiment:
     """The pieces of the experiment of `task.config`, which leave parts/ in `out`.
 
@@ -138,36 +156,38 @@ class Experiment:
             self.phis[name] = phi
         return self.phis[name]
 
+    def ended(self, name: str, parts: Mapping[str, Any]) -> str | None:
+        """Why a φ was given up; None for one that was trained to its end."""
+        return self.task.given_up.get(name) if name in self.given else parts[name]["ended"]
+
     def runs(self) -> list[tuple[dict[str, Any], Piece]]:
         """What is compared: each run's key in a table, and the piece that computes it."""
         c, result = self.task.config, []
         for fold, eps in product(self.folds, c.eps):
-            contenders = []
-            method = tuning.default_adam()
-            contenders.append((None, method, lambda parts, m=method: m, ()))
-            for grid in tuning.grids(self.task, fold, eps):
-                any_of = next(iter(grid.methods.values()))
-                contenders.append((None, any_of, grid.method, grid.needs()))
-            for meta_seed in range(c.meta_seeds):
-                contenders += self.learned_contenders(fold, eps, meta_seed)
-            for seed, (meta_seed, method, make, needs) in product(range(c.seeds), contenders):
+            contenders = self.contenders(fold, eps)
+            for seed, contender in product(range(c.seeds), contenders):
                 key = {
                     "eps": eps,
-                    "method": method.label,
+                    "method": contender.method.label,
                     "fold": fold.number,
-                    "phi": meta_seed,
+                    "phi": contender.meta_seed,
                     "seed": seed,
                 }
                 name = "-".join(f"{k}{v}" for k, v in key.items() if v is not None)
-                compute = partial(self.run_one, make, needs, fold, eps, seed)
-                cost = tuning.cost(c, method) + c.steps * (meta_seed is not None)
-                result.append((key, Piece(name, compute, method.label, cost, needs)))
+                compute = partial(self.run_one, contender, fold, eps, seed)
+                cost = tuning.cost(c, contender.method)
+                cost += c.steps * (contender.meta_seed is not None)  # the LSTM
+                result.append((key, Piece(name, compute, key["method"], cost, contender.needs)))
         return result
 
-    def learned_contenders(self, fold: Fold, eps: float, meta_seed: int) -> list[tuple]:
-        """Those whose optimizer is a φ."""
-        c, result = self.task.config, []
-        for kind in kinds_of_phi(c):
+    def contenders(self, fold: Fold, eps: float) -> list[Contender]:
+        """The rows of a table."""
+        c = self.task.config
+        result = [Contender(tuning.default_adam(), lambda parts: tuning.default_adam())]
+        for grid in tuning.grids(self.task, fold, eps):
+            any_of = next(iter(grid.methods.values()))
+            result.append(Contender(any_of, grid.method, grid.needs()))
+        for meta_seed, kind in product(range(c.meta_seeds), kinds_of_phi(c)):
             name = phi_name(kind, fold.number, meta_seed, eps)
             needs = () if name in self.given else (name,)
             for index, method in enumerate(phi_methods(c, kind, eps, learned)):
@@ -177,23 +197,16 @@ class Experiment:
                     phi = partial(learned, self.phi(name, fold), c.backend)
                     return phi_methods(config, kind, eps, phi)[index]
 
-                result.append((meta_seed, method, make, needs))
+                result.append(Contender(method, make, needs, meta_seed, name))
         return result
 
     def run_one(
-        self,
-        make: Callable[[Mapping[str, Any]], Method],
-        needs: tuple[str, ...],
-        fold: Fold,
-        eps: float,
-        seed: int,
-        parts: Mapping[str, Any],
+        self, contender: Contender, fold: Fold, eps: float, seed: int, parts: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The result of a run; of a φ that was given up only that."""
-        for name in needs:
-            if ended := parts[name].get("ended"):
-                return {"skipped": f"φ {ended}"}
-        return run_method(self.task, make(parts), fold, eps, seed)
+        if contender.phi and (ended := self.ended(contender.phi, parts)):
+            return {"skipped": f"φ {ended}"}
+        return run_method(self.task, contender.make(parts), fold, eps, seed)
 
     def results(self) -> Results:
         """What all pieces left; also writes meta_optimizer.pt."""
@@ -215,7 +228,8 @@ class Experiment:
         if c.load:  # what they come from goes along unchanged
             shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
         else:
-            save_phis(self.out / "meta_optimizer.pt", self.phis, self.task)
+            ended = {name: self.ended(name, parts) for name in self.phis}
+            save_phis(self.out / "meta_optimizer.pt", self.phis, self.task, ended)
         return Results(runs, chosen, tried, histories)
 
 
@@ -269,10 +283,13 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
     return result
 
 
-def save_phis(path: Path, phis: dict[str, nn.ModuleDict], task: Task) -> None:
+def save_phis(
+    path: Path, phis: dict[str, nn.ModuleDict], task: Task, ended: dict[str, str | None]
+) -> None:
     """Every φ of a run in one file: settings and plain state dicts by name and φ-group.
 
-    With them goes what they come from: the run's configuration and its data.
+    With them goes what they come from, the run's configuration and its data, and which of them were
+    given up, and why.
     """
     saved = {
         name: {
@@ -289,6 +306,7 @@ def save_phis(path: Path, phis: dict[str, nn.ModuleDict], task: Task) -> None:
         "config": asdict(task.config),
         "data": task.source,
         "data_sha256": task.checksum,
+        "given_up": {name: end for name, end in ended.items() if end},
         "phis": saved,
     }
     replace_with(path, partial(torch.save, value))
@@ -330,7 +348,7 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
                 f"--load {path} holds φ meta-trained on {describe(data)}, whose halves are not "
                 f"those of {describe(here)}: give the same --data-dir"
             )
-    phis = {}
+    phis, given_up = {}, {}
     for kind, fold, meta_seed, eps in product(
         kinds_of_phi(c), range(c.folds), range(c.meta_seeds), c.eps
     ):
@@ -344,7 +362,10 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
                 "--attack, --folds or --meta-seeds to what is there"
             )
         phis[name] = nn.ModuleDict()
-        groups = saved[name if name in saved else alike[0]]
+        stored = name if name in saved else alike[0]
+        if stored in value.get("given_up", {}):
+            given_up[name] = value["given_up"][stored]
+        groups = saved[stored]
         for group in phi_groups(task.problem.build()):
             if group not in groups:
                 raise InputError(
@@ -358,4 +379,5 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
     settings = {name: as_saved(before)[name] for name in OF_PHI}
     for name in ("curriculum", "episode_steps"):
         settings[name] = tuple(settings[name])
-    return replace(task, config=replace(c, **settings), origin=origin), phis
+    config = replace(c, **settings)
+    return replace(task, config=config, origin=origin, given_up=given_up), phis

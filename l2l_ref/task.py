@@ -6,7 +6,7 @@ the same θ₀ and see the same batches, and no result depends on what was compu
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Task:
     images: data.Data | None
     device: torch.device
     origin: str | None = None  # of φ, where it is loaded: data, attack, ε
+    given_up: dict[str, str] = field(default_factory=dict)  # of those: {name: why}
 
     @property
     def checksum(self) -> str | None:

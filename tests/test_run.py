@@ -413,6 +413,12 @@ class TestGivenUp:
         again, _ = read(workdir / "r")
         assert (workdir / "r/metrics.csv").read_text() == before
         assert without_times(again) == without_times(summary)
+        # loaded, it is still given up, for another ε too
+        for eps in ("0.1", "0.2"):
+            load = ["--load", "r/meta_optimizer.pt", "--meta-seeds", "1", "--eps", eps]
+            run.main([*LOADING, *load, "--out", eps])
+            loaded, _ = read(workdir / eps)
+            assert {row["method"] for row in loaded["table"] if row["skipped"]} == mine
 
 
 @pytest.mark.usefixtures("few_candidates")
