@@ -102,7 +102,7 @@ def parser() -> Parser:
     count(
         meta,
         "--episodes",
-        "each trains fresh optimizees (70; robust: 30;\nquadratic: 100)",
+        "each trains fresh optimizees (70; robust: 30;\nCIFAR-10: 40, quadratic: 100)",
     )
     meta.add_argument(
         "--episode-steps",
@@ -110,12 +110,12 @@ def parser() -> Parser:
         nargs="+",
         metavar="N",
         help="updates of an episode, or smallest and largest\n"
-        "(100; robust: 100 1000)",
+        "(100; CIFAR-10: 100 300; robust: 100 1000)",
     )
     count(meta, "--tasks", "optimizees an episode trains at once (1)")
     count(meta, "--unroll", "updates an unroll (20)")
     real(meta, "--meta-lr", "Adam's on φ (1e-3; robust: 3e-3; quadratic: 1e-2)")
-    real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0; robust: 0)")
+    real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0.2; robust: 0)")
     real(meta, "--p", "log range of Eq. 5 (10)")
     real(meta, "--penalty", "λ/eps of the loss that φ reads (0; penalty: 1)")
     meta.add_argument(

@@ -567,14 +567,14 @@ class TestConfig:
         assert (c.curriculum, c.penalty, c.judge, c.images) == ((1 / 3, 2 / 3), 0, "test", None)
 
     def test_the_attack_chooses_alpha(self):
-        assert cli.parse(["--attack", "pgd"]).alpha == 0
+        assert cli.parse(["--attack", "pgd"]).alpha == 0.2
         assert cli.parse(["--attack", "none"]).alpha == 1
         assert cli.parse(["--alpha", "0.7"]).read_alpha == 0.7
 
     def test_robust_reads_clean_and_is_judged_under_attack(self):
         c = cli.parse(["--recipe", "robust"])
         assert (c.read_alpha, c.alpha, c.odd, c.theta_input) == (1, 0, True, True)
-        assert c.nominal and (c.curriculum, c.episode_steps, c.penalty) == ((0, 0), (100, 400), 0)
+        assert c.nominal and (c.curriculum, c.episode_steps, c.penalty) == ((0, 0), (100, 1000), 0)
         assert not cli.parse(["--recipe", "robust", "--no-nominal"]).nominal
         assert cli.parse(["--nominal"]).nominal
 
@@ -586,10 +586,10 @@ class TestConfig:
     def test_cifar_defaults(self):
         c = cli.parse(["--dataset", "cifar10"])
         assert (c.steps, c.folds, c.optimizee) == (1000, 1, "convnet")
-        assert (c.episode_steps, c.record_every) == ((100,), 10)
-        for recipe, lengths in (("robust", (100, 700)), ("penalty", (60, 300))):
+        assert (c.episode_steps, c.episodes, c.record_every) == ((100, 300), 40, 10)
+        for recipe in ("robust", "penalty"):
             c = cli.parse(["--dataset", "cifar10", "--recipe", recipe])
-            assert (c.episode_steps, c.episodes) == (lengths, 30)
+            assert (c.episode_steps, c.episodes) == ((100, 1000), 30)
 
     def test_quadratics_have_neither_curriculum_nor_penalty(self):
         for recipe in RECIPES:

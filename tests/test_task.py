@@ -88,7 +88,7 @@ def test_curves_are_those_of_the_paper():
         "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
         "Nominal alone": ("nominal", 0.5, 0.0, "transfer"),
     }
-    assert curves("--attack", "pgd")["L2L"] == ("transfer", 0.0, 0.0, "meta")
+    assert curves("--attack", "pgd")["L2L"] == ("transfer", 0.2, 0.0, "meta")
     assert curves("--recipe", "robust")["L2L"] == ("transfer", 1.0, 0.0, "meta")
     assert curves("--attack", "none") == {
         "L2L": ("transfer", 1.0, 0.0, "meta"),
