@@ -154,7 +154,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # θ of a quadratic travels much farther than a network's.
 QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2, "curriculum": (0.0, 0.0), "nominal": False,
              "penalty": 0.0, "episode_steps": (100,), "episodes": 100}  # fmt: skip
-# The paper mixes clean and FGSM losses (section 4.1), and takes the PGD loss alone (4.2); under that
+# The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that
 # φ collapses (docs/trials), so some of the clean one stays.
 ALPHA = {"fgsm": 0.5, "pgd": 0.2, "none": 1.0}
 QUICK: dict[str, dict[str, Any]] = {
