@@ -170,11 +170,11 @@ class Grid:
             outcomes.setdefault(parts[name]["settings"], []).append(parts[name])
         most = max(map(len, outcomes.values()))
 
-        def mean(settings: str) -> tuple[bool, float]:
+        def order(settings: str) -> tuple[bool, bool, float]:
             bad, losses = zip(*map(score, outcomes[settings]), strict=True)
-            return any(bad), statistics.fmean(losses)
+            return any(bad), len(losses) < most, statistics.fmean(losses)
 
-        return min((s for s in outcomes if len(outcomes[s]) == most), key=mean)
+        return min(outcomes, key=order)
 
     def method(self, parts: Mapping[str, Any]) -> Method:
         return self.methods[self.chosen(parts)]

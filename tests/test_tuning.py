@@ -95,6 +95,11 @@ class TestGrid:
                     "c": [outcome(4.0)] * 2, "d": [outcome(5.0)] * 2}  # fmt: skip
         assert choose(outcomes)[0] == "b"
 
+    def test_where_all_of_the_best_third_collapse_one_that_was_dropped_is_chosen(self, choose):
+        outcomes = {"a": [outcome(1.0), outcome(0.1, True)], "b": [outcome(3.0)] * 2,
+                    "c": [outcome(4.0)] * 2}  # fmt: skip
+        assert choose(outcomes) == ("b", [("a", 0), ("b", 0), ("c", 0), ("a", 1)])
+
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
     def test_one_that_is_not_finite_comes_last_but_before_a_collapse(self, choose, loss):
         fine, broken = [outcome(9.0)] * 2, [outcome(loss)] * 2
