@@ -23,6 +23,8 @@ def main(arguments: list[str]) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         torch.set_num_threads(1)
+    if ranks.rank and {"-h", "--help"} & set(arguments):
+        return
     # A user's mistake ends rank 0 before it names the folder, and torchrun then ends the others.
     folder = ranks.hear("folder") if ranks.rank else None
     config = cli.parse(arguments)
@@ -33,17 +35,18 @@ def main(arguments: list[str]) -> None:
     phis = {}
     if config.load:
         task, phis = load_phis(Path(config.load), task)
+    must_match(task.config, (task.source, task.checksum), out)  # with rank 0's, on the others
     experiment = Experiment(task, out, report.reporter(ranks.world == 1), phis)
     if ranks.rank:
         compute_all(experiment.pieces(), experiment.parts, ranks, experiment.reporter.say)
         return
 
-    must_match(task.config, (task.source, task.checksum), out)
     cli.make_folder(out)
-    environment = report.environment(task, backend)
+    environment = report.environment(task, backend, ranks.world)
     print(report.title(task))
     print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
-    command = shlex.join(["python", "run.py", *(a for a in arguments if a != "--resume")])
+    launcher = ["torchrun", "--nproc-per-node", str(ranks.world)] if ranks.world > 1 else ["python"]
+    command = shlex.join([*launcher, "run.py", *(a for a in arguments if a != "--resume")])
     environment = report.write_config(out, task.config, environment, command)
     ranks.tell("folder", str(out))
     compute_all(experiment.pieces(), experiment.parts, ranks, experiment.reporter.say)

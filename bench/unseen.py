@@ -1,9 +1,9 @@
 """Optimizees that φ has not been trained on: a wider MLP, a deeper one, one with tanh.
 
-python bench/unseen.py runs/mnist-fgsm-robust/meta_optimizer.pt --judge validation
+python bench/unseen.py runs/mnist-fgsm-robust/meta_optimizer.pt --steps 1000
 
-All other options are those of run.py. Of each network: φ on clean batches (L2L-Transfer) beside
-Adam + L1 tuned on that very network. Finished runs stay in --out, and are found again there.
+All other options are those of run.py, but for --resume. Of each network: φ on clean batches
+(L2L-Transfer) beside Adam + L1 tuned on that very network.
 """
 
 import sys
@@ -48,7 +48,10 @@ def compare(task: Task, out: Path, phis: dict[str, nn.ModuleDict]) -> Results:
     needed = {name for _, piece in runs for name in piece.needs}
     pieces = [piece for piece in experiment.pieces() if piece.name in needed]
     pieces += [piece for _, piece in runs]
-    compute_all(pieces, experiment.parts, Ranks(), experiment.reporter.say)
+    ranks = Ranks()
+    if ranks.world > 1:
+        raise InputError("bench/unseen.py is one process: start it without torchrun")
+    compute_all(pieces, experiment.parts, ranks, experiment.reporter.say)
     return Results([{**key, **experiment.parts[p.name]} for key, p in runs], {}, [], {})
 
 
@@ -58,9 +61,11 @@ def main(arguments: list[str]) -> None:
     config = cli.parse(["--out", "runs/unseen", *arguments[1:], "--load", arguments[0]])
     if config.dataset != "mnist":
         raise InputError(f"--dataset is {config.dataset}: the networks here are for mnist")
+    if config.resume:
+        raise InputError("--resume is of run.py: name another --out")
+    out = cli.new_folder(config)  # results of another φ are never found there
     keep_freed_memory()
     task, phis = load_phis(Path(config.load), prepare(config))
-    out = Path(config.out)
     for name, build in NETWORKS.items():
         own = replace(task, problem=replace(task.problem, build=build))
         results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis)

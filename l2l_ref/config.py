@@ -109,6 +109,13 @@ class Config:
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
         require("folds", self.folds in (1, 2), self.folds, "1 or 2")
         require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
+        if self.penalty and self.read_alpha == 0:
+            raise InputError(
+                f"--penalty is {self.penalty} but --alpha 0 reads no clean loss that it could be "
+                "added to: leave one of them out"
+            )
+        if self.dataset == "quadratic" and self.images:
+            raise InputError(f"--images is {self.images} but quadratics have none: leave it out")
         if self.dataset == "quadratic" and self.attack != "none":
             raise InputError(
                 f"--attack {self.attack} does not go with --dataset quadratic, which has no "
@@ -184,7 +191,7 @@ def complete(given: dict[str, Any]) -> Config:
         "optimizee": OPTIMIZEES.get(dataset, ("quadratic",))[0],
         "alpha": judged,
         "read_alpha": alpha,
-        "attacked_alpha": ALPHA[attack],
+        "attacked_alpha": alpha if recipe == "paper" else ALPHA[attack],
         **by_dataset,
         **RECIPES[recipe],
         **(QUADRATIC if dataset == "quadratic" else {}),

@@ -252,7 +252,9 @@ def adam_direction(gradient: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     second = torch.lerp(second, gradient.square(), 1 - BETAS[1])
     count = count + 1
     weights = [-torch.expm1(math.log(beta) * count) for beta in BETAS]  # 1 - βᵗ
-    d = first / weights[0] / ((second / weights[1]).sqrt() + EPSILON)
+    seen = second > 0  # a root's slope at 0 is infinite; there d is 0 anyway
+    root = torch.where(seen, second / weights[1], 1.0).sqrt()
+    d = torch.where(seen, first / weights[0] / (root + EPSILON), 0.0)
     return d, torch.stack((first, second, count))
 
 

@@ -28,6 +28,7 @@ from l2l_ref.task import (
     Fold,
     Reporter,
     Task,
+    few,
     folds,
     learn,
     learned,
@@ -173,7 +174,7 @@ class Experiment:
                     "phi": contender.meta_seed,
                     "seed": seed,
                 }
-                name = "-".join(f"{k}{v}" for k, v in key.items() if v is not None)
+                name = "-".join(["run", *(f"{k}{v}" for k, v in key.items() if v is not None)])
                 compute = partial(self.run_one, contender, fold, eps, seed)
                 cost = tuning.cost(c, contender.method)
                 cost += c.steps * (contender.meta_seed is not None)  # the LSTM
@@ -225,11 +226,12 @@ class Experiment:
                 self.phi(name, fold)
                 if name not in self.given:
                     histories[name] = parts[name]
-        if c.load:  # what they come from goes along unchanged
+        if self.given == self.phis.keys():  # what they come from goes along unchanged
             shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
         else:
             ended = {name: self.ended(name, parts) for name in self.phis}
-            save_phis(self.out / "meta_optimizer.pt", self.phis, self.task, ended)
+            task = self.searches[0].best(parts)
+            save_phis(self.out / "meta_optimizer.pt", self.phis, task, ended)
         return Results(runs, chosen, tried, histories)
 
 
@@ -249,7 +251,7 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
     if c.dataset == "quadratic":  # has no halves
         return [Method("L2L-Transfer", phi)]
     if c.attack == "none":
-        return [Method("L2L", phi, half="meta"), Method("L2L-Transfer", phi)]
+        return [Method("L2L", phi, half="meta", **read), Method("L2L-Transfer", phi, **clean)]
     return [
         Method("L2L", phi, half="meta", **read),
         Method("L2L-Transfer (clean)", phi, **clean),
@@ -262,7 +264,7 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
     what `Task.judge` says, robust accuracies, and its `end`: "ok", "collapsed" or "diverged"."""
     c = task.config
     labels = ("transfer", fold.number, seed)
-    half = fold.meta if method.half == "meta" else fold.transfer
+    half = few(fold.meta if method.half == "meta" else fold.transfer, c.images)
     model, curve = task.train(method, half, fold.test, eps, *labels)
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
@@ -330,12 +332,12 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
             "finished run"
         )
     c, before, saved = task.config, value["config"], value["phis"]
-    if c.judge == "validation" != as_saved(before)["judge"]:
-        raise InputError(
-            f"--load {path} holds φ meta-trained on what --judge validation judges by: load one "
-            "that was trained with it, or judge by the test set"
-        )
     if before["dataset"] == c.dataset and c.dataset != "quadratic":
+        if c.judge == "validation" != as_saved(before)["judge"]:
+            raise InputError(
+                f"--load {path} holds φ meta-trained on what --judge validation judges by: load "
+                "one that was trained with it, or judge by the test set"
+            )
         if before["seed"] != c.seed:
             raise InputError(
                 f"--load {path} holds φ meta-trained on another half of {c.dataset}: give --seed "

@@ -363,15 +363,15 @@ def meta_train(
 
 def how_it_ended(problem: Problem, episode: Episode, loss: float) -> str:
     """An episode's last mean loss -> "ok", "diverged", or "collapsed": within 1 % of that of the
-    uniform prediction, and one class predicted for all of a batch."""
+    uniform prediction, and each optimizee predicts one class for all of a batch."""
     if not math.isfinite(loss):
         return "diverged"
     if not problem.classes or not is_chance(loss, problem.classes):
         return "ok"
     with torch.no_grad(), attacks.untouched(episode.model):
         x, _ = next(episode.batches)
-        predicted = episode.model(x).argmax(-1)
-    return "collapsed" if (predicted == predicted[0]).all() else "ok"
+        predicted = episode.model(x).argmax(-1).view(getattr(episode.model, "tasks", 1), -1)
+    return "collapsed" if (predicted == predicted[:, :1]).all() else "ok"
 
 
 def watch(history: History, share: float, end: str) -> None:

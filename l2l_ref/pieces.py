@@ -79,7 +79,11 @@ class Ranks:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.store = next(dist.rendezvous("env://"))[0] if self.world > 1 else None
+        self.store = None
+        if self.world > 1:
+            if "MASTER_ADDR" not in os.environ:
+                raise InputError(f"WORLD_SIZE is {self.world} without MASTER_ADDR: use torchrun")
+            self.store = next(dist.rendezvous("env://"))[0]
 
     def claim(self, name: str) -> bool:
         """Whether this process is the first to ask for `name`."""

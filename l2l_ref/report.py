@@ -35,7 +35,13 @@ METRICS = {
     "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
     "ms_per_step": "ms/step",
 }
-CONTROLS = ("Nominal alone", "Adam + L1")  # what φ adds; the strongest on clean batches
+# Of each recipe the row that says whether φ has learned, and those that it must be below: what it
+# would be without φ, and the best opponent that reads the same.
+CONTROLS = {
+    "paper": ("L2L", ("Nominal alone", "Adam (attacked) + L1")),
+    "robust": ("L2L-Transfer (clean)", ("Nominal alone", "Adam + L1")),
+    "penalty": ("L2L-Transfer (clean)", ("Nominal alone", "Adam + penalty + L1")),
+}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10
 PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
 
@@ -79,7 +85,7 @@ def reporter(bars: bool = True) -> Reporter:
     return Reporter(lambda line: print(line, flush=True), lines)
 
 
-def environment(task: Task, backend: str) -> dict[str, Any]:
+def environment(task: Task, backend: str, processes: int = 1) -> dict[str, Any]:
     """Versions, hardware and code that a result depends on."""
     device = task.device
     cuda = device.type == "cuda"
@@ -90,6 +96,7 @@ def environment(task: Task, backend: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "backend": backend,
         "engine": engine.build_info() if backend == "fused" else None,
         "git_commit": git_commit(),
@@ -199,17 +206,23 @@ def differences(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def verdicts(rows: list[dict[str, Any]]) -> str:
-    """What of `differences` says whether a φ has learned: its loss less that of `CONTROLS`."""
+def verdicts(results: Results, rows: list[dict[str, Any]], recipe: str) -> str:
+    """Whether φ has learned: its loss less that of `CONTROLS`; a line for each ε."""
+    own, controls = CONTROLS[recipe]
     lines = []
-    for eps, control in dict.fromkeys((row["eps"], row["less"]) for row in rows):
-        own = [row for row in rows if (row["eps"], row["less"]) == (eps, control)
-               and row["method"].startswith("L2L")]  # fmt: skip
-        if control not in CONTROLS or not own:
-            continue
-        losses = [row.get("pgd_loss", row.get("attacked_loss")) for row in own]
-        texts = [f"{row['method']} {signed(loss)}" for row, loss in zip(own, losses, strict=True)]
-        lines.append(f"ε {eps:g}, loss less that of {control} (95 %): " + ", ".join(texts))
+    for eps in dict.fromkeys(row["eps"] for row in rows):
+        texts = []
+        for row in rows:
+            if (row["eps"], row["method"]) == (eps, own) and row["less"] in controls:
+                loss = row.get("pgd_loss", row.get("attacked_loss"))
+                texts.append(f"{row['less']} {signed(loss)}")
+        every = {(run["phi"], "skipped" in run) for run in results.runs
+                 if (run["eps"], run["method"]) == (eps, own)}  # fmt: skip
+        given_up = sum(skipped for _, skipped in every)
+        note = f"; {given_up} of {len(every)} φ given up" if given_up else ""
+        if texts:
+            lines.append(f"ε {eps:g}: loss of {own} less that of " + ", ".join(texts)
+                         + f" (95 % over seeds, after the mean over φ{note})")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -294,14 +307,16 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
     """Seeds, hardware, versions and command, for the foot of a table or figure."""
     e = environment
     commit = e["git_commit"]
-    loss = "on test images" + (" under attack" if config.attack != "none" else "")
+    loss = f"on {config.judge} images" + (" under attack" if config.attack != "none" else "")
     if config.dataset == "quadratic":
         loss = "of the function it minimises"
     return (
         f"loss: after {config.steps} steps, {loss}; mean ± sample deviation\n"
         f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
         "\n"
-        f"{e['device']}, threads: {e['threads']}, torch {e['torch']}, backend {e['backend']}"
+        f"{e['device']}, threads: {e['threads']}"
+        + (f" in each of {e['processes']} processes" if e.get("processes", 1) > 1 else "")
+        + f", torch {e['torch']}, backend {e['backend']}"
         + (", continued elsewhere (config.json)" if e.get("continued_in") else "")
         + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
         + f"\n{command}"
@@ -383,5 +398,5 @@ def report(
     }
     write_json(out / "summary.json", value)
     draw_curves(out / "curves.png", results.runs, summary, config, heading, footer)
-    text = table(summary, heading, footer)
-    return f"{text}\n\n{learned}" if (learned := verdicts(value["differences"])) else text
+    learned = verdicts(results, value["differences"], config.recipe)
+    return "\n\n".join([table(summary, heading, footer), *filter(None, [learned])])

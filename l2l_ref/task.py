@@ -63,21 +63,17 @@ def folds(config: Config, images: data.Data | None) -> list[Fold]:
         count = len(meta) // VALIDATION
         fit, validation = (images.train.subset(i) for i in (meta[count:], meta[:count]))
         if config.judge == "validation":
-            sets = [fit, few(fit, config.images), validation, few(fit, config.images), validation]
+            sets = [fit, fit, validation, fit, validation]
         else:
             meta, transfer = images.train.subset(meta), images.train.subset(transfer)
-            sets = [meta, few(fit, config.images), validation, few(transfer, config.images), test]
+            sets = [meta, fit, validation, transfer, test]
         result.append(Fold(number, *sets))
     return result
 
 
-def few(images: data.ImageSet, count: int | None) -> data.ImageSet:
-    """The first `count` of a set in random order, or all of it; InputError if there are fewer."""
-    if count is None:
-        return images
-    if count > len(images):
-        raise InputError(f"--images is {count} but there are {len(images)}: choose fewer")
-    return images.subset(torch.arange(count))
+def few(images: data.ImageSet | None, count: int | None) -> data.ImageSet | None:
+    """The first `count` of a set in random order, or all of it."""
+    return images if images is None or count is None else images.subset(torch.arange(count))
 
 
 @dataclass(frozen=True)
@@ -299,11 +295,12 @@ def prepare(config: Config, rank: int = 0) -> Task:
         )
         half = len(images.train) // 2
         smallest = half - half // VALIDATION
-        if config.batch_size > smallest:
-            raise InputError(
-                f"--batch-size is {config.batch_size} but a candidate trains on {smallest} images "
-                f"of {images.source}: choose a smaller one"
-            )
+        for name in ("batch_size", "images"):
+            if (getattr(config, name) or 0) > smallest:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is {getattr(config, name)} but a candidate trains "
+                    f"on {smallest} images of {images.source}: choose a smaller one"
+                )
     return Task(config, problem, images, device)
 
 

@@ -15,7 +15,7 @@ from l2l_ref import evaluate
 from l2l_ref.config import Config, grid_points, with_grid
 from l2l_ref.optimizer import flatten_
 from l2l_ref.pieces import Piece
-from l2l_ref.task import TRANSFER, Fold, Reporter, Task, learn, learned
+from l2l_ref.task import TRANSFER, Fold, Reporter, Task, few, learn, learned
 from l2l_ref.transfer import Method
 
 # Candidates of the baselines: learning rates from low to high, weights of the L1 norm, λ/ε.
@@ -170,9 +170,9 @@ class Grid:
             outcomes.setdefault(parts[name]["settings"], []).append(parts[name])
         most = max(map(len, outcomes.values()))
 
-        def order(settings: str) -> tuple[bool, bool, float]:
+        def order(settings: str) -> tuple[int, bool, float]:
             bad, losses = zip(*map(score, outcomes[settings]), strict=True)
-            return any(bad), len(losses) < most, statistics.fmean(losses)
+            return max(bad), len(losses) < most, statistics.fmean(losses)
 
         return min(outcomes, key=order)
 
@@ -186,9 +186,13 @@ def grids(task: Task, fold: Fold, eps: float) -> list[Grid]:
     return [Grid(task, fold, eps, label, methods) for label, methods in every.items()]
 
 
-def score(outcome: dict[str, Any]) -> tuple[bool, float]:
-    """The lower the better. A constant predictor is nobody's best, however low its loss."""
-    return outcome["collapsed"], outcome["loss"] if math.isfinite(outcome["loss"]) else math.inf
+def score(outcome: dict[str, Any]) -> tuple[int, float]:
+    """(0, or 1 for a loss that is not finite, or 2 for a collapse, the loss): the lower the better.
+
+    A constant predictor is nobody's best, however low its loss.
+    """
+    finite = math.isfinite(outcome["loss"])
+    return 2 if outcome["collapsed"] else int(not finite), outcome["loss"] if finite else math.inf
 
 
 def validate(task: Task, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
@@ -198,7 +202,8 @@ def validate(task: Task, method: Method, fold: Fold, eps: float, seed: int) -> d
     """
     labels = ("tune", fold.number, seed)
     steps = task.config.steps
-    model, curve = task.train(method, fold.fit, fold.validation, eps, *labels, every=steps)
+    fit = few(fold.fit, task.config.images)
+    model, curve = task.train(method, fit, fold.validation, eps, *labels, every=steps)
     if fold.validation is None:
         return {"collapsed": False, "loss": curve.attacked[-1]}
     judged = task.judge(model, fold.validation, eps, *labels)
@@ -238,11 +243,13 @@ class Search:
         c, outcomes = task.config, []
         for eps in c.eps:
             show = self.reporter.progress(c.episodes, f"grid: {point}, eps {eps:g}")
-            phi, _ = learn(task, fold.fit, TRANSFER, eps, fold.number, 0, show)
+            phi, history = learn(task, fold.fit, TRANSFER, eps, fold.number, 0, show)
+            if history["ended"]:
+                return {"collapsed": True, "loss": math.inf}
             method = Method("grid", partial(learned, phi, c.backend), penalty=c.penalty * eps)
             outcomes += [validate(task, method, fold, eps, seed) for seed in range(c.tune_seeds)]
         bad, losses = zip(*map(score, outcomes), strict=True)
-        return {"collapsed": any(bad), "loss": statistics.fmean(losses)}
+        return {"collapsed": max(bad) == 2, "loss": statistics.fmean(losses)}
 
     def with_point(self, point: dict[str, float]) -> Task:
         return replace(self.task, config=with_grid(self.task.config, point))

@@ -223,7 +223,7 @@ def test_a_report_with_runs_that_diverged_or_were_skipped(tmp_path):
     assert row["attacked_loss"] == {"mean": None, "half_width": None}
 
 
-def test_verdicts_name_what_a_phi_adds_to_its_controls():
+def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
     def row(method, less, value, half):
         loss = {"mean": value, "half_width": half}
         return {"eps": 0.1, "method": method, "less": less, "pgd_loss": loss}
@@ -232,12 +232,16 @@ def test_verdicts_name_what_a_phi_adds_to_its_controls():
         row("L2L", "Nominal alone", -0.25, 0.1),
         row("L2L-Transfer (clean)", "Nominal alone", None, None),
         row("L2L", "Adam", -9.0, 0.1),  # no control
-        row("Transfer-NOT", "Adam + L1", 1.0, 0.1),  # never met an attack
-        row("L2L", "Adam + L1", 0.5, None),
+        row("L2L", "Adam (attacked) + L1", 0.5, None),
+        row("L2L-Transfer (clean)", "Adam + L1", 1.0, 0.125),
     ]
-    assert report.verdicts(rows).splitlines() == [
-        "ε 0.1, loss less that of Nominal alone (95 %): L2L -0.250 ± 0.100, "
-        "L2L-Transfer (clean) not finite",
-        "ε 0.1, loss less that of Adam + L1 (95 %): L2L +0.500",
-    ]
-    assert report.verdicts([]) == ""
+    of = results(run("L2L", phi=0), skipped("L2L", phi=1), run("L2L-Transfer (clean)", phi=0))
+    assert report.verdicts(of, rows, "paper") == (
+        "ε 0.1: loss of L2L less that of Nominal alone -0.250 ± 0.100, Adam (attacked) + L1 +0.500 "
+        "(95 % over seeds, after the mean over φ; 1 of 2 φ given up)"
+    )
+    assert report.verdicts(of, rows, "robust") == (
+        "ε 0.1: loss of L2L-Transfer (clean) less that of Nominal alone not finite, "
+        "Adam + L1 +1.000 ± 0.125 (95 % over seeds, after the mean over φ)"
+    )
+    assert report.verdicts(of, [], "paper") == ""

@@ -260,19 +260,33 @@ def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, numbe
     assert not pictures(fold.test) & pictures(fold.transfer)
 
 
-def test_images_bounds_what_optimizees_train_on(small_data):
-    plain = prepare(cli.parse(QUICK))
-    (whole,) = folds(plain.config, plain.images)
+@pytest.mark.parametrize("half", ["meta", "transfer"])
+def test_images_bounds_what_optimizees_train_on(small_data, monkeypatch, half):
+    """Those of tuning and of all that is compared; φ meta-trains on all."""
     task = prepare(cli.parse([*QUICK, "--images", "40"]))
     (fold,) = folds(task.config, task.images)
-    for name in ("fit", "transfer"):
-        few, all_of_it = getattr(fold, name), getattr(whole, name)
-        assert len(few) == 40 and torch.equal(few.images, all_of_it.images[:40])
-        assert torch.equal(few.labels, all_of_it.labels[:40])
-    for name in ("meta", "validation", "test"):  # what meta-trains and what judges stay whole
-        assert torch.equal(getattr(fold, name).images, getattr(whole, name).images)
-    task = prepare(cli.parse([*QUICK, "--images", "501"]))
-    with pytest.raises(InputError, match="--images is 501 but there are 500"):
-        folds(task.config, task.images)
-    with pytest.raises(InputError, match="--images is 31: it must be at least --batch-size, 32"):
-        cli.parse([*QUICK, "--images", "31"])
+    (whole,) = folds(prepare(cli.parse(QUICK)).config, task.images)
+    assert all(len(getattr(fold, name)) == len(getattr(whole, name))
+               for name in ("meta", "fit", "validation", "transfer", "test"))  # fmt: skip
+    seen = []
+
+    def spy(self, method, images, *rest, **options):
+        seen.append(images)
+        raise StopIteration
+
+    monkeypatch.setattr(type(task), "train", spy)
+    with pytest.raises(StopIteration):
+        experiment.run_method(task, Method("a", None, half=half), fold, 0.1, 0)
+    with pytest.raises(StopIteration):
+        tuning.validate(task, Method("a", None), fold, 0.1, 0)
+    for images, of in zip(seen, (getattr(fold, half), fold.fit), strict=True):
+        assert torch.equal(images.images, of.images[:40])
+        assert torch.equal(images.labels, of.labels[:40])
+
+
+def test_images_has_a_range(small_data):
+    for count, words in (("501", "on 500 images of stand-in"), ("31", "at least --batch-size, 32")):
+        with pytest.raises(InputError, match=f"--images is {count}.*{words}"):
+            prepare(cli.parse([*QUICK, "--images", count]))
+    with pytest.raises(InputError, match="quadratics have none"):
+        cli.parse(["--dataset", "quadratic", "--images", "500"])
