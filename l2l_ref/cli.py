@@ -114,7 +114,7 @@ def parser() -> Parser:
     )
     count(meta, "--tasks", "optimizees an episode trains at once (1)")
     count(meta, "--unroll", "updates an unroll (20)")
-    real(meta, "--meta-lr", "Adam's on φ (1e-3; robust: 3e-3; quadratic: 1e-2)")
+    real(meta, "--meta-lr", "Adam's on φ (3e-3; CIFAR-10: 1e-3; quadratic: 1e-2)")
     real(meta, "--alpha", "clean share of Eq. 6 (FGSM 0.5, PGD 0.2; robust: 0)")
     real(meta, "--p", "log range of Eq. 5 (10)")
     real(meta, "--penalty", "λ/eps of the loss that φ reads (0; penalty: 1)")
@@ -124,7 +124,7 @@ def parser() -> Parser:
         nargs=2,
         metavar="X",
         help="shares of the episodes: clean up to one, as set\n"
-        "from the other on (1/3 2/3; robust: 0 0)",
+        "from the other on (0 1/2; CIFAR-10: 1/3 2/3;\nrobust: 0 0)",
     )
     meta.add_argument(
         "--nominal",

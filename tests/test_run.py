@@ -562,9 +562,9 @@ class TestConfig:
         c = cli.parse([])
         assert (c.dataset, c.attack, c.eps, c.recipe) == ("mnist", "fgsm", (0.1,), "paper")
         assert (c.steps, c.batch_size, c.alpha, c.read_alpha, c.p) == (100, 128, 0.5, 0.5, 10)
-        assert c.meta_lr == 1e-3 and c.episode_steps == (100,) and not c.nominal
+        assert c.meta_lr == 3e-3 and c.episode_steps == (100,) and not c.nominal
         assert c.episodes * math.ceil(c.episode_steps[0] / c.unroll) >= 300
-        assert (c.curriculum, c.penalty, c.judge, c.images) == ((1 / 3, 2 / 3), 0, "test", None)
+        assert (c.curriculum, c.penalty, c.judge, c.images) == ((0, 0.5), 0, "test", None)
 
     def test_the_attack_chooses_alpha(self):
         assert cli.parse(["--attack", "pgd"]).alpha == 0.2
@@ -587,6 +587,7 @@ class TestConfig:
         c = cli.parse(["--dataset", "cifar10"])
         assert (c.steps, c.folds, c.optimizee) == (1000, 1, "convnet")
         assert (c.episode_steps, c.episodes, c.record_every) == ((100, 300), 40, 10)
+        assert (c.meta_lr, c.curriculum) == (1e-3, (1 / 3, 2 / 3))
         for recipe in ("robust", "penalty"):
             c = cli.parse(["--dataset", "cifar10", "--recipe", recipe])
             assert (c.episode_steps, c.episodes) == ((100, 1000), 30)
