@@ -33,6 +33,22 @@ def small() -> nn.Module:
 SMALL = Problem("small", small, problems.cross_entropy, 3)
 
 
+def test_the_direction_has_a_derivative_where_no_gradient_was_ever_seen():
+    """As of pixels that are always black: a root's slope at 0 would make NaN of a second order."""
+    gradient = torch.tensor([0.0, 0.25], dtype=torch.float64, requires_grad=True)
+    moments = torch.zeros(3, 2, dtype=torch.float64)
+    direction, following = adam_direction(gradient, moments)
+    assert direction[0] == 0 and following[2].tolist() == [1, 1]
+    (slope,) = torch.autograd.grad(direction.sum(), gradient)
+    assert slope.isfinite().all() and slope[0] == 0
+
+    def twice(second):
+        _, seen = adam_direction(torch.tensor([0.5, -0.25], dtype=torch.float64), moments)
+        return adam_direction(second, seen)[0]
+
+    assert torch.autograd.gradcheck(twice, gradient)
+
+
 @pytest.fixture(params=["reference", "fused"])
 def backend(request):
     if request.param == "fused":

@@ -293,3 +293,7 @@ class TestTorchrun:
         sentence = "run.py: --eps is 2.0: it must be between 0 and 1"
         assert done.stderr.count("run.py: --") == done.stderr.count(sentence) == 1
         assert list(tmp_path.iterdir()) == []
+
+    def test_help_leaves_no_process_waiting(self, tmp_path):
+        done = self.call("--help", cwd=tmp_path, processes=2)
+        assert done.returncode == 0 and done.stdout.count("usage: run.py") == 1

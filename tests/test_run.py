@@ -502,7 +502,7 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--episode-steps", "1", "2", "3"], r"--episode-steps is .1, 2, 3."),
         (["--record-every", "0"], "--record-every is 0: it must be at least 1"),
         (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
-        (["--images", "501"], "--images is 501 but there are 500: choose fewer"),
+        (["--images", "501"], "--images is 501 but a candidate trains on 500 images"),
         (["--judge", "me"], "invalid choice: 'me'"),
         (["--eps-warmup", "0.5"], "unrecognized arguments: --eps-warmup"),
         (["--device", "tpu9"], "--device tpu9 is not available"),
