@@ -237,6 +237,7 @@ def learn(
     c = task.config
     settings = meta_settings(c, kind, eps)
     phi = new_phi(task, kind, fold, meta_seed)
+    lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
 
     def draw(number: int) -> Episode:
         # Task k of episode n has the θ₀ and the batches of episode n·K + k of a run with K = 1.
@@ -245,11 +246,7 @@ def learn(
         model = models[0] if c.tasks == 1 else problems.Stacked(models)
         strength = settings.strength(number)
         attack = task.attack(eps * strength, *tasks[0])
-        generator = stream(c.seed, "length", fold, meta_seed, number)
-        low, high = c.episode_steps[0], c.episode_steps[-1]
-        share = torch.rand((), generator=generator).item()
-        steps = round(low * (high / low) ** share)  # as many between 100 and 200 as 400 and 800
-        return Episode(model, task.batches(images, *tasks), attack, steps, strength)
+        return Episode(model, task.batches(images, *tasks), attack, lengths[number], strength)
 
     history = meta_train(
         task.problem,
@@ -262,6 +259,15 @@ def learn(
         on_episode=on_episode,
     )
     return phi, asdict(history)
+
+
+def episode_lengths(c: Config, generator: torch.Generator) -> list[int]:
+    """The updates of each episode: log-uniform, and stratified, so that every φ meets as many long
+    ones; which episode is how long is drawn."""
+    low, high = c.episode_steps[0], c.episode_steps[-1]
+    strata = torch.randperm(c.episodes, generator=generator)
+    shares = (strata + torch.rand(c.episodes, generator=generator)) / c.episodes
+    return [round(low * (high / low) ** share) for share in shares.tolist()]
 
 
 def learned(phi: nn.ModuleDict, backend: str, model: nn.Module) -> LearnedOptimizer:

@@ -240,7 +240,10 @@ def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, m
 
     many = lengths("--episodes", "60", "--episode-steps", "3", "7")
     assert set(many) == {3, 4, 5, 6, 7}  # both bounds too
-    assert lengths("--episodes", "20", "--episode-steps", "3", "7") == many[:20]
+    # stratified: of equal shares of log(length) each holds one, so no φ meets few long episodes
+    long = sorted(lengths("--episodes", "20", "--episode-steps", "100", "1000"))
+    strata = [20 * math.log10(n / 100) for n in long]
+    assert all(i - 0.05 <= at <= i + 1.05 for i, at in enumerate(strata))
     assert lengths("--episodes", "60", "--episode-steps", "3", "7", kind="not") == many
     assert lengths("--episodes", "60", "--episode-steps", "3", "7", meta_seed=1) != many
     assert lengths("--episodes", "60", "--episode-steps", "3", "7", "--seed", "1") != many
