@@ -203,7 +203,8 @@ def drawn(task, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
 
 def test_the_curriculum_scales_eps_and_strength(small_data, monkeypatch):
     arguments = [*QUICK, "--attack", "pgd", "--episodes", "9"]
-    settings, episodes = drawn(prepare(cli.parse(arguments)), monkeypatch)
+    thirds = cli.parse([*arguments, "--curriculum", "1/3", "2/3"])
+    settings, episodes = drawn(prepare(thirds), monkeypatch)
     assert settings.curriculum == (1 / 3, 2 / 3)
     expected = [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert [episode.strength for episode in episodes] == expected
