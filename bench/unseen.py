@@ -41,16 +41,13 @@ NETWORKS = {
 }
 
 
-def compare(task: Task, out: Path, phis: dict[str, nn.ModuleDict]) -> Results:
+def compare(task: Task, out: Path, phis: dict[str, nn.ModuleDict], ranks: Ranks) -> Results:
     """Only the runs of `METHODS`, and the candidates that they need."""
     experiment = Experiment(task, out, report.reporter(), phis)
     runs = [(key, piece) for key, piece in experiment.runs() if key["method"] in METHODS]
     needed = {name for _, piece in runs for name in piece.needs}
     pieces = [piece for piece in experiment.pieces() if piece.name in needed]
     pieces += [piece for _, piece in runs]
-    ranks = Ranks()
-    if ranks.world > 1:
-        raise InputError("bench/unseen.py is one process: start it without torchrun")
     compute_all(pieces, experiment.parts, ranks, experiment.reporter.say)
     return Results([{**key, **experiment.parts[p.name]} for key, p in runs], {}, [], {})
 
@@ -63,12 +60,15 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--dataset is {config.dataset}: the networks here are for mnist")
     if config.resume:
         raise InputError("--resume is of run.py: name another --out")
+    ranks = Ranks()
+    if ranks.world > 1:
+        raise InputError("bench/unseen.py is one process: start it without torchrun")
     out = cli.new_folder(config)  # results of another φ are never found there
     keep_freed_memory()
     task, phis = load_phis(Path(config.load), prepare(config))
     for name, build in NETWORKS.items():
         own = replace(task, problem=replace(task.problem, build=build))
-        results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis)
+        results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis, ranks)
         footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
         print("\n" + report.table(report.summarise(results), report.title(own), footer))
 

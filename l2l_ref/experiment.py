@@ -68,6 +68,16 @@ def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
     return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != NOT else "")
 
 
+def phis_of(config: Config) -> dict[str, tuple[str, int, int, float]]:
+    """Every φ of a run: {name: (kind, fold, meta-seed, ε)}; Transfer-NOT's once, whatever ε."""
+    folds, seeds = range(config.folds), range(config.meta_seeds)
+    result: dict[str, tuple[str, int, int, float]] = {}
+    for fold, kind, meta_seed, eps in product(folds, kinds_of_phi(config), seeds, config.eps):
+        key = kind, fold, meta_seed, eps
+        result.setdefault(phi_name(*key), key)
+    return result
+
+
 @dataclass(frozen=True)
 class Contender:
     """A row of a table.
@@ -112,9 +122,8 @@ class Experiment:
         result = []
         for fold in self.folds:
             result += self.searches[fold.number].pieces()
-            for kind, meta_seed, eps in product(kinds_of_phi(c), range(c.meta_seeds), c.eps):
-                name = phi_name(kind, fold.number, meta_seed, eps)
-                if name not in self.given and all(piece.name != name for piece in result):
+            for name, (kind, number, meta_seed, eps) in phis_of(c).items():
+                if number == fold.number and name not in self.given:
                     result.append(self.phi_piece(name, kind, fold, meta_seed, eps))
             for eps in c.eps:
                 for grid in tuning.grids(self.task, fold, eps):
@@ -220,12 +229,10 @@ class Experiment:
             }
         tried = [row for search in self.searches.values() for row in search.tried(parts)]
         histories = {}
-        for fold in self.folds:
-            for kind, meta_seed, eps in product(kinds_of_phi(c), range(c.meta_seeds), c.eps):
-                name = phi_name(kind, fold.number, meta_seed, eps)
-                self.phi(name, fold)
-                if name not in self.given:
-                    histories[name] = parts[name]
+        for name, (_, number, *_) in phis_of(c).items():
+            self.phi(name, self.folds[number])
+            if name not in self.given:
+                histories[name] = parts[name]
         if self.given == self.phis.keys():  # what they come from goes along unchanged
             shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
         else:
@@ -351,10 +358,7 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
                 f"those of {describe(here)}: give the same --data-dir"
             )
     phis, given_up = {}, {}
-    for kind, fold, meta_seed, eps in product(
-        kinds_of_phi(c), range(c.folds), range(c.meta_seeds), c.eps
-    ):
-        name = phi_name(kind, fold, meta_seed, eps)
+    for name, (kind, fold, meta_seed, _) in phis_of(c).items():
         if kind == NOMINAL and not any(key.startswith(NOMINAL) for key in saved):
             continue  # a file from before there was this control: it is meta-trained
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]

@@ -156,8 +156,7 @@ class Coordinates:
 
     def keep_judging(self) -> None:
         """θ.grad is that of the loss that judges; the one that φ reads comes next."""
-        if self.judging is not None:
-            self.judging.copy_(self.theta.grad)
+        self.judging.copy_(self.theta.grad)
 
     def record(self, t: int) -> None:
         """Row t of all records."""

@@ -1,6 +1,8 @@
 """Shared fixtures: small data, and where the real data is."""
 
+import itertools
 import os
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -70,6 +72,27 @@ def device(request, fused):
     if request.param == "cuda":
         need_cuda()
     return request.param
+
+
+@pytest.fixture
+def killed_at_step(monkeypatch):
+    """A context in which a run must end as one that is killed, at that step of an Adam (from 0)."""
+
+    @contextmanager
+    def context(count: int):
+        step, calls = torch.optim.Adam.step, itertools.count()
+
+        def killed(self, *args):
+            if next(calls) == count:
+                raise RuntimeError("killed")
+            return step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                yield
+
+    return context
 
 
 def need_cuda():

@@ -247,23 +247,14 @@ class TestResumeAndLoad:
         assert [e["git_commit"] for e in environment["continued_in"]] == ["f" * 40]
 
     def test_resumed_in_the_midst_of_random_lengths_and_a_curriculum(
-        self, workdir, small_data, monkeypatch
+        self, workdir, small_data, killed_at_step
     ):
         """Also the nominal term, whose η has an Adam group of its own."""
         arguments = [*self.arguments[:-2], "--attack", "pgd", "--attack-steps", "2", "--nominal",
                      "--episode-steps", "2", "7", "--episodes", "6", "--seeds", "1"]  # fmt: skip
         run.main([*arguments, "--out", "whole"])
-        step, calls = torch.optim.Adam.step, iter(range(1000))
-
-        def killed(self, *args):
-            if next(calls) == 9:
-                raise RuntimeError("killed")
-            return step(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.optim.Adam, "step", killed)
-            with pytest.raises(RuntimeError, match="killed"):
-                run.main([*arguments, "--out", "r"])
+        with killed_at_step(9):
+            run.main([*arguments, "--out", "r"])
         (checkpoint,) = (workdir / "r/parts").glob("*.pt")
         kept = torch.load(checkpoint, weights_only=True)
         assert 0 < kept["episodes"] < 6
