@@ -124,7 +124,7 @@ def parser() -> Parser:
         nargs=2,
         metavar="X",
         help="shares of the episodes: clean up to one, as set\n"
-        "from the other on (0 1/2; CIFAR: 1/3 2/3; robust: 0 0)",
+        "from the other on (0 1/2; CIFAR: 1/2 3/4; robust: 0 0)",
     )
     meta.add_argument(
         "--nominal",

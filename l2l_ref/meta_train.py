@@ -81,7 +81,8 @@ class History:
     ended: str | None = None  # "collapsed" or "diverged": why the training was given up
 
 
-# The watch: after the first fifth of the episodes, so many in a row that end so end the training.
+# The watch: after the first fifth of the episodes, and after the clean ones of the curriculum, in
+# which a φ that does not move yet looks the same, so many in a row that end so end the training.
 WATCH_AFTER = 0.2
 PATIENCE = {"collapsed": 5, "diverged": 3}
 
@@ -175,15 +176,16 @@ class Coordinates:
         d log η = -η Σ_s ⟨d_s, cotangent_s⟩.
         """
         cotangents = update_cotangents(self.judged[1 : length + 1])
-        meta = self.meta_optimizer
-        dphi = engine.operators(self.backend, self.state).unroll_meta_gradient(
-            self.read[:length],
-            self.first_state,
-            cotangents,
-            self.phi,
-            None if self.thetas is None else self.thetas[:length],
-            **meta.form,
-        )
+        meta, dphi = self.meta_optimizer, torch.zeros_like(self.phi)
+        if any(weight.requires_grad for weight in meta.weights()):
+            dphi = engine.operators(self.backend, self.state).unroll_meta_gradient(
+                self.read[:length],
+                self.first_state,
+                cotangents,
+                self.phi,
+                None if self.thetas is None else self.thetas[:length],
+                **meta.form,
+            )
         if self.directions is None:
             return dphi
         slope = (self.directions[1 : length + 1] * cotangents).sum()
@@ -346,7 +348,7 @@ def meta_train(
             if not math.isfinite(loss):  # θ is beyond repair: a fresh optimizee comes next
                 history.diverged += 1
                 break
-        watch(history, number / settings.episodes, how_it_ended(problem, episode, loss))
+        watch(history, settings, number, how_it_ended(problem, episode, loss))
         if checkpoint is not None:
             state = {
                 "settings": identity(settings, meta_optimizers),
@@ -373,9 +375,9 @@ def how_it_ended(problem: Problem, episode: Episode, loss: float) -> str:
     return "collapsed" if (predicted == predicted[:, :1]).all() else "ok"
 
 
-def watch(history: History, share: float, end: str) -> None:
-    """Count how the last episodes ended, `share` of them done before, and give up if need be."""
-    if share < WATCH_AFTER:
+def watch(history: History, settings: MetaSettings, number: int, end: str) -> None:
+    """Count how the last episodes ended, of which this is `number`, and give up if need be."""
+    if number < max(WATCH_AFTER, settings.curriculum[0]) * settings.episodes:
         return
     history.bad = {end: history.bad.get(end, 0) + 1} if end in PATIENCE else {}
     if history.bad.get(end, 0) >= PATIENCE.get(end, math.inf):

@@ -423,11 +423,11 @@ class TestCheckpointsOfBefore:
 
 
 class TestWatch:
-    def end(self, ends, episodes=20):
+    def end(self, ends, episodes=20, **options):
         """The number of episodes that are watched until φ is given up, and why."""
-        history = History()
+        history, chosen = History(), MetaSettings(episodes, **options)
         for number, end in enumerate(ends):
-            watch(history, number / episodes, end)
+            watch(history, chosen, number, end)
             if history.ended:
                 return number + 1, history.ended
         return None
@@ -438,6 +438,13 @@ class TestWatch:
         assert self.end([*fine, *["collapsed"] * 5]) == (9, "collapsed")
         assert self.end([*fine, *["diverged"] * 2]) is None
         assert self.end([*fine, *["diverged"] * 3]) == (7, "diverged")
+
+    def test_not_while_the_curriculum_is_clean(self):
+        """There a φ that has not begun to move leaves its optimizees where they started."""
+        idle = ["collapsed"] * 10
+        assert self.end(idle) == (9, "collapsed")
+        assert self.end(idle, curriculum=(0.5, 0.75)) is None
+        assert self.end(idle * 2, curriculum=(0.5, 0.75)) == (15, "collapsed")
 
     def test_in_a_row(self):
         late = ["ok"] * 4

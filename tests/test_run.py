@@ -577,8 +577,8 @@ class TestConfig:
     def test_cifar_defaults(self):
         c = cli.parse(["--dataset", "cifar10"])
         assert (c.steps, c.folds, c.optimizee) == (1000, 1, "convnet")
-        assert (c.episode_steps, c.episodes, c.record_every) == ((100, 300), 40, 10)
-        assert (c.meta_lr, c.curriculum) == (1e-3, (1 / 3, 2 / 3))
+        assert (c.episode_steps, c.episodes, c.record_every) == ((100, 300), 50, 10)
+        assert (c.meta_lr, c.curriculum) == (1e-3, (0.5, 0.75))
         for recipe in ("robust", "penalty"):
             c = cli.parse(["--dataset", "cifar10", "--recipe", recipe])
             assert (c.episode_steps, c.episodes) == ((100, 1000), 30)
