@@ -78,5 +78,5 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
 	$(PY) -m pip install $(BUILD_NEEDS)
 	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
-	@$(PY) -c "import torchvision; from l2l_ref import engine; print('engine:', engine.build_info())"
+	@$(PY) -c "import torchvision; from l2l_ref.backend import build_info; print('engine:', build_info())"
 	@touch $@

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from l2l_ref import cli, engine, report
-from l2l_ref.config import must_match
-from l2l_ref.experiment import Experiment, load_phis
-from l2l_ref.heap import keep_freed_memory
-from l2l_ref.pieces import Ranks, compute_all
-from l2l_ref.task import prepare
+from l2l_ref.backend import resolve
+from l2l_ref.experiment import cli, folder, machine, report
+from l2l_ref.experiment.pieces import Ranks, compute_all
+from l2l_ref.experiment.progress import progress
+from l2l_ref.experiment.protocol import Experiment, load_phis
+from l2l_ref.experiment.setting import prepare
 
 
 def main(arguments: list[str]) -> None:
@@ -26,31 +26,31 @@ def main(arguments: list[str]) -> None:
     if ranks.rank and {"-h", "--help"} & set(arguments):
         return
     # A user's mistake ends rank 0 before it names the folder, and torchrun then ends the others.
-    folder = ranks.hear("folder") if ranks.rank else None
+    named = ranks.hear("folder") if ranks.rank else None
     config = cli.parse(arguments)
-    keep_freed_memory()
-    out = Path(folder) if folder else cli.new_folder(config)
-    task = prepare(config, ranks.rank)
-    backend = engine.resolve(config.backend, task.device)
+    machine.keep_freed_memory()
+    out = Path(named) if named else folder.new(config)
+    setting = prepare(config, ranks.rank)
+    backend = resolve(config.backend, setting.device)
     phis = {}
     if config.load:
-        task, phis = load_phis(Path(config.load), task)
-    must_match(task.config, (task.source, task.checksum), out)  # with rank 0's, on the others
-    experiment = Experiment(task, out, report.reporter(ranks.world == 1), phis)
+        setting, phis = load_phis(Path(config.load), setting)
+    folder.must_match(setting.config, setting.data, out)  # with rank 0's, on the others
+    experiment = Experiment(setting, out, progress(ranks.world == 1), phis)
     if ranks.rank:
-        compute_all(experiment.pieces(), experiment.parts, ranks, experiment.reporter.say)
+        compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
         return
 
-    cli.make_folder(out)
-    environment = report.environment(task, backend, ranks.world)
-    print(report.title(task))
+    folder.make(out)
+    environment = machine.environment(setting.device, backend, setting.data, ranks.world)
+    print(report.title(setting))
     print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
     launcher = ["torchrun", "--nproc-per-node", str(ranks.world)] if ranks.world > 1 else ["python"]
     command = shlex.join([*launcher, "run.py", *(a for a in arguments if a != "--resume")])
-    environment = report.write_config(out, task.config, environment, command)
+    environment = folder.write_config(out, setting.config, environment, command)
     ranks.tell("folder", str(out))
-    compute_all(experiment.pieces(), experiment.parts, ranks, experiment.reporter.say)
-    print("\n" + report.report(out, experiment.results(), task, environment, command))
+    compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
+    print("\n" + report.write(out, experiment.results(), setting, environment, command))
     print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 

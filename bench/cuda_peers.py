@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.case import Case, Peer, Unavailable, ns
 from bench.floors import COPIED, traffic
-from l2l_ref import engine
+from l2l_ref.backend import operators, use_tensor_cores
 
 GRAPH_MOST = 1_000_000  # coordinates; beyond, a launch takes no time beside the step
 
@@ -43,17 +43,17 @@ def step_in_graph(theta_step_: Callable, case: Case) -> Peer:
 
 def step_on_tensor_cores(theta_step_: Callable, case: Case) -> Peer:
     """T steps whose products are three of TF32 each (`engine.use_tensor_cores`)."""
-    if engine.operators("auto", case.state).theta_step_ is not theta_step_:
+    if operators("auto", case.state).theta_step_ is not theta_step_:
         raise Unavailable("needs the fused engine")
     if torch.cuda.get_device_capability()[0] < 8:
         raise Unavailable("needs an Ampere GPU or a later one")
     theta, state = case.theta.clone(), case.state.clone()
 
     def run() -> Tensor:
-        engine.use_tensor_cores(True)
+        use_tensor_cores(True)
         for gradient in case.gradients:
             theta_step_(theta, gradient, state, case.phi, **case.meta.form)
-        engine.use_tensor_cores(False)
+        use_tensor_cores(False)
         return theta
 
     return Peer(run, ns(case))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from l2l_ref.engine import available_device
+from l2l_ref.backend import available_device
 
 CPU = torch.device("cpu")
 ASKED = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit")  # of nvidia-smi

@@ -70,8 +70,8 @@ build() { # setup.py says why it built nothing, and succeeds: so ask for the eng
     "import torch; print('{}.{}'.format(*torch.cuda.get_device_capability()))")
   export TORCH_CUDA_ARCH_LIST USE_CUDA=1 L2L_VERBOSE=1
   "$PYTHON" setup.py build_ext --inplace --force
-  "$PYTHON" -c "from l2l_ref import engine
-print(engine.resolve('fused', 'cuda'), 'on cuda:', engine.build_info())"
+  "$PYTHON" -c "from l2l_ref.backend import build_info, resolve
+print(resolve('fused', 'cuda'), 'on cuda:', build_info())"
 }
 
 tests() {

@@ -26,8 +26,8 @@ from torch import Tensor
 from bench import device as seams
 from bench.case import Case, make_case
 from bench.output import count
-from l2l_ref import engine
-from l2l_ref.cli import Parser, run_as_script
+from l2l_ref.backend import BACKENDS, operators, resolve, use_tensor_cores
+from l2l_ref.experiment.cli import Parser, run_as_script
 
 OPERATORS = ("step", "meta_gradient", "differentiable_step")
 SMALL = (1, 31, 33, 257, 1000)  # coordinates of --every-form
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
     top = Parser(prog="kernels.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     top.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:1, …, cpu (cuda)")
-    top.add_argument("--backend", choices=engine.BACKENDS, default="fused", help="(fused)")
+    top.add_argument("--backend", choices=BACKENDS, default="fused", help="(fused)")
     top.add_argument("--operators", choices=OPERATORS, nargs="+",
                      help="(step and meta_gradient; with --every-form all)")  # fmt: skip
     top.add_argument("--sizes", type=count, nargs="+", default=[1_000_000], metavar="N")
@@ -49,9 +49,9 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--tensor-cores", action="store_true", help="in the steps that they serve")
     options = top.parse_args(arguments)
     options.device = seams.chosen(options.device)
-    engine.resolve(options.backend, options.device)
+    resolve(options.backend, options.device)
     if options.tensor_cores:
-        engine.use_tensor_cores(True)
+        use_tensor_cores(True)
     return options
 
 
@@ -72,7 +72,7 @@ def cases(options: Any) -> Iterator[Case]:
 
 def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tensor, ...]]:
     """One of OPERATORS, to be called on copies of what it changes; returns all that it wrote."""
-    ours, form = engine.operators(backend, case.state), case.meta.form
+    ours, form = operators(backend, case.state), case.meta.form
     theta, state, gradient = case.theta.clone(), case.state.clone(), case.gradients[0]
 
     def step() -> tuple[Tensor, ...]:

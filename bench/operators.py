@@ -27,9 +27,10 @@ from bench.case import Peer, Unavailable, flops, make_case
 from bench.output import command, count, machine, where, write_json
 from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
 from bench.timing import interleave, summary
-from l2l_ref import engine
-from l2l_ref.cli import Parser, make_folder, run_as_script
+from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.errors import InputError
+from l2l_ref.experiment import folder
+from l2l_ref.experiment.cli import Parser, run_as_script
 
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
 SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
@@ -55,7 +56,7 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, … (cpu)")
     top.add_argument("--threads", type=count, nargs="+", metavar="K",
                      help="threads (1 2; on a GPU 1)")  # fmt: skip
-    top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="ours (auto)")
+    top.add_argument("--backend", choices=BACKENDS, default="auto", help="ours (auto)")
     top.add_argument("--odd", action="store_true", help="the odd form of φ")
     top.add_argument("--theta-input", action="store_true", help="φ that sees θ")
     top.add_argument("--quick", action="store_true", help="small sizes, few rounds")
@@ -82,7 +83,7 @@ def parse(arguments: list[str]) -> Any:
         raise InputError(f"--threads {max(options.threads)} is more than the {cores} cores here")
     if not 0 <= options.seconds < float("inf"):
         raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
-    engine.resolve(options.backend, options.device)
+    resolve(options.backend, options.device)
     return options
 
 
@@ -230,7 +231,7 @@ def peak_memory(options: Any) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
-    make_folder(options.out)
+    folder.make(options.out)
     limits = floors.ceilings_of(options.device)
     about = machine(options.backend, options.device)
     meta = make_case(1, 1, odd=options.odd, theta_input=options.theta_input).meta

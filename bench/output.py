@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from bench.device import CPU, about
-from l2l_ref import engine
+from l2l_ref.backend import build_info, resolve
+from l2l_ref.experiment.machine import processor
 from l2l_ref.files import replace_with
-from l2l_ref.report import processor
 
 
 def count(text: str) -> int:
@@ -30,14 +30,14 @@ def count(text: str) -> int:
 
 def machine(backend: str, device: torch.device = CPU) -> dict[str, Any]:
     """Date, hardware, versions, and the backend with what it says of its build."""
-    gpu, chosen = about(device), engine.resolve(backend, device)
+    gpu, chosen = about(device), resolve(backend, device)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "backend": chosen,
-        "build": engine.build_info() if chosen == "fused" else None,
+        "build": build_info() if chosen == "fused" else None,
         **({"gpu": asdict(gpu)} if gpu else {}),
     }
 

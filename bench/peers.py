@@ -28,7 +28,8 @@ from bench.case import (
 )
 from bench.cuda_peers import adam, copy, step_in_graph, step_on_tensor_cores
 from bench.device import CPU, kind
-from l2l_ref import engine, equations
+from l2l_ref import equations
+from l2l_ref.backend import operators
 
 OPERATORS = ("step", "meta_gradient")
 OURS, FLOOR = "ours", "sgemm floor"
@@ -56,7 +57,7 @@ def builders(
         compiled: with `torch.compile`.
         whole: it compiles the graph of a whole unroll instead of one update.
     """
-    ours = engine.operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
+    ours = operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
     on_gpu = kind(device) == "cuda"
     if operator == "step":
         table = {

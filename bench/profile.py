@@ -26,21 +26,13 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench.output import command, write_json  # noqa: E402
-from l2l_ref import (  # noqa: E402
-    attacks,
-    cli,
-    data,
-    engine,
-    evaluate,
-    experiment,
-    graphs,
-    report,
-    tuning,
-)
-from l2l_ref.heap import keep_freed_memory  # noqa: E402
+from l2l_ref import attacks, data, evaluate, meta_training, optimizer  # noqa: E402
+from l2l_ref.backend import cuda_graphs, operators, resolve  # noqa: E402
+from l2l_ref.experiment import cli, folder, machine, protocol, tuning  # noqa: E402
+from l2l_ref.experiment.pieces import Ranks, compute_all  # noqa: E402
+from l2l_ref.experiment.progress import Progress  # noqa: E402
+from l2l_ref.experiment.setting import Setting, prepare  # noqa: E402
 from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
-from l2l_ref.pieces import Ranks, compute_all  # noqa: E402
-from l2l_ref.task import Reporter, Task, prepare  # noqa: E402
 
 OPTIMIZEE, CRAFTING = "optimizee: forward, backward", "attacks: forward, backward"
 LSTM, ATTACKS, OPTIMIZERS = "LSTM", "attacks: steps, projections", "optimizers without the LSTM"
@@ -96,27 +88,27 @@ class Clock:
         return wrapper
 
 
-def instrument(clock: Clock, task: Task) -> Task:
+def instrument(clock: Clock, setting: Setting) -> Setting:
     """Put ranges around what is called in a run, for as long as this program lives."""
 
     def patch(owner: Any, *names: str, **ranges: str) -> None:
         for name in names:
             setattr(owner, name, clock.timed(getattr(owner, name), **ranges))
 
-    graphs.graphs_of = lambda device, generators: None  # a replay could not be told apart
-    patch(experiment, "learn", phase="meta-training")
+    cuda_graphs.graphs_of = lambda device, generators: None  # a replay could not be told apart
+    patch(protocol, "train_phi", phase="meta-training")
     patch(tuning, "validate", phase="tuning")
-    patch(experiment, "run_method", phase="transfer")
+    patch(protocol, "run_method", phase="transfer")
     patch(evaluate, "losses", phase="recording")
     patch(evaluate, "robust_accuracy", phase="judging")
     patch(torch.autograd, "backward", "grad", what=OPTIMIZEE)
     patch(F, "cross_entropy", what=OPTIMIZEE)
     patch(attacks, "fgsm", "pgd", what=ATTACKS)
     patch(data.ImageSet, "batch", what=BATCHES)
-    for optimizer in (torch.optim.Adam, torch.optim.SGD, LearnedOptimizer):
-        patch(optimizer, "step", "zero_grad", what=OPTIMIZERS)
+    for kind in (torch.optim.Adam, torch.optim.SGD, LearnedOptimizer):
+        patch(kind, "step", "zero_grad", what=OPTIMIZERS)
 
-    endless, run_by = data.batches, engine.operators
+    endless = data.batches
     data.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
 
     @cache
@@ -124,14 +116,15 @@ def instrument(clock: Clock, task: Task) -> Task:
         names = ("theta_step_", "theta_step", "unroll_meta_gradient")
         return SimpleNamespace(**{name: clock.timed(getattr(module, name), LSTM) for name in names})
 
-    engine.operators = lambda *args: timed_operators(run_by(*args))
+    for module in (meta_training, optimizer):
+        module.operators = lambda *args: timed_operators(operators(*args))
 
     def build() -> nn.Module:
-        model = task.problem.build()
+        model = setting.problem.build()
         patch(model, "forward", what=OPTIMIZEE)
         return model
 
-    return replace(task, problem=replace(task.problem, build=build))
+    return replace(setting, problem=replace(setting.problem, build=build))
 
 
 def table(seconds: dict[tuple[str, str], float]) -> str:
@@ -155,15 +148,15 @@ def main(arguments: list[str]) -> None:
     dataset = cli.parse(arguments).dataset
     config = cli.parse([*SHORT[dataset].split(), *arguments])
     config = replace(config, tune_seeds=1)
-    keep_freed_memory()
-    task = prepare(config)
-    backend = engine.resolve(config.backend, task.device)
-    environment = report.environment(task, backend)
+    machine.keep_freed_memory()
+    setting = prepare(config)
+    backend = resolve(config.backend, setting.device)
+    environment = machine.environment(setting.device, backend, setting.data)
     torch.optim.SGD([torch.zeros(1)]).zero_grad()  # the first one imports half of PyTorch
-    quiet = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
-    clock = Clock(task.device)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = experiment.Experiment(instrument(clock, task), Path(folder), quiet)
+    quiet = Progress(lambda line: None, lambda total, label: lambda done, loss: None)
+    clock = Clock(setting.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = protocol.Experiment(instrument(clock, setting), Path(scratch), quiet)
         compute_all(whole.pieces(), whole.parts, Ranks(), quiet.say)
     clock.lap()
     line = command("profile.py", arguments)
@@ -176,7 +169,7 @@ def main(arguments: list[str]) -> None:
     saved = {"command": line, "environment": environment, "seconds": by_phase}
     out = Path(config.out or "runs/bench")
     path = out / f"profile-{config.dataset}-{config.attack}-{config.recipe}-{backend}.json"
-    cli.make_folder(out)
+    folder.make(out)
     write_json(path, saved)
     print(f"\n{path}")
 

@@ -27,11 +27,12 @@ from bench.case import STEP_BYTES, Unavailable
 from bench.output import command, count, machine, where, write_json
 from bench.timing import interleave, summary
 from bench.transfer_step import FORM
-from l2l_ref import engine
-from l2l_ref.cli import Parser, make_folder, run_as_script
-from l2l_ref.config import RECIPES
+from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.errors import InputError
-from l2l_ref.heap import keep_freed_memory
+from l2l_ref.experiment import folder
+from l2l_ref.experiment.cli import Parser, run_as_script
+from l2l_ref.experiment.config import RECIPES
+from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer, flatten_
 
 ADAM = "Adam (fused)"  # the ratios are over its time
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> Any:
     top = Parser(prog="resnet_step.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     top.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, … (cpu)")
     top.add_argument("--threads", type=count, default=1, metavar="K", help="threads (1)")
-    top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="φ's (auto)")
+    top.add_argument("--backend", choices=BACKENDS, default="auto", help="φ's (auto)")
     top.add_argument("--classes", type=count, default=10, metavar="N",
                      help="of the head: 10, CIFAR-10's, or 1000, ImageNet's (10)")  # fmt: skip
     top.add_argument("--seconds", type=float, default=5.0, metavar="S",
@@ -52,7 +53,7 @@ def parse(arguments: list[str]) -> Any:
     if not 0 <= options.seconds < float("inf"):
         raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
     options.device = seams.chosen(options.device)
-    engine.resolve(options.backend, options.device)
+    resolve(options.backend, options.device)
     return options
 
 
@@ -85,7 +86,7 @@ def learned(recipe: str, flat: bool, options: Any, params: list[Tensor]) -> torc
     meta = MetaOptimizer(**form).to(options.device)
     columns = sum(param.numel() for param in params) * (2 if form["odd"] else 1)
     needed = 2 * 4 * meta.num_layers * 2 * meta.hidden_size * columns  # gathered at the first step
-    if engine.resolve(options.backend, options.device) == "reference":
+    if resolve(options.backend, options.device) == "reference":
         needed = max(needed, STEP_BYTES * columns)
     free = seams.free_bytes(options.device)
     if needed > free:
@@ -134,7 +135,7 @@ def measure(options: Any) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
-    make_folder(options.out)
+    folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
     parameters = sum(param.numel() for param in resnet(options.classes, options.device))

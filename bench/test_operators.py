@@ -11,7 +11,7 @@ import torch
 
 from bench import peers
 from bench.case import Unavailable, make_case
-from l2l_ref import engine
+from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.errors import InputError
 
 pytest.importorskip("pytest_benchmark")
@@ -24,7 +24,7 @@ def backends() -> list[str]:
     """Those that this installation has."""
     found = ["reference"]
     try:
-        engine.resolve("fused")
+        resolve("fused")
     except InputError:
         return found
     return [*found, "fused"]
@@ -51,8 +51,8 @@ def one_thread():
 )
 def test_operator(benchmark, operator: str, name: str, n: int, steps: int):
     case = make_case(n, steps)
-    backend = name if name in engine.BACKENDS else "reference"
-    key = peers.OURS if name in engine.BACKENDS else name
+    backend = name if name in BACKENDS else "reference"
+    key = peers.OURS if name in BACKENDS else name
     try:
         peer = peers.builders(operator, backend)[key](case)
     except Unavailable as error:

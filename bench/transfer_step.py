@@ -22,15 +22,18 @@ import torch
 
 from bench.output import command, count, machine, write_json
 from bench.timing import interleave, summary
-from l2l_ref import attacks, data, engine, problems, stand_in
-from l2l_ref.cli import Parser, make_folder, run_as_script
-from l2l_ref.config import RECIPES
+from l2l_ref import attacks, data, problems
+from l2l_ref.backend import BACKENDS, resolve
+from l2l_ref.data import stand_in
 from l2l_ref.errors import InputError
-from l2l_ref.heap import keep_freed_memory
-from l2l_ref.meta_train import new_meta_optimizers
-from l2l_ref.task import learned
+from l2l_ref.experiment import folder
+from l2l_ref.experiment.cli import Parser, run_as_script
+from l2l_ref.experiment.config import RECIPES
+from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.tuning import adam
+from l2l_ref.meta_training import new_meta_optimizers
+from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
-from l2l_ref.tuning import adam
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.textures}
@@ -43,7 +46,7 @@ def parse(arguments: list[str]) -> Any:
     top = Parser(prog="transfer_step.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     top.add_argument("--dataset", choices=tuple(EPS), nargs="+", default=list(EPS))
     top.add_argument("--threads", type=count, default=1, metavar="K", help="threads (1)")
-    top.add_argument("--backend", choices=engine.BACKENDS, default="auto", help="φ's (auto)")
+    top.add_argument("--backend", choices=BACKENDS, default="auto", help="φ's (auto)")
     top.add_argument("--steps", type=count, metavar="N", help="a call of `train` (100)")
     top.add_argument("--batch-size", type=count, default=128, metavar="N", help="samples (128)")
     top.add_argument("--seconds", type=float, metavar="S", help="clocked for each model (20)")
@@ -56,7 +59,7 @@ def parse(arguments: list[str]) -> Any:
         options.seconds = 0.1 if options.quick else 20.0
     if not 0 <= options.seconds < float("inf"):
         raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
-    engine.resolve(options.backend)
+    resolve(options.backend)
     return options
 
 
@@ -77,7 +80,9 @@ def methods(problem: problems.Problem, backend: str, eps: float) -> dict[str, Me
         phi = new_meta_optimizers(problem, torch.Generator().manual_seed(0), "cpu", **form)
         label = f"L2L-Transfer ({recipe})"
         penalty = settings.get("penalty", 0.0) * eps
-        result[label] = Method(label, partial(learned, phi, backend), penalty=penalty)
+        result[label] = Method(
+            label, partial(LearnedOptimizer.for_model, phi=phi, backend=backend), penalty=penalty
+        )
     result["Adam (clean)"] = Method("Adam (clean)", partial(adam, 1e-3))
     result[OPPONENT] = Method(OPPONENT, partial(adam, 1e-3), alpha=0.0)
     return result
@@ -130,7 +135,7 @@ def measure(dataset: str, options: Any) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
-    make_folder(options.out)
+    folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
     about = machine(options.backend)

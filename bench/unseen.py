@@ -15,12 +15,14 @@ from torch import nn
 if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from l2l_ref import cli, report
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import Experiment, Results, load_phis
-from l2l_ref.heap import keep_freed_memory
-from l2l_ref.pieces import Ranks, compute_all
-from l2l_ref.task import Task, prepare
+from l2l_ref.experiment import cli, folder, report
+from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.pieces import Ranks, compute_all
+from l2l_ref.experiment.progress import progress
+from l2l_ref.experiment.protocol import Experiment, Results, load_phis
+from l2l_ref.experiment.setting import Setting, prepare
+from l2l_ref.experiment.summary import summarise
 
 METHODS = ("Adam + L1", "L2L-Transfer (clean)")
 
@@ -41,14 +43,14 @@ NETWORKS = {
 }
 
 
-def compare(task: Task, out: Path, phis: dict[str, nn.ModuleDict], ranks: Ranks) -> Results:
+def compare(setting: Setting, out: Path, phis: dict[str, nn.ModuleDict], ranks: Ranks) -> Results:
     """Only the runs of `METHODS`, and the candidates that they need."""
-    experiment = Experiment(task, out, report.reporter(), phis)
+    experiment = Experiment(setting, out, progress(), phis)
     runs = [(key, piece) for key, piece in experiment.runs() if key["method"] in METHODS]
     needed = {name for _, piece in runs for name in piece.needs}
     pieces = [piece for piece in experiment.pieces() if piece.name in needed]
     pieces += [piece for _, piece in runs]
-    compute_all(pieces, experiment.parts, ranks, experiment.reporter.say)
+    compute_all(pieces, experiment.parts, ranks, experiment.progress.say)
     return Results([{**key, **experiment.parts[p.name]} for key, p in runs], {}, [], {})
 
 
@@ -63,14 +65,14 @@ def main(arguments: list[str]) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise InputError("bench/unseen.py is one process: start it without torchrun")
-    out = cli.new_folder(config)  # results of another φ are never found there
+    out = folder.new(config)  # results of another φ are never found there
     keep_freed_memory()
-    task, phis = load_phis(Path(config.load), prepare(config))
+    setting, phis = load_phis(Path(config.load), prepare(config))
     for name, build in NETWORKS.items():
-        own = replace(task, problem=replace(task.problem, build=build))
+        own = replace(setting, problem=replace(setting.problem, build=build))
         results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis, ranks)
         footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
-        print("\n" + report.table(report.summarise(results), report.title(own), footer))
+        print("\n" + report.table(summarise(results), report.title(own), footer))
 
 
 if __name__ == "__main__":

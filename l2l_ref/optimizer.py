@@ -1,13 +1,13 @@
 """The meta-optimizer φ, and the optimizer that applies it to a model's parameters."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from l2l_ref import engine
+from l2l_ref.backend import operators, resolve
 from l2l_ref.equations import MAX_P, Form, adam_direction
 from l2l_ref.errors import InputError
 
@@ -118,7 +118,7 @@ class MetaOptimizer(nn.Module):
             InputError: a nominal term without moments, or moments without that term.
         """
         self._check_moments(moments)
-        step = engine.operators(backend, state).theta_step
+        step = operators(backend, state).theta_step
         theta, state = step(theta, gradient, state, self.phi(), **self.form)
         if moments is None:
             return theta, state
@@ -148,7 +148,7 @@ class MetaOptimizer(nn.Module):
             InputError: as `forward`.
         """
         self._check_moments(moments)
-        step = engine.operators(backend, state).theta_step_
+        step = operators(backend, state).theta_step_
         step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
         if moments is None:
             return None
@@ -197,9 +197,35 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         backend: str = "auto",
     ):
-        engine.resolve(backend)  # a wrong name is wrong now, not at the first step
+        resolve(backend)  # a wrong name is wrong now, not at the first step
         self._joint: dict[int, tuple[tuple[int, ...], Tensor, Tensor | None]] = {}
         super().__init__(params, {"meta_optimizer": meta_optimizer, "backend": backend})
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, phi: Mapping[str, MetaOptimizer], *, backend: str = "auto"
+    ) -> "LearnedOptimizer":
+        """φ as the optimizer of a model: a group of parameters, on one vector, for each φ-group.
+
+        Args:
+            phi: {φ-group: MetaOptimizer}, such as `l2l_ref.load` returns.
+
+        Raises:
+            InputError: a φ-group of the model (`phi_groups`) that `phi` lacks.
+        """
+        groups = phi_groups(model)
+        if missing := sorted(groups.keys() - phi.keys()):
+            raise InputError(
+                f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(phi)}: "
+                "take one that was meta-trained with such layers"
+            )
+        return cls(
+            [
+                {"params": [flatten_(own)], "meta_optimizer": phi[name]}
+                for name, own in groups.items()
+            ],
+            backend=backend,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # after a copy or load_state_dict
         super().__setstate__(state)
@@ -298,6 +324,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, own, strict=True):
             group.update(kept)  # the base class knows only what was saved
+
+
+def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters that share a φ: "linear", "convolutional" (with batch-norm), or what a module
+    names itself, in an attribute `phi_group`.
+
+    The paper gives convolutional and linear layers a φ each (section 4.2); groups named by the
+    kind of layer let a φ move to any optimizee that has layers of its kind.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for module in model.modules():
+        kind = "linear" if isinstance(module, nn.Linear) else "convolutional"
+        if parameters := list(module.parameters(recurse=False)):
+            groups.setdefault(getattr(module, "phi_group", kind), []).extend(parameters)
+    return groups
 
 
 def joined(tensors: list[Tensor]) -> Tensor:

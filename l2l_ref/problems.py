@@ -100,6 +100,7 @@ class Quadratic(nn.Module):
     """
 
     dimension = 10
+    phi_group = "quadratic"
 
     def __init__(self, batch: int):
         super().__init__()
@@ -207,22 +208,3 @@ def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> P
     pixels = 28 * 28 if dataset == "mnist" else 3 * 32 * 32
     build = {"mlp": mlp, "convnet": convnet, "logistic": lambda: logistic(pixels)}[name]
     return Problem(name, build, cross_entropy, classes=10)
-
-
-def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that share a φ: "convolutional" (with batch-norm), "linear", "quadratic".
-
-    The paper gives convolutional and linear layers a φ each (section 4.2); groups named by the
-    kind of layer let a φ move to any optimizee that has layers of its kind.
-    """
-    groups: dict[str, list[nn.Parameter]] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            name = "linear"
-        elif isinstance(module, Quadratic):
-            name = "quadratic"
-        else:
-            name = "convolutional"
-        if parameters := list(module.parameters(recurse=False)):
-            groups.setdefault(name, []).extend(parameters)
-    return groups

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref import attacks
+from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.equations import robust_loss
-from l2l_ref.graphs import Graphed
 from l2l_ref.problems import Loss
 
 Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2l_ref import data, engine, stand_in, tuning
+from l2l_ref import data
+from l2l_ref.backend import BUILD, BUILD_CUDA, built
+from l2l_ref.data import stand_in
+from l2l_ref.experiment import tuning
 
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
 
@@ -60,10 +63,10 @@ def real_data_dir() -> Path:
 
 @pytest.fixture
 def fused():
-    """The module `l2l_ref.fused`; the test skips where the extension is not built."""
-    if not engine.built():
-        pytest.skip(f"the fused engine is not built: {engine.BUILD}")
-    return import_module("l2l_ref.fused")
+    """The module `l2l_ref.backend.ops`; the test skips where the extension is not built."""
+    if not built():
+        pytest.skip(f"the fused engine is not built: {BUILD}")
+    return import_module("l2l_ref.backend.ops")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -99,8 +102,8 @@ def need_cuda():
     """Skips the test where there is no GPU, or no engine for it."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if not engine.built("cuda"):
-        pytest.skip(f"the CUDA engine is not built: {engine.BUILD_CUDA}")
+    if not built("cuda"):
+        pytest.skip(f"the CUDA engine is not built: {BUILD_CUDA}")
 
 
 CPU_LEVELS = ["avx512", "avx2", "baseline"]

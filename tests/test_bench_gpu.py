@@ -10,8 +10,8 @@ import torch._dynamo  # takes stock of torch.cuda at its import: before anything
 
 from bench import cuda_peers, device, floors, memory, operators, peers
 from bench.case import make_case
-from l2l_ref import cli
 from l2l_ref.errors import InputError
+from l2l_ref.experiment import cli
 
 H200 = device.Gpu("NVIDIA H200", (9, 0), 132, 150 << 30, 60 << 20, "580.1", 1980.0, 1755.0)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -169,7 +169,7 @@ def test_a_broken_engine_is_no_missing_peer(pretended, monkeypatch):
         raise RuntimeError("illegal memory access")
 
     ours = SimpleNamespace(theta_step_=broken)
-    monkeypatch.setattr(peers.engine, "operators", lambda *args: ours)
+    monkeypatch.setattr(peers, "operators", lambda *args: ours)
     options = operators.parse(["--no-compile"])
     with pytest.raises(RuntimeError, match="illegal"):
         operators.measure("step", 50, 1, 1, options, None)

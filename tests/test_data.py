@@ -20,8 +20,8 @@ from PIL import Image
 from torch import nn
 from torchvision import datasets
 
-from l2l_ref import data, sources, stand_in
-from l2l_ref.data import ImageSet
+from l2l_ref import data
+from l2l_ref.data import ImageSet, sources, stand_in
 from l2l_ref.errors import InputError
 
 DRAW = {"mnist": stand_in.digits, "cifar10": stand_in.textures}

@@ -9,21 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_ref import attacks, engine, equations, problems
+from l2l_ref import attacks, equations, problems
+from l2l_ref.backend import _takes, _warn, build_info, operators, resolve
 from l2l_ref.errors import InputError
-from l2l_ref.meta_train import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
+from l2l_ref.meta_training import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
 from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer
 
 
 @pytest.fixture(autouse=True)
 def warns_anew():
     """The one warning is given anew in each test."""
-    engine._warn.cache_clear()
+    _warn.cache_clear()
 
 
 @pytest.fixture
 def not_built(monkeypatch):
-    monkeypatch.setattr(engine, "built", lambda kind="cpu": False)
+    monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": False)
 
 
 def state(hidden=20, dtype=torch.float32, device="cpu"):
@@ -42,14 +43,14 @@ class TestChoice:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("backend", ["auto", "fused"])
     def test_fused_where_it_serves(self, fused, backend, dtype, recwarn):
-        assert engine.resolve(backend) == "fused"
-        assert engine.operators(backend, state(dtype=dtype)) is fused
-        assert engine.operators(backend, state(hidden=256)) is fused
+        assert resolve(backend) == "fused"
+        assert operators(backend, state(dtype=dtype)) is fused
+        assert operators(backend, state(hidden=256)) is fused
         assert len(recwarn) == 0
 
     def test_reference_on_demand(self, recwarn):
-        assert engine.resolve("reference") == "reference"
-        assert engine.operators("reference", state()) is equations
+        assert resolve("reference") == "reference"
+        assert operators("reference", state()) is equations
         assert len(recwarn) == 0
 
     @pytest.mark.parametrize(
@@ -64,39 +65,39 @@ class TestChoice:
     )
     def test_what_it_does_not_serve(self, fused, given, words):
         with pytest.warns(UserWarning, match=words):
-            assert engine.operators("auto", given) is equations
+            assert operators("auto", given) is equations
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # once is enough
-            assert engine.operators("auto", given) is equations
-            assert engine.operators("reference", given) is equations
+            assert operators("auto", given) is equations
+            assert operators("reference", given) is equations
         with pytest.raises(InputError, match=words + ".*or use backend 'reference'"):
-            engine.operators("fused", given)
+            operators("fused", given)
 
     def test_not_built(self, not_built):
         with pytest.warns(UserWarning, match="needs the compiled extension.*build_ext --inplace"):
-            assert engine.resolve("auto") == "reference"
+            assert resolve("auto") == "reference"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert engine.resolve("auto") == "reference"
-            assert engine.operators("auto", state()) is equations
+            assert resolve("auto") == "reference"
+            assert operators("auto", state()) is equations
         with pytest.raises(InputError, match="'fused' needs the compiled extension"):
-            engine.resolve("fused")
+            resolve("fused")
         with pytest.raises(InputError, match="'fused' needs the compiled extension"):
             LearnedOptimizer([nn.Parameter(torch.zeros(2))], make_phi(), backend="fused")
-        assert engine.build_info() is None
+        assert build_info() is None
 
     def test_built_without_cuda(self, fused, monkeypatch):
-        monkeypatch.setattr(engine, "built", lambda kind="cpu": kind == "cpu")
+        monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": kind == "cpu")
         with pytest.warns(UserWarning, match="was built without CUDA.*USE_CUDA=1 python setup.py"):
-            assert engine.resolve("auto", "cuda") == "reference"
+            assert resolve("auto", "cuda") == "reference"
         with pytest.raises(InputError, match="'fused' was built without CUDA"):
-            engine.resolve("fused", "cuda:1")
-        assert engine.resolve("fused") == "fused"
-        assert engine.build_info()["cuda"] is None
+            resolve("fused", "cuda:1")
+        assert resolve("fused") == "fused"
+        assert build_info()["cuda"] is None
 
     def test_built_with_cuda(self, fused, monkeypatch, recwarn):
-        monkeypatch.setattr(engine, "built", lambda kind="cpu": True)
-        assert engine.resolve("auto", "cuda") == "fused" == engine.resolve("fused", "cuda:1")
+        monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": True)
+        assert resolve("auto", "cuda") == "fused" == resolve("fused", "cuda:1")
         assert len(recwarn) == 0
 
     def test_a_gpu_with_too_little_shared_memory(self, fused, monkeypatch):
@@ -107,27 +108,27 @@ class TestChoice:
             def serves(layers, units, float64, device):
                 return units <= (28 if float64 else 56) and (layers, device) == (2, 1)
 
-        monkeypatch.setattr(engine, "built", lambda kind="cpu": True)
-        monkeypatch.setattr(engine, "import_module", lambda name: Module)
-        engine._takes.cache_clear()
-        device, ask = torch.device("cuda:1"), engine._takes
+        monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": True)
+        monkeypatch.setattr("l2l_ref.backend.import_module", lambda name: Module)
+        _takes.cache_clear()
+        device, ask = torch.device("cuda:1"), _takes
         assert ask(2, 56, torch.float32, device) and not ask(2, 57, torch.float32, device)
         assert ask(2, 28, torch.float64, device) and not ask(2, 29, torch.float64, device)
-        engine._takes.cache_clear()
+        _takes.cache_clear()
         large = MagicMock(shape=(2, 2, 64, 3), dtype=torch.float32, device=device)
         large.__len__.return_value = 2
         with pytest.warns(UserWarning, match="shared memory for 64 hidden units on cuda:1"):
-            assert engine.operators("auto", large) is equations
+            assert operators("auto", large) is equations
         with pytest.raises(InputError, match="'fused' has not the shared memory for 64"):
-            engine.operators("fused", large)
-        engine._takes.cache_clear()
+            operators("fused", large)
+        _takes.cache_clear()
 
     def test_unknown(self):
         with pytest.raises(InputError, match="'cuda' is unknown: choose one of auto, reference"):
-            engine.resolve("cuda")
+            resolve("cuda")
 
     def test_build_info(self, cpu_level, fused):
-        info = engine.build_info()
+        info = build_info()
         assert info["kernel"] == cpu_level and cpu_level in info["kernels"]
         assert info["kernels"][-2:] == ["baseline", "emulated"] and info["compiler"]
         assert [int(n) for n in info["stable_abi"].split(".")] <= [

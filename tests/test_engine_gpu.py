@@ -21,7 +21,8 @@ from engine_cases import (
     run_update,
 )
 
-from l2l_ref import engine, equations
+from l2l_ref import equations
+from l2l_ref.backend import BUILD_CUDA, build_info, operators, resolve, use_tensor_cores
 from l2l_ref.errors import InputError
 
 KB = 1024
@@ -156,11 +157,11 @@ class TestTensorCores:
         assert errors[1] <= 1e-6 + 2 * errors[0]
 
     def test_they_need_cuda(self, monkeypatch):
-        monkeypatch.setattr(engine, "built", lambda kind="cpu": kind == "cpu")
+        monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": kind == "cpu")
         with pytest.raises(
             InputError, match="tensor cores need the fused engine with CUDA: 'USE_CU"
         ):
-            engine.use_tensor_cores(True)
+            use_tensor_cores(True)
 
     def test_on_a_gpu(self, cuda):
         if torch.cuda.get_device_capability()[0] < 8:
@@ -168,10 +169,10 @@ class TestTensorCores:
         case, results = Case(10_000, 2, 20, True, True), []
         try:
             for on in (False, True):
-                engine.use_tensor_cores(on)
+                use_tensor_cores(on)
                 results.append(run_update(cuda, case, on_gpu(case)))
         finally:
-            engine.use_tensor_cores(False)
+            use_tensor_cores(False)
         reference = expected(run_update, case)
         for result in results:
             expect_close([x.cpu() for x in result], reference, 1e-5)
@@ -180,9 +181,9 @@ class TestTensorCores:
 
 def test_no_register_is_spilled():
     """ptxas's own count, of every kernel, from the build, by the toolkit that we know."""
-    info = engine.build_info()
+    info = build_info()
     if info is None or info["cuda"] is None:
-        pytest.skip(f"the CUDA engine is not built, or torch is without CUDA: {engine.BUILD_CUDA}")
+        pytest.skip(f"the CUDA engine is not built, or torch is without CUDA: {BUILD_CUDA}")
     if info["cuda"]["nvcc"] != "13.0":
         pytest.skip(f"nvcc {info['cuda']['nvcc']} spills, in bytes: {info['cuda']['spilled']}")
     spilled = dict(part.split(":") for part in info["cuda"]["spilled"].split())
@@ -208,12 +209,12 @@ def on_gpu(case: Case, names=None, dtype=torch.float32, device="cuda"):
 
 class TestCuda:
     def test_it_is_chosen(self, cuda, recwarn):
-        assert engine.resolve("auto", "cuda") == "fused"
+        assert resolve("auto", "cuda") == "fused"
         state = torch.zeros(2, 2, 56, 3, device="cuda")
-        assert engine.operators("auto", state) is cuda
+        assert operators("auto", state) is cuda
         assert len(recwarn) == 0
         with pytest.warns(UserWarning, match="shared memory for 256 hidden units on cuda:0"):
-            assert engine.operators("auto", torch.zeros(2, 2, 256, 3, device="cuda")) is equations
+            assert operators("auto", torch.zeros(2, 2, 256, 3, device="cuda")) is equations
 
     @pytest.mark.parametrize("theta_input, odd", FORMS)
     def test_the_same_bits_every_time(self, cuda, theta_input, odd):

@@ -5,7 +5,8 @@ import torch
 from engine_cases import BACKWARD, STEP, UNROLL, Case, run_unroll
 from engine_cases import arguments as cpu_arguments
 
-from l2l_ref import engine, equations
+from l2l_ref import equations
+from l2l_ref.backend import MAX_HIDDEN
 
 OPERATORS = {
     "theta_step_": STEP,
@@ -155,7 +156,7 @@ def test_the_reference_refuses_thetas_of_another_shape(arguments, theta_input, d
         equations.unroll(*few, **case.form)
 
 
-@pytest.mark.parametrize("hidden", [engine.MAX_HIDDEN - 1, engine.MAX_HIDDEN])
+@pytest.mark.parametrize("hidden", [MAX_HIDDEN - 1, MAX_HIDDEN])
 def test_as_many_units_as_promised(fused, hidden):
     case = Case(3, 1, hidden, steps=1)
     (results,) = run_unroll(fused, case, cpu_arguments(case, torch.float32))

@@ -8,17 +8,19 @@ import torch
 from graph_emulator import REFUSED, Emulated
 
 import run
-from l2l_ref import attacks, data, evaluate, graphs, problems, tuning
+from l2l_ref import attacks, data, evaluate, problems
+from l2l_ref.backend import cuda_graphs
+from l2l_ref.backend.cuda_graphs import EAGER_CALLS, Graphed
 from l2l_ref.errors import InputError
-from l2l_ref.graphs import EAGER_CALLS, Graphed
-from l2l_ref.meta_train import (
+from l2l_ref.experiment import tuning
+from l2l_ref.meta_training import (
     Episode,
     MetaSettings,
     apply_meta_gradient,
     new_meta_optimizers,
     truncated_unrolls,
 )
-from l2l_ref.task import learned
+from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ def emulated(monkeypatch):
         made.append(Emulated(device, generators))
         return made[-1]
 
-    monkeypatch.setattr(graphs, "graphs_of", graphs_of)
+    monkeypatch.setattr(cuda_graphs, "graphs_of", graphs_of)
     return made
 
 
@@ -106,7 +108,7 @@ class TestGraphed:
                 finally:
                     raise RuntimeError("capture invalidated")
 
-        monkeypatch.setattr(graphs, "graphs_of", Broken)
+        monkeypatch.setattr(cuda_graphs, "graphs_of", Broken)
 
         def fails(x):
             if calls == EAGER_CALLS:
@@ -259,7 +261,7 @@ def new_phi(problem, device=CPU):
 @pytest.mark.parametrize("options", LOSSES)
 @pytest.mark.parametrize("kind", ["sgd", "learned"])
 def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, options, kind):
-    by_phi = partial(learned, new_phi(problem), "auto")
+    by_phi = partial(LearnedOptimizer.for_model, phi=new_phi(problem))
     optimizer = {"sgd": partial(tuning.sgd, 0.1), "learned": by_phi}[kind]
     options = {**options, "problem": problem}
     (eager, state), (replayed, final) = (
@@ -300,7 +302,7 @@ class TestOnAGpu:
 
     @pytest.fixture(autouse=True)
     def deterministic(self, monkeypatch):
-        """As in a run (`task.prepare`); else a sign that flips would be another trajectory."""
+        """As in a run (`setting.prepare`); else a sign that flips would be another trajectory."""
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
     close = staticmethod(partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5))
@@ -321,7 +323,7 @@ class TestOnAGpu:
         optimizer = {
             "sgd": partial(tuning.sgd, 0.1),
             "adam": partial(tuning.adam, 1e-3),
-            "learned": partial(learned, new_phi(problem, self.device), "auto"),
+            "learned": partial(LearnedOptimizer.for_model, phi=new_phi(problem, self.device)),
         }[kind]
         options = {**options, "problem": problem, "device": self.device}
         (eager, state), (replayed, final) = (

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from l2l_ref import heap
+from l2l_ref.experiment import machine
 
 GIVEN_BACK = """
 import sys, torch
-from l2l_ref.heap import keep_freed_memory
+from l2l_ref.experiment.machine import keep_freed_memory
 assert sys.argv[1] == "default" or keep_freed_memory()
 resident = lambda: int(open("/proc/self/statm").read().split()[1])  # pages of 4 KiB
 blocks = [torch.zeros(2**20) for _ in range(16)]  # 64 MiB in blocks of 4
@@ -42,4 +42,4 @@ def test_another_c_library_is_left_alone(monkeypatch, library):
         return library
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert heap.keep_freed_memory() is False
+    assert machine.keep_freed_memory() is False

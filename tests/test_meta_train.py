@@ -9,7 +9,7 @@ from torch import nn
 from l2l_ref import attacks, equations, problems
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint
-from l2l_ref.meta_train import (
+from l2l_ref.meta_training import (
     Episode,
     History,
     MetaSettings,

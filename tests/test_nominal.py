@@ -11,7 +11,7 @@ from torch import nn
 from l2l_ref import attacks, equations, problems
 from l2l_ref.equations import adam_direction
 from l2l_ref.errors import InputError
-from l2l_ref.meta_train import (
+from l2l_ref.meta_training import (
     Episode,
     MetaSettings,
     apply_meta_gradient,

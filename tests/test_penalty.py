@@ -9,10 +9,10 @@ from torch import nn
 
 from l2l_ref import attacks, problems
 from l2l_ref.equations import penalised, robust_loss
-from l2l_ref.meta_train import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
+from l2l_ref.experiment.tuning import sgd
+from l2l_ref.meta_training import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
 from l2l_ref.problems import Problem, Stacked
 from l2l_ref.transfer import Method, train
-from l2l_ref.tuning import sgd
 
 LAMBDA = 0.7
 CLOSE = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)

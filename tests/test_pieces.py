@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from l2l_ref import pieces
 from l2l_ref.errors import InputError
-from l2l_ref.pieces import Clock, Parts, Piece, Ranks, compute_all, duration
+from l2l_ref.experiment import pieces
+from l2l_ref.experiment.pieces import Clock, Parts, Piece, Ranks, compute_all
+from l2l_ref.experiment.progress import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,6 +7,7 @@ import torch
 
 from l2l_ref import problems
 from l2l_ref.errors import InputError
+from l2l_ref.optimizer import phi_groups
 
 
 def generator(seed=0):
@@ -80,11 +81,11 @@ def test_quadratic_is_its_definition():
 
 def test_groups_go_by_the_kind_of_layer():
     model = problems.make("cifar10").build()
-    groups = problems.phi_groups(model)
+    groups = phi_groups(model)
     assert [tuple(p.shape) for p in groups["linear"]] == [(32, 256), (32,), (10, 32), (10,)]
     assert len(groups["convolutional"]) == 3 * 4  # weight and bias of convolutions and batch-norms
-    assert list(problems.phi_groups(problems.make("mnist").build())) == ["linear"]
-    assert list(problems.phi_groups(problems.make("quadratic").build())) == ["quadratic"]
+    assert list(phi_groups(problems.make("mnist").build())) == ["linear"]
+    assert list(phi_groups(problems.make("quadratic").build())) == ["quadratic"]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from l2l_ref import cli, report
-from l2l_ref.experiment import Results
-from l2l_ref.figure import draw_curves
-from l2l_ref.task import prepare
+from l2l_ref.experiment import cli, report, summary
+from l2l_ref.experiment.figure import draw_curves
+from l2l_ref.experiment.protocol import Results
+from l2l_ref.experiment.setting import prepare
 
 
 def run(method, phi=None, seed=0, fold=0, eps=0.1, loss=1.0, end="ok", **more):
@@ -31,34 +31,34 @@ class TestStudent:
         """Three digits, as printed in any table of the t distribution."""
         known = {1: 12.706, 2: 4.303, 5: 2.571, 10: 2.228, 11: 2.201, 14: 2.145, 20: 2.086,
                  30: 2.042, 60: 2.000, 120: 1.980}  # fmt: skip
-        assert {n: round(report.student(n), 3) for n in known} == known
-        assert report.student(10**9) == pytest.approx(1.959964, abs=1e-6)
+        assert {n: round(summary.student(n), 3) for n in known} == known
+        assert summary.student(10**9) == pytest.approx(1.959964, abs=1e-6)
 
     def test_against_scipy(self):
         t = pytest.importorskip("scipy.stats").t
         for freedom in range(1, 200):
-            assert report.student(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=6e-4)
+            assert summary.student(freedom) == pytest.approx(t.ppf(0.975, freedom), abs=6e-4)
 
 
 class TestInterval:
     def test_by_hand(self):
         # mean 3, deviation √7, t of two degrees of freedom 4.303
         expected = {"mean": 3.0, "half_width": pytest.approx(4.303 * math.sqrt(7 / 3))}
-        assert report.interval([1.0, 2.0, 6.0]) == expected
+        assert summary.interval([1.0, 2.0, 6.0]) == expected
 
     def test_one_value_has_none(self):
-        assert report.interval([1.5]) == {"mean": 1.5, "half_width": None}
+        assert summary.interval([1.5]) == {"mean": 1.5, "half_width": None}
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_what_is_not_finite_has_none(self, value):
         for values in ([value], [1.0, value], [value, -value, 2.0]):
-            assert report.interval(values) == {"mean": None, "half_width": None}
+            assert summary.interval(values) == {"mean": None, "half_width": None}
 
     def test_against_scipy(self):
         stats = pytest.importorskip("scipy.stats")
         ours, theirs = [2.0, 3.5, 2.5, 4.0], [1.0, 3.0, 2.75, 2.0]
         expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-        found = report.interval([a - b for a, b in zip(ours, theirs, strict=True)])
+        found = summary.interval([a - b for a, b in zip(ours, theirs, strict=True)])
         half = found["half_width"]
         assert found["mean"] - half == pytest.approx(expected.low, abs=1e-3)
         assert found["mean"] + half == pytest.approx(expected.high, abs=1e-3)
@@ -66,7 +66,7 @@ class TestInterval:
 
 class TestDifferences:
     def by_pair(self, *runs):
-        rows = report.differences(results(*runs))
+        rows = summary.differences(results(*runs))
         pairs = [(row["eps"], row["method"], row["less"]) for row in rows]
         assert len(set(pairs)) == len(pairs)
         return dict(zip(pairs, rows, strict=True))
@@ -137,19 +137,19 @@ class TestDifferences:
 
 class TestSummary:
     def test_means_by_phi(self):
-        (row,) = report.summarise(results(
+        (row,) = summary.summarise(results(
             run("φ", phi=1, seed=0, loss=5.0), run("φ", phi=0, seed=0, loss=1.0),
             run("φ", phi=0, seed=1, loss=2.0), run("φ", phi=1, seed=1, loss=8.0),
         ))  # fmt: skip
         assert row["attacked_loss"]["mean"] == 4.0
         assert row["attacked_loss"]["by_phi"] == [1.5, 6.5]
-        (row,) = report.summarise(results(run("φ", phi=0, seed=0), run("φ", phi=0, seed=1)))
+        (row,) = summary.summarise(results(run("φ", phi=0, seed=0), run("φ", phi=0, seed=1)))
         assert "by_phi" not in row["attacked_loss"]
-        (row,) = report.summarise(results(run("Adam", seed=0), run("Adam", seed=1)))
+        (row,) = summary.summarise(results(run("Adam", seed=0), run("Adam", seed=1)))
         assert "by_phi" not in row["attacked_loss"]
 
     def test_skipped_runs_are_counted_and_enter_no_mean(self):
-        (row,) = report.summarise(results(
+        (row,) = summary.summarise(results(
             run("φ", phi=0, loss=1.0), skipped("φ", phi=1),
             run("φ", phi=2, loss=4.0, end="collapsed"),
         ))  # fmt: skip
@@ -159,7 +159,7 @@ class TestSummary:
         assert "1/3 collapsed, 1/3 skipped" in report.table([row], "title", "footer")
 
     def test_a_method_without_any_run_is_a_line_of_dashes(self):
-        rows = report.summarise(results(run("Adam", loss=1.25), skipped("φ")))
+        rows = summary.summarise(results(run("Adam", loss=1.25), skipped("φ")))
         text = report.table(rows, "title", "footer").splitlines()
         assert [cell.strip() for cell in text[4].split("|")[1:-1]] == [
             "0.1", "Adam", "1.250", "1.00", "1", ""]  # fmt: skip
@@ -168,7 +168,7 @@ class TestSummary:
 
     def test_judged_losses_take_the_place_of_the_curves(self):
         more = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
-        (row,) = report.summarise(results(run("φ", phi=0, fgsm_accuracy=0.6, **more)))
+        (row,) = summary.summarise(results(run("φ", phi=0, fgsm_accuracy=0.6, **more)))
         assert row["attacked_loss"]["mean"] == 1.0  # stays in summary.json
         head = report.table([row], "title", "footer").splitlines()[2]
         assert [cell.strip() for cell in head.split("|")[1:-1]] == [
@@ -197,7 +197,7 @@ def test_the_figure_names_what_was_skipped(tmp_path, monkeypatch):
     runs = [run("Adam"), run("L2L", phi=0), skipped("L2L", phi=1)]
     runs += [skipped("L2L-Transfer (clean)", phi) for phi in (0, 1)]
     config = cli.parse(["--dataset", "mnist"])
-    draw_curves(tmp_path / "x.png", runs, report.summarise(results(*runs)), config, "t", "f")
+    draw_curves(tmp_path / "x.png", runs, summary.summarise(results(*runs)), config, "t", "f")
     assert curves == ["L2L", "Adam"]
     (note,) = notes
     assert sorted(note.splitlines()) == [
@@ -207,12 +207,12 @@ def test_the_figure_names_what_was_skipped(tmp_path, monkeypatch):
 
 def test_a_report_with_runs_that_diverged_or_were_skipped(tmp_path):
     """All of it is written, in JSON that any reader takes."""
-    task = prepare(cli.parse(["--dataset", "quadratic"]))
+    setting = prepare(cli.parse(["--dataset", "quadratic"]))
     runs = [run("Adam", seed=s, eps=0.0) for s in (0, 1)]
     runs.append(run("L2L-Transfer", phi=0, seed=0, eps=0.0, loss=math.nan, end="diverged"))
     runs += [run("L2L-Transfer", phi=0, seed=1, eps=0.0), skipped("Nominal alone", eps=0.0)]
     environment = dict.fromkeys(("git_commit", "device", "threads", "torch", "backend"))
-    text = report.report(tmp_path, results(*runs), task, environment, "python run.py")
+    text = report.write(tmp_path, results(*runs), setting, environment, "python run.py")
     assert "1/2 diverged" in text and "1/1 skipped" in text and "not finite" in text
     summary = json.loads((tmp_path / "summary.json").read_text())
     rows = {row["method"]: row for row in summary["table"]}
@@ -236,12 +236,12 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
         row("L2L-Transfer (clean)", "Adam + L1", 1.0, 0.125),
     ]
     of = results(run("L2L", phi=0), skipped("L2L", phi=1), run("L2L-Transfer (clean)", phi=0))
-    assert report.verdicts(of, rows, "paper") == (
+    assert summary.verdicts(of, rows, "paper") == (
         "ε 0.1: loss of L2L less that of Nominal alone -0.250 ± 0.100, Adam (attacked) + L1 +0.500 "
         "(95 % over seeds, after the mean over φ; 1 of 2 φ given up)"
     )
-    assert report.verdicts(of, rows, "robust") == (
+    assert summary.verdicts(of, rows, "robust") == (
         "ε 0.1: loss of L2L-Transfer (clean) less that of Nominal alone not finite, "
         "Adam + L1 +1.000 ± 0.125 (95 % over seeds, after the mean over φ)"
     )
-    assert report.verdicts(of, [], "paper") == ""
+    assert summary.verdicts(of, [], "paper") == ""

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import run
-from l2l_ref import cli, data, engine, experiment, report, tuning
-from l2l_ref.config import RECIPES
+from l2l_ref import data
+from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
+from l2l_ref.experiment import cli, machine, protocol, report, summary, tuning
+from l2l_ref.experiment.config import RECIPES
+from l2l_ref.experiment.folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run in seconds; φ that is loaded has its own episodes and unrolls.
@@ -78,9 +81,9 @@ class TestWhatARunLeaves:
             "python run.py"
         )
         environment = settings["environment"]
-        assert environment["torch"] == torch.__version__ and environment[
-            "backend"
-        ] == engine.resolve("auto")
+        assert environment["torch"] == torch.__version__ and environment["backend"] == resolve(
+            "auto"
+        )
         assert environment["data"] == "stand-in" and len(environment["data_sha256"]) == 64
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(folder.rglob("*.partial"))
@@ -162,7 +165,7 @@ class TestResumeAndLoad:
         target, name, count = {
             "meta-train": (torch.optim.Adam, "step", 2),
             "tune": (tuning, "validate", 4),
-            "transfer": (experiment, "run_method", 5),
+            "transfer": (protocol, "run_method", 5),
         }[where]
         with monkeypatch.context() as patch:
             patch.setattr(target, name, kill_at(count, getattr(target, name)))
@@ -240,7 +243,7 @@ class TestResumeAndLoad:
 
     def test_a_continued_run_names_both_environments(self, workdir, small_data, monkeypatch):
         run.main(self.arguments)
-        monkeypatch.setattr(report, "git_commit", lambda: "f" * 40)
+        monkeypatch.setattr(machine, "git_commit", lambda: "f" * 40)
         run.main([*self.arguments, "--resume"])
         environment = json.loads((workdir / "r/config.json").read_text())["environment"]
         assert environment["git_commit"] != "f" * 40
@@ -342,17 +345,17 @@ class TestGivenUp:
     @pytest.fixture
     def collapsing(self, monkeypatch, few_candidates):
         """That of the first meta-seed."""
-        learn, current = experiment.learn, []
+        train_phi, current = protocol.train_phi, []
 
-        def spied(task, images, kind, eps, fold, meta_seed, *rest):
+        def spied(setting, images, kind, eps, fold, meta_seed, *rest):
             current.append((kind, meta_seed))
-            return learn(task, images, kind, eps, fold, meta_seed, *rest)
+            return train_phi(setting, images, kind, eps, fold, meta_seed, *rest)
 
         def ended(problem, episode, loss):
             return "collapsed" if current[-1] == ("transfer", 0) else "ok"
 
-        monkeypatch.setattr(experiment, "learn", spied)
-        monkeypatch.setattr("l2l_ref.meta_train.how_it_ended", ended)
+        monkeypatch.setattr(protocol, "train_phi", spied)
+        monkeypatch.setattr("l2l_ref.meta_training.how_it_ended", ended)
 
     def test_it_is_kept_and_named_and_the_run_goes_on(
         self, workdir, small_data, collapsing, monkeypatch, capsys
@@ -519,7 +522,7 @@ def test_mistakes_are_one_clear_sentence(workdir, small_data, arguments, words):
 
 
 def test_fused_backend_names_what_is_missing(workdir, small_data, monkeypatch):
-    monkeypatch.setattr(engine, "built", lambda: False)
+    monkeypatch.setattr("l2l_ref.backend.built", lambda: False)
     with pytest.raises(
         InputError, match="'fused' needs the compiled extension.*setup.py build_ext"
     ):
@@ -605,7 +608,7 @@ class TestConfig:
 class TestSummary:
     def runs(self, *losses, ends=None):
         ends = ends or ["ok"] * len(losses)
-        return experiment.Results(
+        return protocol.Results(
             [
                 {"eps": 0.1, "method": "m", "fold": 0, "phi": 0, "seed": i, "steps": [0, 1],
                  "clean": [1.0, 1.0], "attacked": [2.0, loss], "clean_loss": 1.0,
@@ -616,18 +619,18 @@ class TestSummary:
         )  # fmt: skip
 
     def test_mean_and_sample_deviation_by_hand(self):
-        (row,) = report.summarise(self.runs(1.0, 2.0, 6.0))
+        (row,) = summary.summarise(self.runs(1.0, 2.0, 6.0))
         assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
         assert row["skipped"] == row["collapsed"] == row["diverged"] == 0
         assert row["runs"] == 3
 
     def test_collapsed_and_diverged_runs_are_counted_and_named(self):
         results = self.runs(2.3, 1.0, math.nan, ends=["collapsed", "ok", "diverged"])
-        (row,) = report.summarise(results)
+        (row,) = summary.summarise(results)
         assert (row["collapsed"], row["diverged"]) == (1, 1)
         text = report.table([row], "title", "footer")
         assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
 
     def test_json_has_no_nan(self, tmp_path):
-        report.write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1.0]})
+        write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1.0]})
         assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}

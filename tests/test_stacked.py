@@ -9,17 +9,20 @@ import torch
 from torch import nn
 
 import run
-from l2l_ref import attacks, cli, data, problems
+from l2l_ref import attacks, data, problems
 from l2l_ref.errors import InputError
-from l2l_ref.meta_train import (
+from l2l_ref.experiment import cli
+from l2l_ref.experiment.setting import folds, prepare, stream
+from l2l_ref.experiment.trial import train_phi
+from l2l_ref.meta_training import (
     Episode,
     History,
     MetaSettings,
     new_meta_optimizers,
     truncated_unrolls,
 )
+from l2l_ref.optimizer import phi_groups
 from l2l_ref.problems import Problem, Stacked
-from l2l_ref.task import folds, learn, prepare, stream
 
 K, BATCH = 3, 8
 SHAPES = {"mlp": (1, 28, 28), "convnet": (3, 32, 32)}
@@ -102,8 +105,8 @@ def test_one_after_the_other_gives_the_bits_of_each_alone():
 
 def test_groups_are_those_of_one_with_k_times_the_coordinates():
     models = [problems.make("cifar10").draw(generator(k)) for k in range(K)]
-    alone = problems.phi_groups(copy.deepcopy(models[0]))
-    together = problems.phi_groups(Stacked(models))
+    alone = phi_groups(copy.deepcopy(models[0]))
+    together = phi_groups(Stacked(models))
     assert list(together) == list(alone)
     for name, parameters in together.items():
         assert [p.shape for p in parameters] == [(K, *p.shape) for p in alone[name]]
@@ -242,14 +245,14 @@ class TestRuns:
                 seen.extend(zip(*drawn, strict=True))
             return History()
 
-        monkeypatch.setattr("l2l_ref.task.meta_train", spy)
-        task = prepare(cli.parse([*self.tiny, "--tasks", "3"]))
-        (fold,) = folds(task.config, task.images)
-        learn(task, fold.meta, "transfer", 0.1, 0, 0, lambda *a: None)
+        monkeypatch.setattr("l2l_ref.experiment.trial.meta_train", spy)
+        setting = prepare(cli.parse([*self.tiny, "--tasks", "3"]))
+        (fold,) = folds(setting.config, setting.images)
+        train_phi(setting, fold.meta, "transfer", 0.1, 0, 0, lambda *a: None)
         assert len(seen) == 6
         for number, (*theta, x, y) in enumerate(seen):
             labels = ("meta", 0, 0, number)
-            model = task.problem.draw(stream(0, "theta", *labels))
+            model = setting.problem.draw(stream(0, "theta", *labels))
             assert all(map(torch.equal, theta, model.parameters()))
             own = next(data.batches(fold.meta, 32, stream(0, "batches", *labels)))
             assert torch.equal(x, own[0]) and torch.equal(y, own[1])

@@ -6,19 +6,20 @@ from functools import partial
 import pytest
 import torch
 
-from l2l_ref import cli, experiment, tuning
 from l2l_ref.errors import InputError
-from l2l_ref.meta_train import History
-from l2l_ref.task import NOMINAL, folds, learn, new_phi, prepare, stream
+from l2l_ref.experiment import cli, protocol, tuning
+from l2l_ref.experiment.setting import folds, prepare, stream
+from l2l_ref.experiment.trial import NOMINAL, Trial, new_phi, train_phi
+from l2l_ref.experiment.tuning import sgd
+from l2l_ref.meta_training import History
 from l2l_ref.transfer import Method, train
-from l2l_ref.tuning import sgd
 
 QUICK = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32",
          "--episode-steps", "4"]  # fmt: skip
 
 
 @pytest.fixture
-def task(small_data):
+def setting(small_data):
     return prepare(cli.parse(QUICK))
 
 
@@ -37,20 +38,20 @@ def test_streams_depend_on_their_labels_alone():
 
 
 def test_halves_do_not_overlap_and_folds_swap_them(small_data):
-    task = prepare(cli.parse([*QUICK, "--folds", "2"]))
-    first, second = folds(task.config, task.images)
+    setting = prepare(cli.parse([*QUICK, "--folds", "2"]))
+    first, second = folds(setting.config, setting.images)
     assert pictures(first.meta) == pictures(second.transfer)
     assert pictures(first.transfer) == pictures(second.meta)
     assert not pictures(first.meta) & pictures(first.transfer)
-    assert len(first.meta) == len(first.transfer) == len(task.images.train) // 2
+    assert len(first.meta) == len(first.transfer) == len(setting.images.train) // 2
     assert not pictures(first.fit) & pictures(first.validation)
     assert pictures(first.fit) | pictures(first.validation) == pictures(first.meta)
-    test = pictures(task.images.test)
+    test = pictures(setting.images.test)
     assert not test & (pictures(first.meta) | pictures(first.transfer))
 
 
-def test_methods_of_a_seed_share_theta0_and_batches(task, monkeypatch):
-    (fold,) = folds(task.config, task.images)
+def test_methods_of_a_seed_share_theta0_and_batches(setting, monkeypatch):
+    (fold,) = folds(setting.config, setting.images)
     seen = []
 
     def spy(model, method, batches, **options):
@@ -58,11 +59,11 @@ def test_methods_of_a_seed_share_theta0_and_batches(task, monkeypatch):
         seen.append([*(p.detach().clone() for p in model.parameters()), x, y])
         raise StopIteration
 
-    monkeypatch.setattr("l2l_ref.task.train", spy)
+    monkeypatch.setattr("l2l_ref.experiment.trial.train", spy)
     for method in (Method("a", partial(sgd, 0.1)), Method("b", partial(sgd, 0.2), alpha=0.0)):
         for seed in (0, 1):
             with pytest.raises(StopIteration):
-                experiment.run_method(task, method, fold, 0.1, seed)
+                protocol.run_method(setting, method, fold, 0.1, seed)
     a0, a1, b0, b1 = seen
     assert all(map(torch.equal, a0, b0)) and all(map(torch.equal, a1, b1))
     assert not torch.equal(a0[0], a1[0]) and not torch.equal(a0[-2], a1[-2])
@@ -74,8 +75,8 @@ def test_curves_are_those_of_the_paper():
     def curves(*arguments):
         c = cli.parse([*arguments])
         found = {}
-        for kind in experiment.kinds_of_phi(c):
-            for m in experiment.phi_methods(c, kind, 0.2, kind):
+        for kind in protocol.kinds_of_phi(c):
+            for m in protocol.phi_methods(c, kind, 0.2, kind):
                 assert m.label not in found and not m.cosine and m.l1 == 0
                 found[m.label] = m.optimizer, m.alpha, m.penalty, m.half
         return found
@@ -110,9 +111,9 @@ def test_curves_are_those_of_the_paper():
     }
 
 
-def test_bad_ends_are_marked(task):
+def test_bad_ends_are_marked(setting):
     """A rate of 0 leaves θ₀ alone, one of infinity makes it nan; weights of 0 predict nothing."""
-    (fold,) = folds(task.config, task.images)
+    (fold,) = folds(setting.config, setting.images)
 
     def zeroing(model):
         optimizer = sgd(0.0, model)
@@ -120,15 +121,15 @@ def test_bad_ends_are_marked(task):
         return optimizer
 
     ends = [
-        experiment.run_method(task, Method("", optimizer), fold, 0.1, 0)["end"]
+        protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"]
         for optimizer in (partial(sgd, 0.0), partial(sgd, math.inf), zeroing)
     ]
     assert ends == ["ok", "diverged", "collapsed"]
 
 
 @pytest.mark.parametrize("half", ["meta", "transfer"])
-def test_each_method_trains_on_its_half(task, monkeypatch, half):
-    (fold,) = folds(task.config, task.images)
+def test_each_method_trains_on_its_half(setting, monkeypatch, half):
+    (fold,) = folds(setting.config, setting.images)
     used = set()
     original = train
 
@@ -140,13 +141,13 @@ def test_each_method_trains_on_its_half(task, monkeypatch, half):
 
         return original(model, method, watched(), **options)
 
-    monkeypatch.setattr("l2l_ref.task.train", spy)
-    experiment.run_method(task, Method("a", partial(sgd, 0.1), half=half), fold, 0.1, 0)
+    monkeypatch.setattr("l2l_ref.experiment.trial.train", spy)
+    protocol.run_method(setting, Method("a", partial(sgd, 0.1), half=half), fold, 0.1, 0)
     assert used and used <= pictures(getattr(fold, half))
 
 
-def test_tuning_never_sees_transfer_half_or_test_set(task, monkeypatch):
-    (fold,) = folds(task.config, task.images)
+def test_tuning_never_sees_transfer_half_or_test_set(setting, monkeypatch):
+    (fold,) = folds(setting.config, setting.images)
     allowed = pictures(fold.meta)
     seen = set()
     original = type(fold.meta).batch
@@ -156,23 +157,25 @@ def test_tuning_never_sees_transfer_half_or_test_set(task, monkeypatch):
         return original(self, index, *args)
 
     monkeypatch.setattr(type(fold.meta), "batch", spy)
-    tuning.validate(task, Method("a", partial(sgd, 0.1)), fold, 0.1, 0)
+    tuning.validate(setting, Method("a", partial(sgd, 0.1)), fold, 0.1, 0)
     assert seen and seen <= allowed
 
 
-def test_transfer_not_meets_no_attack(task, monkeypatch):
+def test_transfer_not_meets_no_attack(setting, monkeypatch):
     """Its φ is meta-trained with α = 1: no attack is called, and ε changes nothing."""
-    (fold,) = folds(task.config, task.images)
-    phis = [learn(task, fold.meta, "not", eps, 0, 0, lambda *a: None)[0] for eps in (0.1, 0.3)]
+    (fold,) = folds(setting.config, setting.images)
+    phis = [
+        train_phi(setting, fold.meta, "not", eps, 0, 0, lambda *a: None)[0] for eps in (0.1, 0.3)
+    ]
     assert all(map(torch.equal, phis[0].parameters(), phis[1].parameters()))
-    attacked = learn(task, fold.meta, "transfer", 0.3, 0, 0, lambda *a: None)[0]
+    attacked = train_phi(setting, fold.meta, "transfer", 0.3, 0, 0, lambda *a: None)[0]
     assert not all(map(torch.equal, phis[0].parameters(), attacked.parameters()))
 
 
-def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(task):
-    (fold,) = folds(task.config, task.images)
-    phi, _ = learn(task, fold.meta, NOMINAL, 0.1, 0, 0, lambda *a: None)
-    fresh = new_phi(task, NOMINAL, 0, 0)
+def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
+    (fold,) = folds(setting.config, setting.images)
+    phi, _ = train_phi(setting, fold.meta, NOMINAL, 0.1, 0, 0, lambda *a: None)
+    fresh = new_phi(setting, NOMINAL, 0, 0)
     meta, start = phi["linear"], fresh["linear"]
     assert (meta.hidden_size, meta.num_layers) == (1, 1) and meta.nominal
     assert all(map(torch.equal, meta.weights(), start.weights()))
@@ -181,14 +184,14 @@ def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(task):
     # what a run's own φ has does not reach it, nor does its seed
     robust = prepare(cli.parse([*QUICK, "--recipe", "robust"]))
     assert new_phi(robust, NOMINAL, 0, 0)["linear"].settings == meta.settings
-    other = new_phi(task, "transfer", 0, 0)["linear"]
+    other = new_phi(setting, "transfer", 0, 0)["linear"]
     assert not other.nominal and other.hidden_size == 20
     assert new_phi(robust, "transfer", 0, 0)["linear"].nominal
 
 
-def drawn(task, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
+def drawn(setting, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
     """What `learn` hands to `meta_train`: the settings, and each episode that it draws."""
-    (fold,) = folds(task.config, task.images)
+    (fold,) = folds(setting.config, setting.images)
     seen = []
 
     def spy(problem, phi, settings, draw, **options):
@@ -196,8 +199,8 @@ def drawn(task, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
         return History()
 
     with monkeypatch.context() as patch:
-        patch.setattr("l2l_ref.task.meta_train", spy)
-        learn(task, fold.meta, kind, eps, 0, meta_seed, lambda *a: None)
+        patch.setattr("l2l_ref.experiment.trial.meta_train", spy)
+        train_phi(setting, fold.meta, kind, eps, 0, meta_seed, lambda *a: None)
     return seen[0]
 
 
@@ -233,8 +236,8 @@ def test_settings_of_each_kind(small_data, monkeypatch):
 
 def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, monkeypatch):
     def lengths(*arguments, meta_seed=0, kind="transfer"):
-        task = prepare(cli.parse([*QUICK, *arguments]))
-        settings, episodes = drawn(task, monkeypatch, kind, meta_seed=meta_seed)
+        setting = prepare(cli.parse([*QUICK, *arguments]))
+        settings, episodes = drawn(setting, monkeypatch, kind, meta_seed=meta_seed)
         found = [episode.steps for episode in episodes]
         assert settings.steps >= max(found)
         return found
@@ -256,8 +259,8 @@ def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, numbe
     arguments = [*QUICK, "--folds", "2"]
     plain = prepare(cli.parse(arguments))
     plain = folds(plain.config, plain.images)[number]
-    task = prepare(cli.parse([*arguments, "--judge", "validation"]))
-    fold = folds(task.config, task.images)[number]
+    setting = prepare(cli.parse([*arguments, "--judge", "validation"]))
+    fold = folds(setting.config, setting.images)[number]
     assert pictures(fold.meta) == pictures(fold.transfer) == pictures(plain.fit)
     assert pictures(fold.fit) == pictures(plain.fit)
     assert pictures(fold.test) == pictures(fold.validation) == pictures(plain.validation)
@@ -267,9 +270,9 @@ def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, numbe
 @pytest.mark.parametrize("half", ["meta", "transfer"])
 def test_images_bounds_what_optimizees_train_on(small_data, monkeypatch, half):
     """Those of tuning and of all that is compared; φ meta-trains on all."""
-    task = prepare(cli.parse([*QUICK, "--images", "40"]))
-    (fold,) = folds(task.config, task.images)
-    (whole,) = folds(prepare(cli.parse(QUICK)).config, task.images)
+    setting = prepare(cli.parse([*QUICK, "--images", "40"]))
+    (fold,) = folds(setting.config, setting.images)
+    (whole,) = folds(prepare(cli.parse(QUICK)).config, setting.images)
     assert all(len(getattr(fold, name)) == len(getattr(whole, name))
                for name in ("meta", "fit", "validation", "transfer", "test"))  # fmt: skip
     seen = []
@@ -278,11 +281,11 @@ def test_images_bounds_what_optimizees_train_on(small_data, monkeypatch, half):
         seen.append(images)
         raise StopIteration
 
-    monkeypatch.setattr(type(task), "train", spy)
+    monkeypatch.setattr(Trial, "train", spy)
     with pytest.raises(StopIteration):
-        experiment.run_method(task, Method("a", None, half=half), fold, 0.1, 0)
+        protocol.run_method(setting, Method("a", None, half=half), fold, 0.1, 0)
     with pytest.raises(StopIteration):
-        tuning.validate(task, Method("a", None), fold, 0.1, 0)
+        tuning.validate(setting, Method("a", None), fold, 0.1, 0)
     for images, of in zip(seen, (getattr(fold, half), fold.fit), strict=True):
         assert torch.equal(images.images, of.images[:40])
         assert torch.equal(images.labels, of.labels[:40])

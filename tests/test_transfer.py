@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from l2l_ref import attacks
+from l2l_ref.experiment.tuning import adam, sgd
 from l2l_ref.transfer import Curve, Method, train
-from l2l_ref.tuning import adam, sgd
 
 
 def line() -> nn.Module:

@@ -7,13 +7,15 @@ from functools import partial
 
 import pytest
 
-from l2l_ref import cli, tuning
-from l2l_ref.experiment import Experiment
-from l2l_ref.task import Fold, Reporter, folds, prepare
+from l2l_ref.experiment import cli, tuning
+from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.protocol import Experiment
+from l2l_ref.experiment.setting import Fold, folds, prepare
+from l2l_ref.experiment.trial import Trial
+from l2l_ref.experiment.tuning import Grid, Search, sgd
 from l2l_ref.transfer import Method
-from l2l_ref.tuning import Grid, Search, sgd
 
-QUIET = Reporter(lambda line: None, lambda total, label: lambda done, loss: None)
+QUIET = Progress(lambda line: None, lambda total, label: lambda done, loss: None)
 TINY = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "1", "--episode-steps", "4",
         "--batch-size", "32", "--eval-samples", "40", "--seeds", "1"]  # fmt: skip
 
@@ -34,18 +36,22 @@ def computed(pieces, parts=None) -> dict:
 @pytest.fixture
 def choose(monkeypatch):
     """{settings: outcomes by seed} -> what is chosen of them, and (settings, seed) as they ran."""
-    task = prepare(cli.parse(["--dataset", "quadratic"]))
+    setting = prepare(cli.parse(["--dataset", "quadratic"]))
 
     def choose(outcomes, tune_seeds=2):
         ran = []
 
-        def validate(task, method, fold, eps, seed):
-            assert (fold.number, eps, task.config.steps) == (0, 0.2, 100)  # whole runs, all of them
+        def validate(setting, method, fold, eps, seed):
+            assert (fold.number, eps, setting.config.steps) == (
+                0,
+                0.2,
+                100,
+            )  # whole runs, all of them
             ran.append((method.label, seed))
             return outcomes[method.label][seed]
 
         monkeypatch.setattr(tuning, "validate", validate)
-        own = replace(task, config=replace(task.config, tune_seeds=tune_seeds))
+        own = replace(setting, config=replace(setting.config, tune_seeds=tune_seeds))
         methods = {name: Method(name, partial(sgd, 0.1)) for name in outcomes}
         grid = Grid(own, Fold(0, *[None] * 5), 0.2, "a baseline", methods)
         parts = computed(grid.pieces())
@@ -107,10 +113,10 @@ class TestGrid:
         assert choose({"a": [outcome(1.0, True)] * 2, "b": broken})[0] == "b"
 
     def test_names_and_costs(self):
-        task = prepare(cli.parse([*TINY, "--dataset", "quadratic"]))
-        task = replace(task, config=replace(task.config, tune_seeds=2))
+        setting = prepare(cli.parse([*TINY, "--dataset", "quadratic"]))
+        setting = replace(setting, config=replace(setting.config, tune_seeds=2))
         methods = {"x": Method("", None), "y": Method("", None, penalty=1.0)}
-        grid = Grid(task, Fold(1, *[None] * 5), 0.2, "Adam", methods)
+        grid = Grid(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods)
         pieces = {piece.name: piece for piece in grid.pieces()}
         assert list(pieces) == [
             "tune-fold1-eps0.2-Adam-x-seed0",
@@ -167,14 +173,14 @@ class TestCandidates:
     def test_the_best_of_each_is_used(self, small_data, monkeypatch):
         """Of the miniature: 0.01 collapses, else the larger is the better."""
 
-        def validate(task, method, fold, eps, seed):
+        def validate(setting, method, fold, eps, seed):
             lr = method.optimizer.args[0]
             return outcome(9 - lr - 2 * method.l1 - method.penalty, collapsed=lr == 0.01)
 
         monkeypatch.setattr(tuning, "validate", validate)
-        task = prepare(cli.parse(TINY))
-        (fold,) = folds(task.config, task.images)
-        grids = tuning.grids(task, fold, 0.1)
+        setting = prepare(cli.parse(TINY))
+        (fold,) = folds(setting.config, setting.images)
+        grids = tuning.grids(setting, fold, 0.1)
         chosen = {grid.label: grid.chosen(computed(grid.pieces())) for grid in grids}
         assert chosen == {
             "Adam": "lr 0.001",  # of 1e-4, 1e-3, 1e-2 (every other one in the miniature)
@@ -191,18 +197,17 @@ class TestCandidates:
 class TestValidate:
     def test_ends_by_hand(self, small_data):
         """PGD's loss on the validation part; a diverged one has none, a constant one collapsed."""
-        task = prepare(cli.parse(TINY))
-        (fold,) = folds(task.config, task.images)
-        found = tuning.validate(task, Method("", partial(sgd, 0.0)), fold, 0.1, 0)
-        model, _ = task.train(
-            Method("", partial(sgd, 0.0)), fold.fit, fold.validation, 0.1, "tune", 0, 0
-        )
-        judged = task.judge(model, fold.validation, 0.1, "tune", 0, 0)
+        setting = prepare(cli.parse(TINY))
+        (fold,) = folds(setting.config, setting.images)
+        found = tuning.validate(setting, Method("", partial(sgd, 0.0)), fold, 0.1, 0)
+        trial = Trial(setting, ("tune", 0, 0))
+        model, _ = trial.train(Method("", partial(sgd, 0.0)), fold.fit, fold.validation, 0.1)
+        judged = trial.judge(model, fold.validation, 0.1)
         assert found == outcome(judged["pgd_loss"])
         assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
-        other = tuning.validate(task, Method("", partial(sgd, 0.0)), fold, 0.1, 1)
+        other = tuning.validate(setting, Method("", partial(sgd, 0.0)), fold, 0.1, 1)
         assert other["loss"] != found["loss"]  # another θ₀
-        broken = tuning.validate(task, Method("", partial(sgd, math.inf)), fold, 0.1, 0)
+        broken = tuning.validate(setting, Method("", partial(sgd, math.inf)), fold, 0.1, 0)
         assert math.isnan(broken["loss"]) and not broken["collapsed"]
 
         def zeroing(model):
@@ -212,7 +217,7 @@ class TestValidate:
             )
             return optimizer
 
-        assert tuning.validate(task, Method("", zeroing), fold, 0.1, 0) == {
+        assert tuning.validate(setting, Method("", zeroing), fold, 0.1, 0) == {
             "collapsed": True,
             "loss": pytest.approx(math.log(10)),
         }
@@ -220,33 +225,33 @@ class TestValidate:
 
 class TestSearch:
     @pytest.fixture
-    def task(self, small_data):
+    def setting(self, small_data):
         grid = ["--grid", "p=5,10", "alpha=0.25,0.75"]
-        task = prepare(cli.parse([*TINY, "--eps", "0.1", "0.2", *grid]))
-        return replace(task, config=replace(task.config, tune_seeds=2))
+        setting = prepare(cli.parse([*TINY, "--eps", "0.1", "0.2", *grid]))
+        return replace(setting, config=replace(setting.config, tune_seeds=2))
 
-    def test_by_hand(self, task, monkeypatch):
+    def test_by_hand(self, setting, monkeypatch):
         """Each is meta-trained on the part that fits for each ε, judged on each seed; the best
         mean is chosen, and a candidate that collapses anywhere, or is given up, is not."""
         learned, losses = [], {(5, 0.25): 4.0, (5, 0.75): 2.0, (10, 0.25): 3.0, (10, 0.75): 5.0}
 
-        def learn(task, images, kind, eps, fold, meta_seed, on_episode):
-            c = task.config
+        def train_phi(setting, images, kind, eps, fold, meta_seed, on_episode):
+            c = setting.config
             learned.append((c.p, c.alpha, eps))
             assert images is fold0.fit and (kind, fold, meta_seed) == ("transfer", 0, 0)
             assert c.read_alpha == c.alpha
             # the second best would be given up
             return None, {"ended": "collapsed" if (c.p, c.alpha) == (10, 0.25) else None}
 
-        def validate(task, method, fold, eps, seed):
-            c = task.config
+        def validate(setting, method, fold, eps, seed):
+            c = setting.config
             bad = (c.p, c.alpha, eps, seed) == (5, 0.75, 0.2, 1)  # the best but for this
             return outcome(losses[c.p, c.alpha] + 10 * eps + seed, collapsed=bad)
 
-        monkeypatch.setattr(tuning, "learn", learn)
+        monkeypatch.setattr(tuning, "train_phi", train_phi)
         monkeypatch.setattr(tuning, "validate", validate)
-        (fold0,) = folds(task.config, task.images)
-        search = Search(task, fold0, QUIET)
+        (fold0,) = folds(setting.config, setting.images)
+        search = Search(setting, fold0, QUIET)
         parts = computed(search.pieces())
         every = [(p, a, eps) for p in (5, 10) for a in (0.25, 0.75) for eps in (0.1, 0.2)]
         assert learned == [key for key in every if key != (10, 0.25, 0.2)]
@@ -260,8 +265,8 @@ class TestSearch:
         best = search.best(parts).config
         assert (best.p, best.alpha, best.read_alpha) == (5, 0.25, 0.25)
 
-    def test_what_is_meta_trained_needs_the_whole_search(self, task, tmp_path):
-        experiment = Experiment(task, tmp_path, QUIET)
+    def test_what_is_meta_trained_needs_the_whole_search(self, setting, tmp_path):
+        experiment = Experiment(setting, tmp_path, QUIET)
         pieces = {piece.name: piece for piece in experiment.pieces()}
         points = {name for name in pieces if name.startswith("grid-")}
         assert len(points) == 4
@@ -274,7 +279,7 @@ class TestSearch:
         assert run.needs == ("transfer-fold0-phi0-eps0.1",)
 
     def test_without_a_grid_the_task_is_itself(self, small_data):
-        task = prepare(cli.parse(TINY))
-        (fold,) = folds(task.config, task.images)
-        search = Search(task, fold, QUIET)
-        assert search.pieces() == [] and search.tried({}) == [] and search.best({}) is task
+        setting = prepare(cli.parse(TINY))
+        (fold,) = folds(setting.config, setting.images)
+        search = Search(setting, fold, QUIET)
+        assert search.pieces() == [] and search.tried({}) == [] and search.best({}) is setting

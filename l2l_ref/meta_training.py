@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref import attacks, engine
+from l2l_ref import attacks
+from l2l_ref.backend import operators
+from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.equations import robust_loss, update_cotangents
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import is_chance
 from l2l_ref.files import read_checkpoint, replace_with
-from l2l_ref.graphs import Graphed
-from l2l_ref.optimizer import MetaOptimizer, flatten_
-from l2l_ref.problems import Problem, Stacked, phi_groups
+from l2l_ref.optimizer import MetaOptimizer, flatten_, phi_groups
+from l2l_ref.problems import Problem, Stacked
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -178,7 +179,7 @@ class Coordinates:
         cotangents = update_cotangents(self.judged[1 : length + 1])
         meta, dphi = self.meta_optimizer, torch.zeros_like(self.phi)
         if any(weight.requires_grad for weight in meta.weights()):
-            dphi = engine.operators(self.backend, self.state).unroll_meta_gradient(
+            dphi = operators(self.backend, self.state).unroll_meta_gradient(
                 self.read[:length],
                 self.first_state,
                 cotangents,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from l2l_ref.config import Config
+from l2l_ref.experiment.config import Config
 from l2l_ref.files import replace_with
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.

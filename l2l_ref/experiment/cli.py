@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 
-from l2l_ref.config import (
+from l2l_ref.backend import BACKENDS
+from l2l_ref.errors import InputError
+from l2l_ref.experiment.config import (
     ATTACKS,
     DATASETS,
     GRID_NAMES,
@@ -18,8 +19,6 @@ from l2l_ref.config import (
     require,
     with_grid,
 )
-from l2l_ref.engine import BACKENDS
-from l2l_ref.errors import InputError
 
 # What a loaded φ has settled already.
 SETTLED_BY_LOAD = {"recipe", "alpha", "p", "episodes", "tasks", "unroll", "meta_lr",
@@ -198,57 +197,6 @@ def parse(arguments: list[str]) -> Config:
     for chosen in grid_points(config):
         with_grid(config, chosen)  # raises where a candidate is out of range
     return config
-
-
-def default_name(config: Config) -> str:
-    """The name of a run's folder, e.g. mnist-fgsm-paper-quick."""
-    parts = [config.dataset, config.attack, config.recipe] + ["quick"] * config.quick
-    return "-".join(parts)
-
-
-def new_folder(config: Config, root: Path = Path("runs")) -> Path:
-    """Choose the folder of this run: `--out`, or runs/<name>, with -2, -3, … where that is taken.
-
-    A run never writes over another. With `--resume` the newest folder of the name is continued.
-
-    Raises:
-        InputError: `--out` is taken and `--resume` not given; there is nothing to resume.
-    """
-    if config.out is not None:
-        folder = Path(config.out)
-    else:
-        name, count = default_name(config), 1
-        folder = root / name
-        while folder.exists():
-            count += 1
-            following = root / f"{name}-{count}"
-            if config.resume and not following.exists():
-                break
-            folder = following
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: name a folder")
-    taken = folder.is_dir() and any(folder.iterdir())
-    if taken and not config.resume:
-        raise InputError(
-            f"--out {folder} is not empty: add --resume to continue that run, or name another"
-        )
-    if config.resume and not (folder / "config.json").exists():
-        raise InputError(f"--resume finds no run in {folder}: leave it out, or name a run's folder")
-    return folder
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run.
-
-    Raises:
-        InputError: the file system says no.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
-        ) from None
 
 
 def run_as_script(

@@ -14,31 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_ref import attacks, evaluate, tuning
-from l2l_ref.config import Config, as_saved, describe
+from l2l_ref import attacks, evaluate
 from l2l_ref.errors import InputError
-from l2l_ref.files import read_checkpoint, replace_with
-from l2l_ref.optimizer import MetaOptimizer
-from l2l_ref.pieces import Parts, Piece
-from l2l_ref.problems import phi_groups
-from l2l_ref.task import (
+from l2l_ref.experiment import tuning
+from l2l_ref.experiment.config import Config, as_saved
+from l2l_ref.experiment.folder import describe
+from l2l_ref.experiment.pieces import Parts, Piece
+from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.setting import Fold, Setting, few, folds
+from l2l_ref.experiment.trial import (
+    CLEAN,
     NOMINAL,
-    NOT,
-    TRANSFER,
-    Fold,
-    Reporter,
-    Task,
-    few,
-    folds,
-    learn,
-    learned,
+    UNDER_ATTACK,
+    Trial,
     new_phi,
-    stream,
+    train_phi,
 )
+from l2l_ref.files import read_checkpoint
+from l2l_ref.optimizer import LearnedOptimizer, phi_groups
+from l2l_ref.pretrained import build, read, save
 from l2l_ref.transfer import Method
 
 PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
-FORMAT = "l2l_ref φ 1"
 # The settings that a loaded φ brings along.
 OF_PHI = ("recipe", "p", "output_scale", "theta_input", "odd", "nominal", "hidden_size",
           "num_layers", "alpha", "read_alpha", "penalty", "curriculum", "episodes",
@@ -65,7 +62,7 @@ class Results:
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
     """The key of a φ. Transfer-NOT's has no eps: it never meets an attack."""
-    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != NOT else "")
+    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != CLEAN else "")
 
 
 def phis_of(config: Config) -> dict[str, tuple[str, int, int, float]]:
@@ -97,7 +94,7 @@ class Contender:
 
 
 class Experiment:
-    """The pieces of the experiment of `task.config`, which leave parts/ in `out`.
+    """The pieces of the experiment of `setting.config`, which leave parts/ in `out`.
 
     Args:
         phis: φ by name (`load_phis`); those that are missing are meta-trained.
@@ -105,20 +102,20 @@ class Experiment:
 
     def __init__(
         self,
-        task: Task,
+        setting: Setting,
         out: Path,
-        reporter: Reporter,
+        progress: Progress,
         phis: dict[str, nn.ModuleDict] | None = None,
     ):
-        self.task, self.out, self.reporter = task, out, reporter
+        self.setting, self.out, self.progress = setting, out, progress
         self.parts, self.phis = Parts(out / "parts"), dict(phis or {})
         self.given = frozenset(self.phis)
-        self.folds = folds(task.config, task.images)
-        self.searches = {fold.number: tuning.Search(task, fold, reporter) for fold in self.folds}
+        self.folds = folds(setting.config, setting.images)
+        self.searches = {fold.number: tuning.Search(setting, fold, progress) for fold in self.folds}
 
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
-        c = self.task.config
+        c = self.setting.config
         result = []
         for fold in self.folds:
             result += self.searches[fold.number].pieces()
@@ -126,32 +123,35 @@ class Experiment:
                 if number == fold.number and name not in self.given:
                     result.append(self.phi_piece(name, kind, fold, meta_seed, eps))
             for eps in c.eps:
-                for grid in tuning.grids(self.task, fold, eps):
+                for grid in tuning.grids(self.setting, fold, eps):
                     result += grid.pieces()
         return result + [piece for _, piece in self.runs()]
 
     def phi_piece(self, name: str, kind: str, fold: Fold, meta_seed: int, eps: float) -> Piece:
         """Meta-trains a φ; its history is the result, its weights are in the checkpoint."""
-        c, search = self.task.config, self.searches[fold.number]
+        c, search = self.setting.config, self.searches[fold.number]
 
         def compute(parts: Mapping[str, Any]) -> dict[str, Any]:
-            show = self.reporter.progress(c.episodes, f"meta-train {name}")
-            task = search.best(parts)
+            show = self.progress.begin(c.episodes, f"meta-train {name}")
+            setting = search.best(parts)
             checkpoint = self.parts.folder / f"{name}.pt"
-            self.phis[name], history = learn(
-                task, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint
+            self.phis[name], history = train_phi(
+                setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint
             )
             if history["ended"]:
-                self.reporter.say(f"{name}: given up, as its optimizees end {history['ended']}")
+                self.progress.say(f"{name}: given up, as its optimizees end {history['ended']}")
             if history["skipped"] or history["diverged"]:
-                self.reporter.say(
+                self.progress.say(
                     f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "
                     f"{history['diverged']} episodes diverged and were cut short"
                 )
             return history
 
-        alphas = [1.0] if kind == NOT else {c.alpha, c.read_alpha}
-        losses = [Method("", learned, alpha=alpha, penalty=c.penalty) for alpha in alphas]
+        alphas = [1.0] if kind == CLEAN else {c.alpha, c.read_alpha}
+        losses = [
+            Method("", LearnedOptimizer.for_model, alpha=alpha, penalty=c.penalty)
+            for alpha in alphas
+        ]
         updates = c.episodes * c.tasks * sum(c.episode_steps) / len(c.episode_steps)
         cost = updates / c.steps * sum(tuning.cost(c, loss) for loss in losses)
         return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
@@ -159,20 +159,20 @@ class Experiment:
     def phi(self, name: str, fold: Fold) -> nn.ModuleDict:
         """A φ that is there: given, meta-trained here, or by another process."""
         if name not in self.phis:
-            task = self.searches[fold.number].best(self.parts)
-            phi = new_phi(task, name.split("-")[0], fold.number, 0)
-            saved = read_checkpoint(self.parts.folder / f"{name}.pt", task.device)
+            setting = self.searches[fold.number].best(self.parts)
+            phi = new_phi(setting, name.split("-")[0], fold.number, 0)
+            saved = read_checkpoint(self.parts.folder / f"{name}.pt", setting.device)
             phi.load_state_dict(saved["meta_optimizers"])
             self.phis[name] = phi
         return self.phis[name]
 
     def ended(self, name: str, parts: Mapping[str, Any]) -> str | None:
         """Why a φ was given up; None for one that was trained to its end."""
-        return self.task.given_up.get(name) if name in self.given else parts[name]["ended"]
+        return self.setting.given_up.get(name) if name in self.given else parts[name]["ended"]
 
     def runs(self) -> list[tuple[dict[str, Any], Piece]]:
         """What is compared: each run's key in a table, and the piece that computes it."""
-        c, result = self.task.config, []
+        c, result = self.setting.config, []
         for fold, eps in product(self.folds, c.eps):
             contenders = self.contenders(fold, eps)
             for seed, contender in product(range(c.seeds), contenders):
@@ -192,20 +192,21 @@ class Experiment:
 
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:
         """The rows of a table."""
-        c = self.task.config
+        c = self.setting.config
         result = [Contender(tuning.default_adam(), lambda parts: tuning.default_adam())]
-        for grid in tuning.grids(self.task, fold, eps):
+        for grid in tuning.grids(self.setting, fold, eps):
             any_of = next(iter(grid.methods.values()))
             result.append(Contender(any_of, grid.method, grid.needs()))
         for meta_seed, kind in product(range(c.meta_seeds), kinds_of_phi(c)):
             name = phi_name(kind, fold.number, meta_seed, eps)
             needs = () if name in self.given else (name,)
-            for index, method in enumerate(phi_methods(c, kind, eps, learned)):
+            for index, method in enumerate(phi_methods(c, kind, eps, LearnedOptimizer.for_model)):
 
                 def make(parts, kind=kind, name=name, index=index) -> Method:
                     config = self.searches[fold.number].best(parts).config
-                    phi = partial(learned, self.phi(name, fold), c.backend)
-                    return phi_methods(config, kind, eps, phi)[index]
+                    phi = self.phi(name, fold)
+                    by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
+                    return phi_methods(config, kind, eps, by_phi)[index]
 
                 result.append(Contender(method, make, needs, meta_seed, name))
         return result
@@ -216,16 +217,16 @@ class Experiment:
         """The result of a run; of a φ that was given up only that."""
         if contender.phi and (ended := self.ended(contender.phi, parts)):
             return {"skipped": f"φ {ended}"}
-        return run_method(self.task, contender.make(parts), fold, eps, seed)
+        return run_method(self.setting, contender.make(parts), fold, eps, seed)
 
     def results(self) -> Results:
         """What all pieces left; also writes meta_optimizer.pt."""
-        c, parts = self.task.config, self.parts
+        c, parts = self.setting.config, self.parts
         runs = [{**key, **parts[piece.name]} for key, piece in self.runs()]
         chosen: dict[str, dict[str, dict[str, str]]] = {}
         for fold, eps in product(self.folds, c.eps):
             chosen.setdefault(str(eps), {})[str(fold.number)] = {
-                grid.label: grid.chosen(parts) for grid in tuning.grids(self.task, fold, eps)
+                grid.label: grid.chosen(parts) for grid in tuning.grids(self.setting, fold, eps)
             }
         tried = [row for search in self.searches.values() for row in search.tried(parts)]
         histories = {}
@@ -237,14 +238,20 @@ class Experiment:
             shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
         else:
             ended = {name: self.ended(name, parts) for name in self.phis}
-            task = self.searches[0].best(parts)
-            save_phis(self.out / "meta_optimizer.pt", self.phis, task, ended)
+            setting = self.searches[0].best(parts)
+            about = {
+                "config": asdict(setting.config),
+                "data": setting.source,
+                "data_sha256": setting.checksum,
+                "given_up": {name: end for name, end in ended.items() if end},
+            }
+            save(self.out / "meta_optimizer.pt", self.phis, about)
         return Results(runs, chosen, tried, histories)
 
 
 def kinds_of_phi(config: Config) -> tuple[str, ...]:
     """Without an attack, that under attack and that on clean batches are one."""
-    return (TRANSFER, NOMINAL) if config.attack == "none" else (TRANSFER, NOT, NOMINAL)
+    return (UNDER_ATTACK, NOMINAL) if config.attack == "none" else (UNDER_ATTACK, CLEAN, NOMINAL)
 
 
 def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
@@ -253,7 +260,7 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
     clean = {"penalty": c.penalty * eps}
     if kind == NOMINAL:
         return [Method("Nominal alone", phi, **read)]
-    if kind == NOT:
+    if kind == CLEAN:
         return [Method("Transfer-NOT", phi, alpha=0.0), Method("Transfer-NOT (clean)", phi)]
     if c.dataset == "quadratic":  # has no halves
         return [Method("L2L-Transfer", phi)]
@@ -266,19 +273,20 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
     ]
 
 
-def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
+def run_method(
+    setting: Setting, method: Method, fold: Fold, eps: float, seed: int
+) -> dict[str, Any]:
     """Train one optimizee and judge it: the fields of its `Curve`, and unless it is a quadratic
-    what `Task.judge` says, robust accuracies, and its `end`: "ok", "collapsed" or "diverged"."""
-    c = task.config
-    labels = ("transfer", fold.number, seed)
+    what `Trial.judge` says, robust accuracies, and its `end`: "ok", "collapsed" or "diverged"."""
+    c, trial = setting.config, Trial(setting, ("transfer", fold.number, seed))
     half = few(fold.meta if method.half == "meta" else fold.transfer, c.images)
-    model, curve = task.train(method, half, fold.test, eps, *labels)
+    model, curve = trial.train(method, half, fold.test, eps)
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
     if fold.test is not None:
         sample = fold.test.subset(torch.arange(min(c.eval_samples, len(fold.test))))
-        generator = stream(c.seed, "judge", *labels)
-        result |= task.judge(model, fold.test, eps, *labels)
+        generator = trial.stream("judge")
+        result |= trial.judge(model, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
         pgd = [
             attacks.make("pgd", eps=eps, steps=PGD_STEPS, loss=loss, generator=generator)
@@ -287,58 +295,24 @@ def run_method(task: Task, method: Method, fold: Fold, eps: float, seed: int) ->
         fgsm = attacks.make("fgsm", eps=eps)
         result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
         result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, pgd, restarts=c.restarts)
-        if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], task.problem.classes):
+        if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], setting.problem.classes):
             result["end"] = "collapsed"
     return result
 
 
-def save_phis(
-    path: Path, phis: dict[str, nn.ModuleDict], task: Task, ended: dict[str, str | None]
-) -> None:
-    """Every φ of a run in one file: settings and plain state dicts by name and φ-group.
-
-    With them goes what they come from, the run's configuration and its data, and which of them were
-    given up, and why.
-    """
-    saved = {
-        name: {
-            group: {
-                "settings": meta.settings,
-                "state_dict": {key: weight.cpu() for key, weight in meta.state_dict().items()},
-            }
-            for group, meta in phi.items()
-        }
-        for name, phi in phis.items()
-    }
-    value = {
-        "format": FORMAT,
-        "config": asdict(task.config),
-        "data": task.source,
-        "data_sha256": task.checksum,
-        "given_up": {name: end for name, end in ended.items() if end},
-        "phis": saved,
-    }
-    replace_with(path, partial(torch.save, value))
-
-
-def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
-    """Every φ that a run needs, by name, from the file that `save_phis` wrote.
+def load_phis(path: Path, setting: Setting) -> tuple[Setting, dict[str, nn.ModuleDict]]:
+    """Every φ that a run needs, by name, from the `meta_optimizer.pt` of a run.
 
     A φ of the same kind, fold and meta-seed that was trained for another ε will do where it is the
-    only one. The settings of φ in the task's configuration become those of the file, and its
+    only one. The settings of φ in the setting's configuration become those of the file, and its
     `origin` says where φ comes from.
 
     Raises:
         InputError: a file of another kind; φ that are missing or do not fit the problem's φ-groups;
             φ meta-trained on a half which this run would transfer on.
     """
-    value = read_checkpoint(path, task.device)
-    if value.get("format") != FORMAT:
-        raise InputError(
-            f"--load {path} is not a meta_optimizer.pt of this version: name the file of a "
-            "finished run"
-        )
-    c, before, saved = task.config, value["config"], value["phis"]
+    value = read(path, setting.device)
+    c, before, saved = setting.config, value["config"], value["phis"]
     if before["dataset"] == c.dataset and c.dataset != "quadratic":
         if c.judge == "validation" != as_saved(before)["judge"]:
             raise InputError(
@@ -350,14 +324,13 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
                 f"--load {path} holds φ meta-trained on another half of {c.dataset}: give --seed "
                 f"{before['seed']}, or transfer would train on what they have seen"
             )
-        data = value["data"], value["data_sha256"]
-        here = task.source, task.checksum
+        data, here = (value["data"], value["data_sha256"]), setting.data
         if data != here and "stand-in" not in (data[0], here[0]):
             raise InputError(
                 f"--load {path} holds φ meta-trained on {describe(data)}, whose halves are not "
                 f"those of {describe(here)}: give the same --data-dir"
             )
-    phis, given_up = {}, {}
+    phis, given_up, needed = {}, {}, phi_groups(setting.problem.build())
     for name, (kind, fold, meta_seed, _) in phis_of(c).items():
         if kind == NOMINAL and not any(key.startswith(NOMINAL) for key in saved):
             continue  # a file from before there was this control: it is meta-trained
@@ -367,23 +340,20 @@ def load_phis(path: Path, task: Task) -> tuple[Task, dict[str, nn.ModuleDict]]:
                 f"--load {path} holds {', '.join(saved)} but this run needs {name}: change --eps, "
                 "--attack, --folds or --meta-seeds to what is there"
             )
-        phis[name] = nn.ModuleDict()
         stored = name if name in saved else alike[0]
         if stored in value.get("given_up", {}):
             given_up[name] = value["given_up"][stored]
         groups = saved[stored]
-        for group in phi_groups(task.problem.build()):
+        for group in needed:
             if group not in groups:
                 raise InputError(
                     f"--load {path} has no φ for {group} parameters, only for {', '.join(groups)}: "
                     "load one that was meta-trained on an optimizee with such layers"
                 )
-            meta = MetaOptimizer(**groups[group]["settings"])
-            meta.load_state_dict(groups[group]["state_dict"])
-            phis[name][group] = meta.to(task.device)
+        phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     settings = {name: as_saved(before)[name] for name in OF_PHI}
     for name in ("curriculum", "episode_steps"):
         settings[name] = tuple(settings[name])
     config = replace(c, **settings)
-    return replace(task, config=config, origin=origin, given_up=given_up), phis
+    return replace(setting, config=config, origin=origin, given_up=given_up), phis

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from l2l_ref.errors import InputError
+from l2l_ref.experiment.progress import duration
 from l2l_ref.files import replace_with
 
 POLL = 0.1  # seconds that a process sleeps when no piece is ready
@@ -156,11 +157,3 @@ class Clock:
         rates = {kind: self.seconds[kind] / self.cost[kind] for kind in self.cost}
         average = sum(self.seconds.values()) / sum(self.cost.values())
         return sum(p.cost * rates.get(p.kind, average) for p in pending) / self.world
-
-
-def duration(seconds: float) -> str:
-    """`47 s`, `12 min` or `2 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

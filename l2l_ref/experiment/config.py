@@ -1,10 +1,8 @@
 """The configuration: one frozen dataclass, and the tables of its defaults."""
 
 import itertools
-import json
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from l2l_ref.equations import MAX_P
@@ -237,59 +235,3 @@ BEFORE: dict[str, Any] = {
 def as_saved(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a config.json or a φ file, those that came later filled in."""
     return {**BEFORE, "episode_steps": [settings.get("steps")], **settings}
-
-
-PLACES = {
-    "out",
-    "resume",
-    "data_dir",
-    "strict_data",
-    "device",
-    "backend",
-    "graphs",
-}  # where, not what
-
-
-def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> None:
-    """A run that is continued must have the settings (but for `PLACES`) and the data it began with.
-
-    Args:
-        data: its source and checksum. The halves go by the order of the images, which differs
-            between layouts, so the same pixels from another layout are other data.
-        folder: of the run; nothing is checked where it holds no config.json.
-
-    Raises:
-        InputError: another value, or a config.json that cannot be read.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    try:
-        saved = json.loads(path.read_text())
-        before, environment = as_saved(saved["settings"]), saved["environment"]
-        data_before = environment["data"], environment["data_sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is broken: start afresh with another --out") from None
-    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    for name in sorted(now.keys() - PLACES):
-        if now[name] != before.get(name):
-            raise InputError(
-                f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "
-                f"{now[name]}: resume with that, or start afresh with another --out"
-            )
-    if before.get("eps_warmup"):
-        raise InputError(
-            f"{folder} was run with eps-warmup {before['eps_warmup']}, which there is no more: "
-            "start afresh with another --out"
-        )
-    if data != data_before:
-        raise InputError(
-            f"{folder} was run on {describe(data_before)}, not {describe(data)}: give the same "
-            "--data-dir, or start afresh with another --out"
-        )
-
-
-def describe(data: tuple[str, str | None]) -> str:
-    """A data set's source and the beginning of its checksum."""
-    source, checksum = data
-    return source if checksum is None else f"{source} (checksum {checksum[:12]})"

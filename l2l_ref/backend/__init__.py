@@ -133,9 +133,9 @@ def _takes(layers: int, units: int, dtype: torch.dtype, device: torch.device) ->
 
 def _fused() -> ModuleType:
     """Imported only where it is wanted, and by a statement that torch.compile can follow."""
-    from l2l_ref import fused
+    from l2l_ref.backend import ops
 
-    return fused
+    return ops
 
 
 def _fall_back(backend: str, why: str) -> str:

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from l2l_ref import evaluate
-from l2l_ref.config import Config, grid_points, with_grid
-from l2l_ref.optimizer import flatten_
-from l2l_ref.pieces import Piece
-from l2l_ref.task import TRANSFER, Fold, Reporter, Task, few, learn, learned
+from l2l_ref.experiment.config import Config, grid_points, with_grid
+from l2l_ref.experiment.pieces import Piece
+from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.setting import Fold, Setting, few
+from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
+from l2l_ref.optimizer import LearnedOptimizer, flatten_
 from l2l_ref.transfer import Method
 
 # Candidates of the baselines: learning rates from low to high, weights of the L1 norm, λ/ε.
@@ -120,7 +122,7 @@ class Grid:
     Fewer steps would choose otherwise, so a candidate that is dropped is dropped after a whole run.
     """
 
-    task: Task
+    setting: Setting
     fold: Fold
     eps: float
     label: str
@@ -133,20 +135,20 @@ class Grid:
     @property
     def places(self) -> int:
         """How many candidates run on more than one seed."""
-        return math.ceil(len(self.methods) / STAY) if self.task.config.tune_seeds > 1 else 0
+        return math.ceil(len(self.methods) / STAY) if self.setting.config.tune_seeds > 1 else 0
 
     def first(self) -> list[str]:
         return [self.name(settings, "seed0") for settings in self.methods]
 
     def pieces(self) -> list[Piece]:
         """All that `chosen` needs."""
-        seeds = range(1, self.task.config.tune_seeds)
+        seeds = range(1, self.setting.config.tune_seeds)
         result = []
         for name, (settings, method) in zip(self.first(), self.methods.items(), strict=True):
             result.append(Piece(name, partial(self.run, settings, 0), self.label,
-                                cost(self.task.config, method)))  # fmt: skip
+                                cost(self.setting.config, method)))  # fmt: skip
         for place, seed in itertools.product(range(self.places), seeds):
-            dearest = max(cost(self.task.config, method) for method in self.methods.values())
+            dearest = max(cost(self.setting.config, method) for method in self.methods.values())
             result.append(Piece(self.name("place", place, f"seed{seed}"),
                                 partial(self.run_place, place, seed), self.label, dearest,
                                 tuple(self.first())))  # fmt: skip
@@ -156,7 +158,7 @@ class Grid:
         return tuple(piece.name for piece in self.pieces())
 
     def run(self, settings: str, seed: int, _: Mapping[str, Any]) -> dict[str, Any]:
-        outcome = validate(self.task, self.methods[settings], self.fold, self.eps, seed)
+        outcome = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
         return {"settings": settings, **outcome}
 
     def run_place(self, place: int, seed: int, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,10 +182,10 @@ class Grid:
         return self.methods[self.chosen(parts)]
 
 
-def grids(task: Task, fold: Fold, eps: float) -> list[Grid]:
+def grids(setting: Setting, fold: Fold, eps: float) -> list[Grid]:
     """One for each baseline that is tuned."""
-    every = candidates(task.config, eps)
-    return [Grid(task, fold, eps, label, methods) for label, methods in every.items()]
+    every = candidates(setting.config, eps)
+    return [Grid(setting, fold, eps, label, methods) for label, methods in every.items()]
 
 
 def score(outcome: dict[str, Any]) -> tuple[int, float]:
@@ -195,20 +197,19 @@ def score(outcome: dict[str, Any]) -> tuple[int, float]:
     return 2 if outcome["collapsed"] else int(not finite), outcome["loss"] if finite else math.inf
 
 
-def validate(task: Task, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
+def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
     """How good a method is without its test: {"collapsed", "loss" under PGD}.
 
     It trains on one part of the meta-training half and is judged on the other.
     """
-    labels = ("tune", fold.number, seed)
-    steps = task.config.steps
-    fit = few(fold.fit, task.config.images)
-    model, curve = task.train(method, fit, fold.validation, eps, *labels, every=steps)
+    trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
+    fit = few(fold.fit, setting.config.images)
+    model, curve = trial.train(method, fit, fold.validation, eps, every=steps)
     if fold.validation is None:
         return {"collapsed": False, "loss": curve.attacked[-1]}
-    judged = task.judge(model, fold.validation, eps, *labels)
+    judged = trial.judge(model, fold.validation, eps)
     loss = judged["pgd_loss"] if not curve.diverged else math.nan
-    collapsed = evaluate.is_collapsed(loss, judged["accuracy"], task.problem.classes)
+    collapsed = evaluate.is_collapsed(loss, judged["accuracy"], setting.problem.classes)
     return {"collapsed": collapsed, "loss": loss}
 
 
@@ -221,38 +222,39 @@ class Search:
     averaged over `eps` and seeds.
     """
 
-    task: Task
+    setting: Setting
     fold: Fold
-    reporter: Reporter
+    progress: Progress
 
     def points(self) -> dict[str, dict[str, float]]:
         """The candidates, by the names of their pieces."""
-        points = grid_points(self.task.config) if self.task.config.grid else []
+        points = grid_points(self.setting.config) if self.setting.config.grid else []
         words = ["-".join(f"{key} {value:g}" for key, value in point.items()) for point in points]
         start = f"grid-fold{self.fold.number}-"
         return {start + name: point for name, point in zip(words, points, strict=True)}
 
     def pieces(self) -> list[Piece]:
-        c = self.task.config
+        c = self.setting.config
         dear = len(c.eps) * c.episodes * c.episode_steps[-1] * 10
         return [Piece(name, partial(self.run, point), "grid", dear)
                 for name, point in self.points().items()]  # fmt: skip
 
     def run(self, point: dict[str, float], _: Mapping[str, Any]) -> dict[str, Any]:
-        task, fold = self.with_point(point), self.fold
-        c, outcomes = task.config, []
+        setting, fold = self.with_point(point), self.fold
+        c, outcomes = setting.config, []
         for eps in c.eps:
-            show = self.reporter.progress(c.episodes, f"grid: {point}, eps {eps:g}")
-            phi, history = learn(task, fold.fit, TRANSFER, eps, fold.number, 0, show)
+            show = self.progress.begin(c.episodes, f"grid: {point}, eps {eps:g}")
+            phi, history = train_phi(setting, fold.fit, UNDER_ATTACK, eps, fold.number, 0, show)
             if history["ended"]:
                 return {"collapsed": True, "loss": math.inf}
-            method = Method("grid", partial(learned, phi, c.backend), penalty=c.penalty * eps)
-            outcomes += [validate(task, method, fold, eps, seed) for seed in range(c.tune_seeds)]
+            by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
+            method = Method("grid", by_phi, penalty=c.penalty * eps)
+            outcomes += [validate(setting, method, fold, eps, seed) for seed in range(c.tune_seeds)]
         bad, losses = zip(*map(score, outcomes), strict=True)
         return {"collapsed": max(bad) == 2, "loss": statistics.fmean(losses)}
 
-    def with_point(self, point: dict[str, float]) -> Task:
-        return replace(self.task, config=with_grid(self.task.config, point))
+    def with_point(self, point: dict[str, float]) -> Setting:
+        return replace(self.setting, config=with_grid(self.setting.config, point))
 
     def tried(self, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What was tried, one dict a candidate."""
@@ -263,7 +265,7 @@ class Search:
             min(rows, key=score)["chosen"] = True
         return rows
 
-    def best(self, parts: Mapping[str, Any]) -> Task:
-        """The task with the best settings of φ in place."""
+    def best(self, parts: Mapping[str, Any]) -> Setting:
+        """The setting with the best settings of φ in place."""
         chosen = [row["settings"] for row in self.tried(parts) if row["chosen"]]
-        return self.with_point(chosen[0]) if chosen else self.task
+        return self.with_point(chosen[0]) if chosen else self.setting

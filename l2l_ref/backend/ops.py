@@ -8,17 +8,18 @@ nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
-from l2l_ref import engine, equations
+from l2l_ref import equations
 from l2l_ref._engine import build_info  # noqa: F401  registers the operators
 from l2l_ref.equations import Form
 
-if torch.cuda.is_available() and engine.built("cuda"):
+if torch.cuda.is_available() and find_spec("l2l_ref._engine_cuda"):
     import_module("l2l_ref._engine_cuda")  # registers them on CUDA
 
 _ops = torch.ops.l2l_ref

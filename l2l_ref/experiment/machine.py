@@ -1,0 +1,90 @@
+"""The machine that a run is on: what its results depend on, and the heap of its C library."""
+
+import ctypes
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2l_ref.backend import build_info
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+LARGEST_BLOCK = 32 << 20  # bytes; glibc takes no higher threshold
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to give freed memory back to the system; whether that could be done.
+
+    Every step of a network frees tensors of some megabytes and asks for the same ones again. Memory
+    that comes anew from the system is cleared page by page at first touch, which costs a network
+    of convolutions as much time as its arithmetic.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # another C library
+        return False
+    kept = mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and kept)
+
+
+def environment(
+    device: torch.device, backend: str, data: tuple[str, str | None], processes: int = 1
+) -> dict[str, Any]:
+    """Versions, hardware, code and data that a result depends on.
+
+    Args:
+        backend: "fused" or "reference".
+        data: its source and checksum.
+    """
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: package_version(name) for name in ("torchvision", "numpy")},
+        "cuda": torch.version.cuda if cuda else None,
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "backend": backend,
+        "engine": build_info() if backend == "fused" else None,
+        "git_commit": git_commit(),
+        "data": data[0],
+        "data_sha256": data[1],
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, which is not imported for that."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "+" behind it if files differ; None outside git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        run = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -1,0 +1,121 @@
+"""What a run leaves: config.json, metrics.csv, summary.json, curves.png, and the printed table."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from l2l_ref.experiment.config import Config
+from l2l_ref.experiment.figure import draw_curves, marks
+from l2l_ref.experiment.folder import write_json
+from l2l_ref.experiment.protocol import Results
+from l2l_ref.experiment.setting import Setting
+from l2l_ref.experiment.summary import METRICS, differences, summarise, verdicts
+from l2l_ref.files import replace_with
+
+
+def cell(value: dict[str, float | None] | None, digits: int) -> str:
+    """`mean ± std`; "–" where there is none."""
+    if value is None:
+        return "–"
+    if value["mean"] is None:
+        return "not finite"
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
+
+
+def table(summary: list[dict[str, Any]], title: str, footer: str) -> str:
+    """The comparison as a Markdown table, for each metric `cell`."""
+    names = [name for name in METRICS if any(name in row for row in summary)]
+    if "pgd_loss" in names:
+        names.remove("attacked_loss")
+    head = ["ε", "method", *(METRICS[name] for name in names), "runs", ""]
+    body = [
+        [f"{row['eps']:g}", row["method"],
+         *(cell(row.get(name), 2 if name == "ms_per_step" else 3) for name in names),
+         str(row["runs"]), marks(row)]
+        for row in summary
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([title, "", line(head), rule, *map(line, body), "", footer])
+
+
+def title(setting: Setting) -> str:
+    """What a table or figure shows; always says what the data were."""
+    config = setting.config
+    attacks = {"fgsm": "FGSM", "pgd": f"PGD-{config.attack_steps}", "none": "no attack"}
+    recipe = f"recipe {config.recipe}" + f", {config.tasks} tasks" * (config.tasks > 1)
+    words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
+             config.optimizee, attacks[config.attack], recipe,
+             f"data: {setting.source}"]  # fmt: skip
+    if setting.origin:
+        words.append(f"φ from {setting.origin}")
+    return " · ".join(words + ["quick miniature"] * config.quick)
+
+
+def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
+    """Seeds, hardware, versions and command, for the foot of a table or figure."""
+    e = environment
+    commit = e["git_commit"]
+    loss = f"on {config.judge} images" + (" under attack" if config.attack != "none" else "")
+    if config.dataset == "quadratic":
+        loss = "of the function it minimises"
+    return (
+        f"loss: after {config.steps} steps, {loss}; mean ± sample deviation\n"
+        f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
+        "\n"
+        f"{e['device']}, threads: {e['threads']}"
+        + (f" in each of {e['processes']} processes" if e.get("processes", 1) > 1 else "")
+        + f", torch {e['torch']}, backend {e['backend']}"
+        + (", continued elsewhere (config.json)" if e.get("continued_in") else "")
+        + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
+        + f"\n{command}"
+    )
+
+
+def curves_csv(results: Results, data: str) -> str:
+    """One row for each ε, method, fold, φ, seed and step; the last column says what data it was."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    columns = ["eps", "method", "fold", "phi", "seed"]
+    writer.writerow([*columns, "step", "clean_loss", "attacked_loss", "data"])
+    for run in results.runs:
+        key = [run[column] for column in columns]
+        curves = (run.get(name, []) for name in ("steps", "clean", "attacked"))
+        for row in zip(*curves, strict=True):
+            writer.writerow([*key, *row, data])
+    return buffer.getvalue()
+
+
+def write(
+    out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
+) -> str:
+    """Write metrics.csv, summary.json and curves.png into `out`; returns the table."""
+    config = setting.config
+    heading, footer = title(setting), footnote(config, environment, command)
+    summary = summarise(results)
+    text = curves_csv(results, setting.source)
+    replace_with(out / "metrics.csv", lambda partial: partial.write_text(text))
+    runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
+            for run in results.runs]  # fmt: skip
+    value = {
+        "title": heading,
+        "data": setting.source,
+        "command": command,
+        "environment": environment,
+        "table": summary,
+        "differences": differences(results),
+        "tuned": results.chosen,
+        "grid": results.grid,
+        "runs": runs,
+        "meta_training": results.meta_training,
+    }
+    write_json(out / "summary.json", value)
+    draw_curves(out / "curves.png", results.runs, summary, config, heading, footer)
+    learned = verdicts(results, value["differences"], config.recipe)
+    return "\n\n".join([table(summary, heading, footer), *filter(None, [learned])])

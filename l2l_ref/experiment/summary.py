@@ -1,0 +1,148 @@
+"""What the runs of a comparison say: means, paired differences, and whether φ has learned."""
+
+import math
+import statistics
+from typing import Any
+
+from l2l_ref.experiment.protocol import PGD_STEPS, Results
+from l2l_ref.experiment.trial import PGD_STEPS as LOSS_STEPS
+
+METRICS = {
+    "attacked_loss": "loss",  # the last of the curve, where there is no other
+    "pgd_loss": f"loss, PGD-{LOSS_STEPS}",
+    "fgsm_loss": "loss, FGSM",
+    "accuracy": "clean acc.",
+    "fgsm_accuracy": "FGSM acc.",
+    "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
+    "ms_per_step": "ms/step",
+}
+# Of each recipe the row that says whether φ has learned, and those that it must be below: what it
+# would be without φ, and the best opponent that reads the same.
+CONTROLS = {
+    "paper": ("L2L", ("Nominal alone", "Adam (attacked) + L1")),
+    "robust": ("L2L-Transfer (clean)", ("Nominal alone", "Adam + L1")),
+    "penalty": ("L2L-Transfer (clean)", ("Nominal alone", "Adam + penalty + L1")),
+}
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10
+PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
+
+
+def summarise(results: Results) -> list[dict[str, Any]]:
+    """One row for each ε and method: mean and sample deviation over folds, φ and seeds.
+
+    A metric that is not finite in some run has mean and deviation None: no run is left out. Runs of
+    a φ that was given up are counted, as "skipped".
+    """
+    rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for run in results.runs:
+        rows.setdefault((run["eps"], run["method"]), []).append(run)
+    summary = []
+    for (eps, method), every in rows.items():
+        runs = [run for run in every if "skipped" not in run]
+        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(every)}
+        for name in METRICS:
+            values = [run.get(name) for run in runs]
+            if values and values[0] is not None:
+                row[name] = spread(values)
+                phis = sorted({run["phi"] for run in runs} - {None})
+                if len(phis) > 1:
+                    row[name]["by_phi"] = [
+                        spread([run[name] for run in runs if run["phi"] == phi])["mean"]
+                        for phi in phis
+                    ]
+        for end in ("collapsed", "diverged"):
+            row[end] = sum(run["end"] == end for run in runs)
+        row["skipped"] = len(every) - len(runs)
+        summary.append(row)
+    return summary
+
+
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and sample deviation; None where a value is not finite."""
+    finite = all(map(math.isfinite, values))
+    return {
+        "mean": statistics.fmean(values) if finite else None,
+        "std": statistics.stdev(values) if finite and len(values) > 1 else None,
+    }
+
+
+def differences(results: Results) -> list[dict[str, Any]]:
+    """Each method that a φ trains, less each other one: {"mean", "half_width"} of `PAIRED`.
+
+    Runs of a seed share θ₀ and batches, so they are compared in pairs, after averaging over φ; the
+    interval is that of Student's t at 95 % over seeds and folds. One pair has none.
+    """
+    seeds: dict[tuple[float, str], dict[tuple[int, int], list[dict[str, Any]]]] = {}
+    for run in results.runs:
+        if "skipped" not in run:
+            own = seeds.setdefault((run["eps"], run["method"]), {})
+            own.setdefault((run["fold"], run["seed"]), []).append(run)
+    rows = []
+    for (eps, method), own in seeds.items():
+        if all(run["phi"] is None for runs in own.values() for run in runs):
+            continue
+        for (eps_too, other), theirs in seeds.items():
+            if eps_too != eps or other == method:
+                continue
+            row: dict[str, Any] = {"eps": eps, "method": method, "less": other}
+            for name in PAIRED:
+                pairs = [(mean(own[key], name), mean(theirs[key], name))
+                         for key in sorted(own.keys() & theirs.keys())]  # fmt: skip
+                if pairs and None not in pairs[0]:
+                    row[name] = interval([a - b for a, b in pairs])
+            rows.append(row)
+    return rows
+
+
+def verdicts(results: Results, rows: list[dict[str, Any]], recipe: str) -> str:
+    """Whether φ has learned: its loss less that of `CONTROLS`; a line for each ε."""
+    own, controls = CONTROLS[recipe]
+    lines = []
+    for eps in dict.fromkeys(row["eps"] for row in rows):
+        texts = []
+        for row in rows:
+            if (row["eps"], row["method"]) == (eps, own) and row["less"] in controls:
+                loss = row.get("pgd_loss", row.get("attacked_loss"))
+                texts.append(f"{row['less']} {signed(loss)}")
+        every = {(run["phi"], "skipped" in run) for run in results.runs
+                 if (run["eps"], run["method"]) == (eps, own)}  # fmt: skip
+        given_up = sum(skipped for _, skipped in every)
+        note = f"; {given_up} of {len(every)} φ given up" if given_up else ""
+        if texts:
+            lines.append(f"ε {eps:g}: loss of {own} less that of " + ", ".join(texts)
+                         + f" (95 % over seeds, after the mean over φ{note})")  # fmt: skip
+    return "\n".join(lines)
+
+
+def signed(value: dict[str, float | None] | None) -> str:
+    """`+0.123 ± 0.045`."""
+    if value is None or value["mean"] is None:
+        return "not finite"
+    half = value["half_width"]
+    return f"{value['mean']:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def mean(runs: list[dict[str, Any]], name: str) -> float | None:
+    values = [run.get(name) for run in runs]
+    return None if None in values else statistics.fmean(values)
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean, and half the width of the 95 % interval of Student's t; None as in `spread`."""
+    half = None
+    if not all(map(math.isfinite, values)):
+        return {"mean": None, "half_width": None}
+    if len(values) > 1:
+        quantile = student(len(values) - 1)
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_width": half}
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; from 11 on by Fisher's expansion, to three decimals."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3

@@ -1,0 +1,220 @@
+"""One training, of an optimizee or of a φ, with all its randomness.
+
+Every random number comes from a stream named by what it is for and by the labels of its trial. So
+all methods of a seed start from the same θ₀ and see the same batches, and no result depends on what
+was computed before it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_ref import attacks, data, evaluate, problems
+from l2l_ref.experiment.config import Config
+from l2l_ref.experiment.setting import Setting, stream
+from l2l_ref.meta_training import Episode, MetaSettings, meta_train, new_meta_optimizers
+from l2l_ref.transfer import Curve, Method, train
+
+PGD_STEPS = 7  # of the loss under attack
+# The kinds of φ: meta-trained under attack; on clean batches; a nominal term alone.
+UNDER_ATTACK, CLEAN, NOMINAL = "transfer", "not", "nominal"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of an optimizee. Methods that share a trial share θ₀, batches and attacks.
+
+    Attributes:
+        setting: of the run.
+        labels: name the trial, and with it its random streams.
+    """
+
+    setting: Setting
+    labels: tuple[Any, ...]
+
+    def stream(self, what: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """The trial's generator for a purpose, from its beginning."""
+        return stream(self.setting.config.seed, what, *self.labels, device=device)
+
+    def model(self) -> nn.Module:
+        """A fresh optimizee."""
+        return self.setting.problem.draw(self.stream("theta"), self.setting.device)
+
+    def batches(self, images: data.ImageSet | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless batches: shuffled images, or one drawn set of quadratics."""
+        return batches_of([self], images)
+
+    def attack(self, eps: float) -> attacks.Attack:
+        """The attack that trains and is recorded, its random starts from a stream of its own.
+
+        It draws on the setting's device, so a GPU has other random starts than a CPU.
+        """
+        c, device = self.setting.config, self.setting.device
+        return attacks.make(
+            c.attack,
+            eps=eps,
+            steps=c.attack_steps,
+            step_size=c.attack_step_size,
+            generator=self.stream("attack", device),
+        )
+
+    def probe(
+        self, images: data.ImageSet | None, eps: float
+    ) -> Callable[[nn.Module], tuple[Tensor, Tensor]]:
+        """model -> (clean loss, attacked loss) on the first images of a set, always the same."""
+        if images is None:
+            x, y = next(self.batches(None))
+
+            @torch.no_grad()
+            def record(model: nn.Module) -> tuple[Tensor, Tensor]:
+                loss = self.setting.problem.loss(model, x, y)
+                return loss, loss
+
+            return record
+        count = min(self.setting.config.curve_samples, len(images))
+        x, y = images.batch(torch.arange(count))
+        attack = Trial(self.setting, ("record", *self.labels)).attack(eps)
+        return partial(evaluate.losses, x=x, y=y, attack=attack)
+
+    def train(
+        self,
+        method: Method,
+        images: data.ImageSet | None,
+        probe: data.ImageSet | None,
+        eps: float,
+        *,
+        every: int | None = None,
+    ) -> tuple[nn.Module, Curve]:
+        """A fresh optimizee that `method` has trained on `images`, and its curve on `probe`."""
+        c, model = self.setting.config, self.model()
+        curve = train(
+            model,
+            method,
+            self.batches(images),
+            loss=self.setting.problem.loss,
+            attack=self.attack(eps),
+            steps=c.steps,
+            record=self.probe(probe, eps),
+            every=every or c.record_every,
+            capture=c.graphs,
+        )
+        return model, curve
+
+    def judge(self, model: nn.Module, images: data.ImageSet, eps: float) -> dict[str, float]:
+        """Losses under PGD and FGSM on the first images of a set, and the clean accuracy.
+
+        PGD-7, whatever attack trains: FGSM alone is fooled by a model that hides its gradient.
+        """
+        c, generator = self.setting.config, self.stream("judge loss", self.setting.device)
+        x, y = images.batch(torch.arange(min(c.curve_samples, len(images))))
+        judges = {"pgd": {"steps": PGD_STEPS, "generator": generator}, "fgsm": {}}
+        result = {}
+        for name, options in judges.items():
+            attack = attacks.make(name, eps=eps, **options)
+            _, loss = evaluate.losses(model, x, y, attack)
+            result[f"{name}_loss"] = loss.item()
+        sample = images.subset(torch.arange(min(c.eval_samples, len(images))))
+        result["accuracy"] = evaluate.robust_accuracy(model, sample, attacks.none)
+        return result
+
+
+def batches_of(trials: Sequence[Trial], images: data.ImageSet | None) -> Iterator:
+    """Endless batches for trials that train at once, each from its own stream.
+
+    Of several they are those of all, as `problems.Stacked` takes them.
+    """
+    setting, generators = trials[0].setting, [trial.stream("batches") for trial in trials]
+    size = setting.config.batch_size
+    if images is None:
+        return problems.quadratics(size, *generators, device=setting.device)
+    return data.batches(images, size, *generators)
+
+
+def new_phi(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
+    """An untrained φ of a kind; NOMINAL's is as small as can be, and its update frozen at zero."""
+    c = setting.config
+    form: dict[str, Any] = {
+        name: getattr(c, name)
+        for name in ("hidden_size", "num_layers", "p", "output_scale", "theta_input", "odd")
+    }
+    form["nominal"] = c.nominal
+    if kind == NOMINAL:
+        form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
+    generator = stream(c.seed, "phi", fold, meta_seed)
+    phi = new_meta_optimizers(setting.problem, generator, setting.device, **form)
+    if kind == NOMINAL:
+        for meta in phi.values():
+            for weight in meta.weights():
+                weight.requires_grad_(False)
+    return phi
+
+
+def meta_settings(c: Config, kind: str, eps: float) -> MetaSettings:
+    """How a φ of a kind is trained; Transfer-NOT's with α = 1, on clean batches and for them."""
+    clean = kind == CLEAN
+    return MetaSettings(
+        episodes=c.episodes,
+        steps=c.episode_steps[-1],
+        unroll=c.unroll,
+        meta_lr=c.meta_lr,
+        schedule=c.meta_schedule,
+        clip=c.clip,
+        read_alpha=1.0 if clean else c.read_alpha,
+        penalty=0.0 if clean else c.penalty * eps,
+        alpha=1.0 if clean else c.alpha,
+        curriculum=c.curriculum,
+        tasks=c.tasks,
+    )
+
+
+def train_phi(
+    setting: Setting,
+    images: data.ImageSet | None,
+    kind: str,
+    eps: float,
+    fold: int,
+    meta_seed: int,
+    on_episode: Callable[[int, float], None],
+    checkpoint: Path | None = None,
+) -> tuple[nn.ModuleDict, dict[str, Any]]:
+    """Meta-train a φ of `kind` on `images`; returns it and its `History` as a dict."""
+    c = setting.config
+    settings = meta_settings(c, kind, eps)
+    phi = new_phi(setting, kind, fold, meta_seed)
+    lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
+
+    def draw(number: int) -> Episode:
+        # Setting k of episode n is the trial of episode n·K + k of a run with K = 1.
+        numbers = range(number * c.tasks, (number + 1) * c.tasks)
+        trials = [Trial(setting, ("meta", fold, meta_seed, n)) for n in numbers]
+        models = [trial.model() for trial in trials]
+        model = models[0] if c.tasks == 1 else problems.Stacked(models)
+        strength = settings.strength(number)
+        attack = trials[0].attack(eps * strength)
+        return Episode(model, batches_of(trials, images), attack, lengths[number], strength)
+
+    history = meta_train(
+        setting.problem,
+        phi,
+        settings,
+        draw,
+        backend=c.backend,
+        capture=c.graphs,
+        checkpoint=checkpoint,
+        on_episode=on_episode,
+    )
+    return phi, asdict(history)
+
+
+def episode_lengths(c: Config, generator: torch.Generator) -> list[int]:
+    """The updates of each episode: log-uniform, and stratified, so that every φ meets as many long
+    ones; which episode is how long is drawn."""
+    low, high = c.episode_steps[0], c.episode_steps[-1]
+    strata = torch.randperm(c.episodes, generator=generator)
+    shares = (strata + torch.rand(c.episodes, generator=generator)) / c.episodes
+    return [round(low * (high / low) ** share) for share in shares.tolist()]

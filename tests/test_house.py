@@ -1,0 +1,100 @@
+"""The map in CONTRIBUTING.md is that of the code: a file imports only what stands below it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "l2l_ref"
+
+
+def drawn() -> dict[str, int]:
+    """{file: its line in the map, from the top}."""
+    (block,) = re.findall(r"```map\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    lines = [line.split() for line in block.splitlines()]
+    names = [name for line in lines for name in line]
+    assert len(names) == len(set(names))
+    return {name: number for number, line in enumerate(lines) for name in line}
+
+
+def name_of(module: str) -> str:
+    """`l2l_ref.data.images` -> `data/images`, as the map has it; the package itself is `__init__`."""
+    return module.removeprefix("l2l_ref").strip(".").replace(".", "/") or "__init__"
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                found.add(module if exists(module) else node.module)
+    return {name_of(module) for module in found if module.split(".")[0] == "l2l_ref"}
+
+
+def exists(module: str) -> bool:
+    path = ROOT / module.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def files() -> dict[str, Path]:
+    """Every file of the package, by its name in the map."""
+    result = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        result[name_of(".".join(parts))] = path
+    return result
+
+
+def upward(names: dict[str, Path], lines: dict[str, int]) -> list[str]:
+    """The arrows that do not run down."""
+    return [
+        f"{name} -> {other}"
+        for name, path in names.items()
+        for other in imports(path)
+        if not other.startswith("backend/_C") and lines[other] <= lines[name]
+    ]
+
+
+def test_every_file_is_on_the_map():
+    places = {"run.py", "bench/*", "examples/*"}
+    packages = {"experiment"}  # its __init__ is a docstring
+    assert drawn().keys() - places == files().keys() - packages
+
+
+def test_arrows_run_down():
+    everything = files()
+    del everything["experiment"]
+    assert upward(everything, drawn()) == []
+
+
+def test_an_arrow_that_runs_up_is_found(tmp_path):
+    (tmp_path / "errors.py").write_text("def f():\n    from l2l_ref.experiment import cli\n")
+    (tmp_path / "files.py").write_text("from l2l_ref import equations\n")  # on the same line
+    names = {"errors": tmp_path / "errors.py", "files": tmp_path / "files.py"}
+    assert upward(names, drawn()) == ["errors -> experiment/cli", "files -> equations"]
+
+
+def test_the_front_door():
+    import l2l_ref
+
+    assert sorted(l2l_ref.__all__) == l2l_ref.__all__
+    assert all(hasattr(l2l_ref, name) for name in l2l_ref.__all__)
+    assert l2l_ref.meta_train.__module__ == "l2l_ref.meta_training"
+
+
+@pytest.mark.parametrize("heavy", ["torchvision", "matplotlib", "PIL"])
+def test_importing_is_as_cheap_as_torch(heavy):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import l2l_ref, sys; print({heavy!r} in sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False\n"
