@@ -89,27 +89,27 @@ sanitize() { # our kernels alone; without PyTorch's pool each tensor's end is kn
   [[ $(compute-sanitizer --help) != *--kernel-name* ]] || options+=(--kernel-name kns=l2l)
   [ "$1" != memcheck ] || options+=(--report-api-errors no) # torch's start-up makes harmless ones
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  compute-sanitizer "${options[@]}" "$PYTHON" bench/kernels.py --every-form
+  compute-sanitizer "${options[@]}" "$PYTHON" -m bench.kernels --every-form
   compute-sanitizer "${options[@]}" \
-    "$PYTHON" bench/kernels.py --every-form --operators step --tensor-cores
+    "$PYTHON" -m bench.kernels --every-form --operators step --tensor-cores
 }
 
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 
-operators() { "$PYTHON" bench/operators.py --device cuda --seconds 2 --out "$OUT"; }
+operators() { "$PYTHON" -m bench.operators --device cuda --seconds 2 --out "$OUT"; }
 
 robust() {
-  "$PYTHON" bench/operators.py --device cuda --seconds 2 --sizes 1e4 1e6 1e7 --odd --theta-input \
+  "$PYTHON" -m bench.operators --device cuda --seconds 2 --sizes 1e4 1e6 1e7 --odd --theta-input \
     --no-compile --no-memory --out "$OUT/robust"
 }
 
-resnet() { "$PYTHON" bench/resnet_step.py --device cuda --seconds 2 --out "$OUT"; }
+resnet() { "$PYTHON" -m bench.resnet_step --device cuda --seconds 2 --out "$OUT"; }
 
 kernels() {
-  "$PYTHON" bench/kernels.py --sizes 1e4 1e6 --times
-  "$PYTHON" bench/kernels.py --sizes 1e6 --operators step --tensor-cores --times
-  "$PYTHON" bench/kernels.py --sizes 1e6 --operators differentiable_step --times
+  "$PYTHON" -m bench.kernels --sizes 1e4 1e6 --times
+  "$PYTHON" -m bench.kernels --sizes 1e6 --operators step --tensor-cores --times
+  "$PYTHON" -m bench.kernels --sizes 1e6 --operators differentiable_step --times
   if command -v cuobjdump; then cuobjdump -res-usage l2l_ref/_engine_cuda*.so 2>&1; fi
 }
 
@@ -117,7 +117,7 @@ counters() { # the clocks stay as they are; not every machine lets a program rea
   command -v ncu || return 77
   local code=0 sections=(SpeedOfLight Occupancy WarpStateStats MemoryWorkloadAnalysis LaunchStats)
   ncu --clock-control none --profile-from-start off "${sections[@]/#/--section=}" \
-    "$PYTHON" bench/kernels.py --sizes 1e6 2>&1 | tee "$OUT/.ncu" || code=$?
+    "$PYTHON" -m bench.kernels --sizes 1e6 2>&1 | tee "$OUT/.ncu" || code=$?
   if grep -qE "ERR_NVGPUCTRPERM|LibraryNotLoaded|No kernels were profiled" "$OUT/.ncu"; then
     return 78
   fi

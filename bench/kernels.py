@@ -1,24 +1,19 @@
 #!/usr/bin/env python
 """Runs the engine's operators on a GPU, for a profiler or a sanitizer to look at.
 
-compute-sanitizer --tool memcheck python bench/kernels.py --every-form
-ncu --profile-from-start off python bench/kernels.py --sizes 1e6
-python bench/kernels.py --sizes 1e6 --times
+compute-sanitizer --tool memcheck python -m bench.kernels --every-form
+ncu --profile-from-start off python -m bench.kernels --sizes 1e6
+python -m bench.kernels --sizes 1e6 --times
 
 A profiler that starts when the program says so (`--profile-from-start off`) sees the operators
 alone, each once and warm. `--every-form` is for a sanitizer: small cases of every form, dtype and
 shape of φ, sizes beside those of warps and blocks, and the differentiable step.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor

@@ -14,9 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 
 from bench import peers
@@ -47,7 +44,7 @@ def peak_extra(
         return measure_on_gpu(name, operator, n, steps, backend, form, device, options)
     request = {"name": name, "operator": operator, "n": n, "steps": steps, "backend": backend}
     argument = json.dumps({**request, "form": form, "options": options})
-    command = [sys.executable, str(Path(__file__).resolve()), argument]
+    command = [sys.executable, "-m", "bench.memory", argument]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How fast the engine's operators are, beside other ways to do the same.
 
-python bench/operators.py --threads 1 --sizes 16384
-python bench/operators.py --device cuda
+python -m bench.operators --threads 1 --sizes 16384
+python -m bench.operators --device cuda
 
 Prints one table: each peer's time over ours, then ns per coordinate-step with quartiles. Writes
 operators.json and operators.png into --out. The sgemm floor is the time that the operations of an
@@ -11,13 +11,9 @@ second table has the floors of `bench/floors.py` and the share of the larger one
 """
 
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -56,4 +56,4 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 def command(script: str, arguments: list[str]) -> str:
     """The command line that made a result, without the folders of this machine."""
     shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
-    return shlex.join(["python", f"bench/{script}", *shown])
+    return shlex.join(["python", "-m", f"bench.{script.removesuffix('.py')}", *shown])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a step of the learned optimizer costs on a ResNet-18, beside one of fused Adam.
 
-python bench/resnet_step.py --device cuda
+python -m bench.resnet_step --device cuda
 
 Clocks `LearnedOptimizer.step()` on torchvision's resnet18 with a head of 10 classes, as CIFAR-10
 needs (11,181,642 parameters), with φ in the form of each recipe: on the model's 62 parameters, and
@@ -10,14 +10,10 @@ a trained one. Each optimizer is clocked alone, for the robust φ keeps 640 B a 
 resnet_step.json into --out.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a step of clean transfer costs, beside a step of adversarial training with Adam.
 
-python bench/transfer_step.py
+python -m bench.transfer_step
 
 Clocks calls of `transfer.train` without recordings, batches and attack included, for the MNIST MLP
 (the paper's form of φ, and the robust one: odd, sees θ) and the CIFAR-10 convnet. The opponents
@@ -9,14 +9,10 @@ train the same model with Adam, on clean batches and on batches under PGD-7. An 
 work of a trained one. Writes transfer_step.json into --out.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

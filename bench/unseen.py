@@ -1,19 +1,15 @@
 """Optimizees that φ has not been trained on: a wider MLP, a deeper one, one with tanh.
 
-python bench/unseen.py runs/mnist-fgsm-robust/meta_optimizer.pt --steps 1000
+python -m bench.unseen runs/mnist-fgsm-robust/meta_optimizer.pt --steps 1000
 
 All other options are those of run.py, but for --resume. Of each network: φ on clean batches
 (L2L-Transfer) beside Adam + L1 tuned on that very network.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
-
-if __name__ == "__main__":  # its folder holds a `profile`, as does the standard library
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, folder, report
@@ -56,7 +52,9 @@ def compare(setting: Setting, out: Path, phis: dict[str, nn.ModuleDict], ranks: 
 
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
-        raise InputError("name the meta_optimizer.pt of a run first (bench/unseen.py FILE ...)")
+        raise InputError(
+            "name the meta_optimizer.pt of a run first (python -m bench.unseen FILE ...)"
+        )
     config = cli.parse(["--out", "runs/unseen", *arguments[1:], "--load", arguments[0]])
     if config.dataset != "mnist":
         raise InputError(f"--dataset is {config.dataset}: the networks here are for mnist")
@@ -64,7 +62,7 @@ def main(arguments: list[str]) -> None:
         raise InputError("--resume is of run.py: name another --out")
     ranks = Ranks()
     if ranks.world > 1:
-        raise InputError("bench/unseen.py is one process: start it without torchrun")
+        raise InputError("bench.unseen is one process: start it without torchrun")
     out = folder.new(config)  # results of another φ are never found there
     keep_freed_memory()
     setting, phis = load_phis(Path(config.load), prepare(config))

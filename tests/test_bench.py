@@ -167,7 +167,7 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
 def test_profile(tmp_path):
     arguments = "--dataset quadratic --steps 4 --unroll 2 --episodes 2 --seeds 1 --device cpu"
     done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "profile.py", *arguments.split(), "--out", tmp_path],
+        [sys.executable, "-m", "bench.run_profile", *arguments.split(), "--out", tmp_path],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     (file,) = tmp_path.iterdir()

@@ -67,7 +67,7 @@ def test_gpu_sh_goes_on_after_a_failure(tmp_path):
     done = gpu_sh(PYTHON=str(python), OUT=str(out), PARTS="resnet robust")
     assert done.returncode == 1 and "not done: resnet robust" in done.stdout
     assert "exit code 3" in (out / "parts.txt").read_text()
-    assert "bench/resnet_step.py --device cuda" in (out / "resnet.log").read_text()
+    assert "bench.resnet_step --device cuda" in (out / "resnet.log").read_text()
     assert "cores" in (out / "machine.txt").read_text()
 
 

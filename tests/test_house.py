@@ -22,7 +22,7 @@ def drawn() -> dict[str, int]:
 
 
 def name_of(module: str) -> str:
-    """`l2l_ref.data.images` -> `data/images`, as the map has it; the package itself is `__init__`."""
+    """`l2l_ref.data.images` -> `data/images`; the package itself is `__init__`."""
     return module.removeprefix("l2l_ref").strip(".").replace(".", "/") or "__init__"
 
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 """Where the time of a run goes: a tenth of one, or less, under a clock.
 
-python bench/profile.py --recipe robust --attack pgd
+python -m bench.run_profile --recipe robust --attack pgd
 
 Takes the options of run.py; the defaults shorten every part of a run by about the same factor. The
 seconds go to profile-<dataset>-<attack>-<recipe>-<backend>.json in `--out` (runs/bench).
 """
 
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -18,21 +17,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-# The folder of this file holds a `profile`, as does the standard library, which torch needs.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-
-from bench.output import command, write_json  # noqa: E402
-from l2l_ref import attacks, data, evaluate, meta_training, optimizer  # noqa: E402
-from l2l_ref.backend import cuda_graphs, operators, resolve  # noqa: E402
-from l2l_ref.experiment import cli, folder, machine, protocol, tuning  # noqa: E402
-from l2l_ref.experiment.pieces import Ranks, compute_all  # noqa: E402
-from l2l_ref.experiment.progress import Progress  # noqa: E402
-from l2l_ref.experiment.setting import Setting, prepare  # noqa: E402
-from l2l_ref.optimizer import LearnedOptimizer  # noqa: E402
+from bench.output import command, write_json
+from l2l_ref import attacks, data, evaluate, meta_training, optimizer
+from l2l_ref.backend import cuda_graphs, operators, resolve
+from l2l_ref.experiment import cli, folder, machine, protocol, tuning
+from l2l_ref.experiment.pieces import Ranks, compute_all
+from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.setting import Setting, prepare
+from l2l_ref.optimizer import LearnedOptimizer
 
 OPTIMIZEE, CRAFTING = "optimizee: forward, backward", "attacks: forward, backward"
 LSTM, ATTACKS, OPTIMIZERS = "LSTM", "attacks: steps, projections", "optimizers without the LSTM"
@@ -159,7 +155,7 @@ def main(arguments: list[str]) -> None:
         whole = protocol.Experiment(instrument(clock, setting), Path(scratch), quiet)
         compute_all(whole.pieces(), whole.parts, Ranks(), quiet.say)
     clock.lap()
-    line = command("profile.py", arguments)
+    line = command("run_profile.py", arguments)
     total = sum(clock.seconds.values())
     print(f"{line}: {total:.1f} s, backend {backend}, {environment['device']}\n")
     print(table(clock.seconds))
@@ -175,4 +171,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_as_script("bench/profile.py", main)
+    cli.run_as_script("bench.run_profile", main)
