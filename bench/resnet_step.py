@@ -27,8 +27,9 @@ from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import RECIPES
+from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.options import RECIPES
 from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer, flatten_
 
 ADAM = "Adam (fused)"  # the ratios are over its time
@@ -78,7 +79,8 @@ def learned(recipe: str, flat: bool, options: Any, params: list[Tensor]) -> torc
     Raises:
         Unavailable: its states, or the reference's activations, do not fit.
     """
-    form = {name: RECIPES[recipe][name] for name in FORM}
+    settings = complete({"recipe": recipe})
+    form = {name: getattr(settings, name) for name in FORM}
     meta = MetaOptimizer(**form).to(options.device)
     columns = sum(param.numel() for param in params) * (2 if form["odd"] else 1)
     needed = 2 * 4 * meta.num_layers * 2 * meta.hidden_size * columns  # gathered at the first step

@@ -24,8 +24,9 @@ from l2l_ref.data import stand_in
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import RECIPES
+from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.options import RECIPES
 from l2l_ref.experiment.tuning import adam
 from l2l_ref.meta_training import new_meta_optimizers
 from l2l_ref.optimizer import LearnedOptimizer
@@ -71,11 +72,12 @@ def images(dataset: str, options: Any) -> tuple[data.ImageSet, str]:
 def methods(problem: problems.Problem, backend: str, eps: float) -> dict[str, Method]:
     """Label -> method: φ in the form of each recipe, and Adam with and without an attack."""
     result = {}
-    for recipe, settings in RECIPES.items():
-        form = {name: settings[name] for name in FORM}
+    for recipe in RECIPES:
+        settings = complete({"recipe": recipe})
+        form = {name: getattr(settings, name) for name in FORM}
         phi = new_meta_optimizers(problem, torch.Generator().manual_seed(0), "cpu", **form)
         label = f"L2L-Transfer ({recipe})"
-        penalty = settings.get("penalty", 0.0) * eps
+        penalty = settings.penalty * eps
         result[label] = Method(
             label, partial(LearnedOptimizer.for_model, phi=phi, backend=backend), penalty=penalty
         )

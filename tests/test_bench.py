@@ -13,7 +13,8 @@ from bench.case import flops, make_case
 from l2l_ref.backend import built
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
-from l2l_ref.experiment.config import RECIPES
+from l2l_ref.experiment.config import complete
+from l2l_ref.experiment.options import RECIPES
 
 ROOT = Path(__file__).parents[1]
 FORMS = [{}, {"odd": True, "theta_input": True}]
@@ -130,7 +131,7 @@ def test_a_state_that_does_not_fit_is_a_line(tmp_path, capsys, small_net, monkey
     resnet_step.main(["--seconds", "0", "--backend", "auto", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "resnet_step.json").read_text())["optimizers"]
     assert [label for label, row in rows.items() if "unavailable" in row] == (
-        learned_labels([r for r in RECIPES if RECIPES[r]["odd"]] if built() else RECIPES)
+        learned_labels([r for r in RECIPES if complete({"recipe": r}).odd] if built() else RECIPES)
     )
     assert "GB are free" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The configuration: one frozen dataclass, and the tables of its defaults."""
+"""The configuration: one frozen dataclass, and how it is stored."""
 
 import itertools
 import math
@@ -7,11 +7,7 @@ from typing import Any
 
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.problems import OPTIMIZEES
-
-DATASETS = ("mnist", "cifar10", "quadratic")
-ATTACKS = ("fgsm", "pgd", "none")
-JUDGES = ("test", "validation")
+from l2l_ref.experiment.options import JUDGES, defaults
 
 
 @dataclass(frozen=True)
@@ -127,77 +123,20 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
 
 
-DEFAULTS: dict[str, Any] = {
-    "recipe": "paper", "attack_steps": 7, "attack_step_size": None, "p": 10.0, "hidden_size": 20,
-    "num_layers": 2, "nominal": False, "penalty": 0.0, "tasks": 1, "unroll": 20, "clip": 1.0,
-    "meta_schedule": "cosine", "meta_seeds": 1, "grid": {}, "batch_size": 128, "seeds": 5,
-    "transfer_alpha": 0.5, "tune_seeds": 2, "tune_every": 1, "eval_samples": 2000, "restarts": 2,
-    "judge": "test", "images": None, "seed": 0, "device": "auto", "backend": "auto", "graphs": True,
-    "data_dir": "data", "strict_data": False, "out": None, "resume": False, "load": None,
-    "quick": False,
-}  # fmt: skip
-# The paper's steps. On CIFAR-10 under PGD a φ from episodes of 100 steps collapses (docs/trials).
-BY_DATASET: dict[str, dict[str, Any]] = {
-    "mnist": {"attack": "fgsm", "eps": (0.1,), "steps": 100, "episodes": 70,
-              "episode_steps": (100,), "curriculum": (0.0, 0.5), "meta_lr": 3e-3, "folds": 1,
-              "curve_samples": 1000},
-    "cifar10": {"attack": "fgsm", "eps": (0.03,), "steps": 1000, "episodes": 50,
-                "episode_steps": (100, 300), "curriculum": (0.5, 0.75), "meta_lr": 1e-3,
-                "folds": 1, "seeds": 3, "curve_samples": 256, "tune_seeds": 1},
-    "quadratic": {"attack": "none", "eps": (0.0,), "steps": 100, "episodes": 100,
-                  "episode_steps": (100,), "folds": 1, "curve_samples": 1},
-}  # fmt: skip
-# Literally, φ drifts to a constant predictor unless α and ε come in slowly: the curricula above.
-PAPER = {"output_scale": 0.01, "theta_input": False, "odd": False, "nominal": False}
-# The odd form cannot drift; with θ as input and such lengths it holds to 3,000 steps (docs/trials).
-ROBUST = {"output_scale": 0.1, "theta_input": True, "odd": True, "nominal": True, "meta_lr": 3e-3,
-          "read_alpha": 1.0, "curriculum": (0.0, 0.0), "episode_steps": (100, 1000),
-          "episodes": 30}  # fmt: skip
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": PAPER, "robust": ROBUST, "penalty": {**ROBUST, "penalty": 1.0},
-}  # fmt: skip
-# θ of a quadratic travels much farther than a network's.
-QUADRATIC = {"output_scale": 0.1, "meta_lr": 1e-2, "curriculum": (0.0, 0.0), "nominal": False,
-             "penalty": 0.0, "episode_steps": (100,), "episodes": 100}  # fmt: skip
-# The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that
-# φ collapses (docs/trials), so some of the clean one stays.
-ALPHA = {"fgsm": 0.5, "pgd": 0.2, "none": 1.0}
-QUICK: dict[str, dict[str, Any]] = {
-    "mnist": {"episodes": 15, "steps": 40, "episode_steps": (60,)},
-    "cifar10": {"episodes": 1, "steps": 10, "episode_steps": (10,), "unroll": 5, "seeds": 1,
-                "batch_size": 32, "curve_samples": 32, "eval_samples": 100},
-    "quadratic": {"episodes": 10, "steps": 40, "episode_steps": (40,)},
-}  # fmt: skip
-QUICK_ALL: dict[str, Any] = {
-    "seeds": 2, "tune_seeds": 1, "tune_every": 2, "eval_samples": 500, "curve_samples": 100,
-    "restarts": 1, "unroll": 10,
-}  # fmt: skip
 POINTS = 100  # of a curve
-GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
 
 
 def complete(given: dict[str, Any]) -> Config:
     """A Config from the settings that are given; the rest from recipe, data set and --quick."""
-    dataset = given.get("dataset", "mnist")
-    by_dataset = BY_DATASET[dataset]
-    attack = given.get("attack", by_dataset["attack"])
     recipe = given.get("recipe", "paper")
-    alpha = given.get("alpha", ALPHA[attack])
-    judged = alpha if recipe == "paper" or attack == "none" else 0.0
-    settings = {
-        **DEFAULTS,
-        "optimizee": OPTIMIZEES.get(dataset, ("quadratic",))[0],
-        "alpha": judged,
-        "read_alpha": alpha,
-        "attacked_alpha": alpha if recipe == "paper" else ALPHA[attack],
-        **by_dataset,
-        **RECIPES[recipe],
-        **(QUADRATIC if dataset == "quadratic" else {}),
-        **({**QUICK_ALL, **QUICK[dataset]} if given.get("quick") else {}),
-        **given,
-        "dataset": dataset,
-    }
-    settings.setdefault("record_every", math.ceil(settings["steps"] / POINTS))
+    settings = defaults(
+        given.get("dataset", "mnist"), given.get("attack"), recipe, given.get("quick", False)
+    )
+    if recipe == "paper" and "alpha" in given:  # the paper has one α for all
+        settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
+    settings |= given
+    if settings["record_every"] is None:
+        settings["record_every"] = math.ceil(settings["steps"] / POINTS)
     return Config(**settings)
 
 

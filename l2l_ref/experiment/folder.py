@@ -8,10 +8,8 @@ from typing import Any
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, as_saved
+from l2l_ref.experiment.options import names_of
 from l2l_ref.files import replace_with
-
-# Where, not what: these may change when a run is continued.
-PLACES = {"out", "resume", "data_dir", "strict_data", "device", "backend", "graphs"}
 
 
 def default_name(config: Config) -> str:
@@ -66,7 +64,8 @@ def make(folder: Path) -> None:
 
 
 def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> None:
-    """A run that is continued must have the settings (but for `PLACES`) and the data it began with.
+    """A run that is continued must have the settings, but for those of places, and the data that
+    it began with.
 
     Args:
         data: its source and checksum. The halves go by the order of the images, which differs
@@ -86,7 +85,7 @@ def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> No
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is broken: start afresh with another --out") from None
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    for name in sorted(now.keys() - PLACES):
+    for name in sorted(now.keys() - names_of("place")):
         if now[name] != before.get(name):
             raise InputError(
                 f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "

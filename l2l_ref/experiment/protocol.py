@@ -19,6 +19,7 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import tuning
 from l2l_ref.experiment.config import Config, as_saved
 from l2l_ref.experiment.folder import describe
+from l2l_ref.experiment.options import names_of
 from l2l_ref.experiment.pieces import Parts, Piece
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.setting import Fold, Setting, few, folds
@@ -36,10 +37,6 @@ from l2l_ref.pretrained import build, read, save
 from l2l_ref.transfer import Method
 
 PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
-# The settings that a loaded φ brings along.
-OF_PHI = ("recipe", "p", "output_scale", "theta_input", "odd", "nominal", "hidden_size",
-          "num_layers", "alpha", "read_alpha", "penalty", "curriculum", "episodes",
-          "episode_steps", "tasks", "unroll", "meta_lr", "meta_schedule", "clip")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -352,7 +349,7 @@ def load_phis(path: Path, setting: Setting) -> tuple[Setting, dict[str, nn.Modul
                 )
         phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
-    settings = {name: as_saved(before)[name] for name in OF_PHI}
+    settings = {name: as_saved(before)[name] for name in names_of("φ")}
     for name in ("curriculum", "episode_steps"):
         settings[name] = tuple(settings[name])
     config = replace(c, **settings)
