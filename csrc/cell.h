@@ -9,7 +9,7 @@
 
 #include <cmath>
 
-#include "kernels.h"
+#include "call.h"
 #ifdef L2L_SCALAR
 #include "scalar.h"
 #else

@@ -5,8 +5,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cpu.h"
-#include "emulated.h"
+#include "cpu/cpu.h"
+#include "cuda/emulated.h"
 
 namespace py = pybind11;
 

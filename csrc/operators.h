@@ -18,7 +18,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "call.h"
 
 namespace l2l {
 

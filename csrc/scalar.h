@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels.h"
+#include "call.h"
 
 namespace L2L_LEVEL {
 
@@ -66,7 +66,7 @@ L2L_INLINE V exp2(V y) {
 
 }  // namespace L2L_LEVEL
 
-#include "common.h"
+#include "bits.h"
 
 namespace L2L_LEVEL {
 

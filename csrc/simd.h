@@ -96,7 +96,7 @@ inline integers_t<V> shifted(integers_t<V> n, int bits) {
 
 }  // namespace L2L_LEVEL
 
-#include "common.h"
+#include "bits.h"
 
 namespace L2L_LEVEL {
 

@@ -4,8 +4,7 @@
 // the coordinates in the lanes 0...31: only loading, u and storing know of the form.
 #pragma once
 
-#include "cell.h"
-#include "kernels.h"
+#include "../cell.h"
 
 namespace L2L_LEVEL {
 

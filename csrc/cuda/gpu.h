@@ -13,7 +13,7 @@
 
 #include <type_traits>
 
-#include "cell.h"
+#include "../cell.h"
 
 namespace L2L_LEVEL {
 

@@ -1,7 +1,9 @@
 // The kernels for one instruction set. setup.py compiles this file once for each, with L2L_LEVEL as
 // the name of its namespace, so that no two copies of a function can be mistaken for one another.
+#include "kernels.h"
+
+#include "../functions.h"
 #include "backward.h"
-#include "function.h"
 
 namespace L2L_LEVEL {
 namespace {

@@ -1,11 +1,8 @@
-// The kernels as cpu.cpp sees them: one table for each instruction set that kernels.cpp is compiled
-// for.
+// What a call is: its numbers and arrays, the same for every device.
 //
-// Arrays are contiguous, in the layouts of l2l_ref/equations.py. A call works on the coordinates
-// [begin, end) and no others, so that threads can share its arguments.
+// Arrays are contiguous, in the layouts of l2l_ref/equations.py.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -66,42 +63,6 @@ struct Preprocess {
   int64_t size;
   const T *gradient, *d_result;
   T* result;
-};
-
-// `packed` is φ as `pack` lays it out, `scratch` is memory for one thread; their sizes are numbers
-// of elements.
-template <class T>
-struct Kernels {
-  size_t (*packed_size)(const Shape&);
-  void (*pack)(const Shape&, const T* phi, T* packed);
-  int64_t (*block)(const Shape&);  // coordinates that share a pass
-  size_t (*step_scratch)(const Shape&);
-  void (*step)(const Shape&, const Step<T>&, const T* packed, T* scratch, int64_t begin,
-               int64_t end);
-  size_t (*backward_scratch)(const Shape&, int64_t steps);
-  void (*backward)(const Shape&, const Backward<T>&, const T* packed, T* scratch, int64_t begin,
-                   int64_t end);
-  void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
-  // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
-  bool (*function)(const char* name, const T* x, T* y, int64_t n);
-  // Instead of all before `preprocess`, of the kernels that share their work out themselves: a
-  // whole call, with φ as it is [P]. False where they cannot take the shape.
-  bool (*whole_step)(const Shape&, const Step<T>&, const T* phi);
-  bool (*whole_backward)(const Shape&, const Backward<T>&, const T* phi, T* d_phi);
-};
-
-struct Level {
-  const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
-
-  template <class T>
-  const Kernels<T>& kernels() const {
-    if constexpr (sizeof(T) == sizeof(float))
-      return f32;
-    else
-      return f64;
-  }
 };
 
 }  // namespace l2l

@@ -8,9 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "cuda.h"
 #include "gpu.h"
-#include "tensor.h"
+#include "kernels.h"
+#include "tensor_cores.h"
 
 namespace l2l::cuda {
 namespace {

@@ -9,9 +9,9 @@
 #include <limits>
 #include <vector>
 
-#include "function.h"
+#include "../functions.h"
 #include "gpu.h"
-#include "tensor.h"
+#include "tensor_cores.h"
 
 namespace emulated {
 namespace {

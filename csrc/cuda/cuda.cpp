@@ -4,8 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda.h"
-#include "operators.h"
+#include "../operators.h"
+#include "kernels.h"
 
 namespace py = pybind11;
 

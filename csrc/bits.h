@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "call.h"
 
 namespace L2L_LEVEL {
 

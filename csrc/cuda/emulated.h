@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "../cpu/kernels.h"
 
 namespace emulated {
 

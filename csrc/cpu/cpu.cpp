@@ -6,8 +6,8 @@
 #include <memory>
 #include <new>
 
-#include "emulated.h"
-#include "operators.h"
+#include "../cuda/emulated.h"
+#include "../operators.h"
 
 namespace avx512 {
 extern const l2l::Level level;

@@ -3,7 +3,7 @@
 // is queued on `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
 #pragma once
 
-#include "kernels.h"
+#include "../call.h"
 
 namespace l2l::cuda {
 
