@@ -10,7 +10,8 @@
 #include <vector>
 
 #include "../functions.h"
-#include "gpu.h"
+#include "backward.h"
+#include "plan.h"
 #include "tensor_cores.h"
 
 namespace emulated {

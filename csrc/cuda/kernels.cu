@@ -8,8 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "gpu.h"
+#include "backward.h"
 #include "kernels.h"
+#include "plan.h"
 #include "tensor_cores.h"
 
 namespace l2l::cuda {

@@ -7,7 +7,7 @@
 // own.
 #pragma once
 
-#include "gpu.h"
+#include "forward.h"
 
 namespace L2L_LEVEL {
 
