@@ -7,7 +7,7 @@
 
 #include "call.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 template <class To, class From>
 L2L_INLINE To bit_cast(From from) {
@@ -19,11 +19,11 @@ L2L_INLINE To bit_cast(From from) {
 
 // The right operand where either is NaN, as in x86's minps and maxps.
 template <class V>
-L2L_INLINE V lesser(V a, V b) {
+L2L_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
 template <class V>
-L2L_INLINE V greater(V a, V b) {
+L2L_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
@@ -46,4 +46,4 @@ L2L_INLINE V pow2(V f, V n) {
   return f * bit_cast<V>(shifted<V>(bit_cast<I>(n + magic), mantissa_bits<V>));
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -46,11 +46,11 @@ struct Step {
 
 template <class T>
 struct Backward {
-  int64_t steps;                            // T
-  const T *gradients, *state, *cotangents;  // [T, N], [L, 2, H, M], [T, N]
-  const T* thetas;                          // [T, N]; may be null where φ does not see θ
+  int64_t steps;
+  const T *gradients, *state, *cotangents;  // [steps, N], [L, 2, H, M], [steps, N]
+  const T* thetas;                          // [steps, N]; may be null where φ does not see θ
   double* d_phi;                            // [P], added to
-  // Of a single step only (T = 1); null otherwise.
+  // Of a single step only (steps = 1); null otherwise.
   const T* d_next_state;              // [L, 2, H, M]
   T *d_theta, *d_gradient, *d_state;  // [N], [N], [L, 2, H, M]
 };

@@ -1,6 +1,6 @@
 // The derivative of an unroll, back through time, one block of coordinates at a time.
 //
-// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and T = 20; it
+// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and 20 steps; it
 // grows with T), then back. dφ is summed over the block's lanes by register tiles that put the gate
 // rows in the vector's lanes, for which the gates' derivatives are transposed.
 #pragma once
@@ -8,7 +8,7 @@
 #include "forward.h"
 #include "sums.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Backward;
 
@@ -37,9 +37,9 @@ struct BackwardScratch {
   Arena<T> arena;
   int64_t F, states;  // states: elements of h (or c) of all layers
   T *theta, *gradient, *cotangent, *d_in;
-  T* in;                // [T][F][lanes]
-  T *h, *c;             // [T + 1][L][H][lanes]
-  T* kept;              // [T][L][H][5][lanes]: i, f, g, o, tanh c
+  T* in;                // [steps][F][lanes]
+  T *h, *c;             // [steps + 1][L][H][lanes]
+  T* kept;              // [steps][L][H][5][lanes]: i, f, g, o, tanh c
   T *dh, *dc;           // [L][H][lanes]
   T *d_gates, *d_rows;  // [gate row][lanes] and its transpose
   T *one, *zero;
@@ -212,4 +212,4 @@ void backward(const Shape& shape, const Backward<T>& call, const T* packed_phi, 
   scratch.sums.flush(shape, call.d_phi);
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -6,7 +6,7 @@
 
 #include "../cell.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Shape;
 
@@ -123,7 +123,7 @@ inline void multiply(vec_t<T> (&sum)[4][tile], const T* w, const T* x, int64_t K
     for (int t = 0; t < tile; ++t) in[t] = load<V>(x + t * width<T>);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const V weight = all<V>(w[j]);
+      const V weight = broadcast<V>(w[j]);
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) sum[j][t] += weight * in[t];
     }
@@ -202,4 +202,4 @@ struct Block {
   }
 };
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -8,8 +8,8 @@
 
 namespace l2l {
 
-std::vector<const Level*> levels();       // that this machine can run, the fastest first
-const Level& level();                     // that is in use: the fastest, until use_level chooses
-bool use_level(const std::string& name);  // false for one that is not here
+std::vector<const InstructionSet*> instruction_sets();  // that this machine can run, fastest first
+const InstructionSet& instruction_set();  // that is in use: the fastest, until another is chosen
+bool use_instruction_set(const std::string& name);  // false for one that is not here
 
 }  // namespace l2l

@@ -1,11 +1,12 @@
-// The kernels for one instruction set. setup.py compiles this file once for each, with L2L_LEVEL as
-// the name of its namespace, so that no two copies of a function can be mistaken for one another.
+// The kernels for one instruction set. setup.py compiles this file once for each, with
+// L2L_NAMESPACE as the name of its namespace, so that no two copies of a function can be mistaken
+// for one another.
 #include "kernels.h"
 
 #include "../functions.h"
 #include "backward.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 namespace {
 
 template <class T>
@@ -20,16 +21,15 @@ constexpr l2l::Kernels<T> kernels() {
           },
           backward<T>,
           preprocess<T>,
-          function<vec_t<T>>,
-          nullptr,
-          nullptr};
+          function<vec_t<T>>};
 }
 
 }  // namespace
 
 #define L2L_QUOTE_(x) #x
 #define L2L_QUOTE(x) L2L_QUOTE_(x)
-extern const l2l::Level level;
-const l2l::Level level = {L2L_QUOTE(L2L_LEVEL), kernels<float>(), kernels<double>()};
+extern const l2l::InstructionSet instruction_set;
+const l2l::InstructionSet instruction_set = {L2L_QUOTE(L2L_NAMESPACE), kernels<float>(),
+                                             kernels<double>()};
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

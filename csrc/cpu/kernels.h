@@ -25,13 +25,9 @@ struct Kernels {
   void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
   // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
   bool (*function)(const char* name, const T* x, T* y, int64_t n);
-  // Instead of all before `preprocess`, of the kernels that share their work out themselves: a
-  // whole call, with φ as it is [P]. False where they cannot take the shape.
-  bool (*whole_step)(const Shape&, const Step<T>&, const T* phi);
-  bool (*whole_backward)(const Shape&, const Backward<T>&, const T* phi, T* d_phi);
 };
 
-struct Level {
+struct InstructionSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;

@@ -3,7 +3,7 @@
 
 #include "block.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 // dφ while it is summed. Of a layer: [input][gate row]; the inputs are below, prev, one (the bias),
 // and zeros up to a multiple of 4; the rows are padded to whole vectors. Of the head: [H][width],
@@ -59,7 +59,7 @@ inline void outer_tile(const T* d, int64_t rows, const T* const* x, T* sums) {
     for (int v = 0; v < vectors; ++v) in[v] = load<V>(d + v * width<T>);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const V factor = all<V>(x[k][lane]);
+      const V factor = broadcast<V>(x[k][lane]);
 #pragma GCC unroll 5
       for (int v = 0; v < vectors; ++v) sum[k][v] += factor * in[v];
     }
@@ -109,4 +109,4 @@ void transpose(const T* from, int64_t rows, T* to) {
     }
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -4,7 +4,7 @@
 #include "forward.h"
 #include "sums.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Backward;
 
@@ -22,7 +22,7 @@ struct BackwardArguments {
 
 template <int C, class T, class Team>
 struct BackwardBlock {
-  static constexpr int P = warp_lanes * C, pitch = P + 4;
+  static constexpr int block_lanes = warp_lanes * C, pitch = block_lanes + 4;
   const Team& team;
   const BackwardArguments<T>& a;
   const Shape& shape;
@@ -37,7 +37,7 @@ struct BackwardBlock {
         a(a_),
         shape(a_.shape),
         call(a_.call),
-        lanes(lanes_of(a_.shape, block, P)),
+        lanes(lanes_of(a_.shape, block, block_lanes)),
         H(int(shape.hidden)),
         L(int(shape.layers)),
         warps(team_.threads / warp_lanes),
@@ -47,9 +47,9 @@ struct BackwardBlock {
   // Found anew at each use, from what lies in constant memory: registers are short.
   L2L_INLINE T* h() const { return scratch; }
   L2L_INLINE T* c() const { return scratch + a.layout.c; }
-  L2L_INLINE T* in(int64_t step) const { return scratch + a.layout.in + step * 3 * P; }
-  L2L_INLINE T* dh(int layer) const { return scratch + a.layout.dh + layer * H * P; }
-  L2L_INLINE T* dc(int layer) const { return scratch + a.layout.dc + layer * H * P; }
+  L2L_INLINE T* in(int64_t step) const { return scratch + a.layout.in + step * 3 * block_lanes; }
+  L2L_INLINE T* dh(int layer) const { return scratch + a.layout.dh + layer * H * block_lanes; }
+  L2L_INLINE T* dc(int layer) const { return scratch + a.layout.dc + layer * H * block_lanes; }
   L2L_INLINE T* d_in() const { return scratch + a.layout.d_in; }
   L2L_INLINE T* head_sums() const { return scratch + a.layout.head; }
   L2L_INLINE T* cells() const { return x + a.layout.cells; }
@@ -60,7 +60,7 @@ struct BackwardBlock {
 
   // The rows of a layer in h or c, after `step` steps.
   L2L_INLINE T* at(T* base, int64_t step, int layer) const {
-    return base + (step * L + layer) * H * P;
+    return base + (step * L + layer) * H * block_lanes;
   }
 
   // Where in the state the h of a unit begins; units are counted through all layers.
@@ -77,7 +77,8 @@ struct BackwardBlock {
     for (int row = thread / warp_lanes; row < L * H; row += warps) {
       const int64_t first = state_row(row), second = first + H * shape.states();
 #pragma unroll
-      for (int j = 0; j < C; ++j) f(columns, j, first, second, row * P + lane + warp_lanes * j);
+      for (int j = 0; j < C; ++j)
+        f(columns, j, first, second, row * block_lanes + lane + warp_lanes * j);
     }
   }
 
@@ -89,7 +90,7 @@ struct BackwardBlock {
         dh(0)[i] = call.d_next_state ? columns.load(call.d_next_state + first, j) : T(0);
         dc(0)[i] = call.d_next_state ? columns.load(call.d_next_state + second, j) : T(0);
       });
-      for (int i = thread; i < (H + 1) * P; i += team.threads) head_sums()[i] = 0;
+      for (int i = thread; i < (H + 1) * block_lanes; i += team.threads) head_sums()[i] = 0;
       for (int64_t i = a.layout.sums + thread; i < a.layout.size; i += team.threads) scratch[i] = 0;
     });
   }
@@ -98,14 +99,16 @@ struct BackwardBlock {
     for (int64_t step = 0; step < call.steps; ++step) {
       team([&](int thread) {
         const int64_t row = step * shape.coordinates + lanes.start;
-        inputs<P>(thread, team.threads, shape, a.eq5, lanes, call.gradients + row,
-                  shape.form.theta_input ? call.thetas + row : nullptr, in(step), P);
+        inputs<block_lanes>(thread, team.threads, shape, a.eq5, lanes, call.gradients + row,
+                            shape.form.theta_input ? call.thetas + row : nullptr, in(step),
+                            block_lanes);
       });
       for (int layer = 0; layer < L; ++layer) {
         layer_forward<C, ScratchColumns>(
             team, Layer<T>(shape, a.phi, layer), lanes,
             Rows<T>{layer ? at(h(), step + 1, layer - 1) : in(step), at(h(), step, layer),
-                    at(c(), step, layer), at(h(), step + 1, layer), at(c(), step + 1, layer), P},
+                    at(c(), step, layer), at(h(), step + 1, layer), at(c(), step + 1, layer),
+                    block_lanes},
             x, cells(), pitch, weights(0, 0));
       }
     }
@@ -116,12 +119,12 @@ struct BackwardBlock {
     const T* head = head_of(shape, a.phi);
     const T* cotangent = call.cotangents + step * shape.coordinates + lanes.start;
     const T* top = at(h(), step + 1, L - 1);
-    for (int i = thread; i < (H + 1) * P; i += team.threads) {
-      const int lane = i % P, inside = lanes.inside(lane);
+    for (int i = thread; i < (H + 1) * block_lanes; i += team.threads) {
+      const int lane = i % block_lanes, inside = lanes.inside(lane);
       T d = inside < 0 ? T(0) : T(shape.form.output_scale) * cotangent[inside];
       if (lanes.negated(lane)) d = -d;
-      head_sums()[i] += i < H * P ? d * top[i] : d;
-      if (i < H * P) dh(L - 1)[i] += head[i / P] * d;
+      head_sums()[i] += i < H * block_lanes ? d * top[i] : d;
+      if (i < H * block_lanes) dh(L - 1)[i] += head[i / block_lanes] * d;
     }
   }
 
@@ -139,9 +142,10 @@ struct BackwardBlock {
                               at(c(), step, index),
                               nullptr,
                               nullptr,
-                              P};
+                              block_lanes};
         stage_layer<C, ScratchColumns>(thread, team.threads, layer, lanes, rows, x, cells(), pitch);
-        for (int lane = thread; lane < P; lane += team.threads) x[columns * pitch + lane] = 1;
+        for (int lane = thread; lane < block_lanes; lane += team.threads)
+          x[columns * pitch + lane] = 1;
         if (index == L - 1) head_backward(thread, step);
         await_copies();
       });
@@ -154,8 +158,8 @@ struct BackwardBlock {
 #pragma unroll
           for (int j = 0; j < C; ++j) {
             const int unit = least(tile * tile_units + q, H - 1);
-            d_h[q][j] = dh(index)[unit * P + lane + warp_lanes * j];
-            d_c[q][j] = dc(index)[unit * P + lane + warp_lanes * j];
+            d_h[q][j] = dh(index)[unit * block_lanes + lane + warp_lanes * j];
+            d_c[q][j] = dc(index)[unit * block_lanes + lane + warp_lanes * j];
           }
         T gates[tile_gates][C];
         tile_forward(gates, weights(room, thread), x + lane, pitch, columns);
@@ -171,7 +175,7 @@ struct BackwardBlock {
             auto kept = cell_keep(gates[4 * q][j], gates[4 * q + 1][j], gates[4 * q + 2][j],
                                   gates[4 * q + 3][j], next_c, h);
             cell_backward(kept, c, d_h[q][j], d_c[q][j]);
-            dc(index)[unit * P + l] = d_c[q][j];
+            dc(index)[unit * block_lanes + l] = d_c[q][j];
             T* to = d_gates() + unit * pitch + l;
             to[0] = kept.i, to[H * pitch] = kept.f;
             to[2 * H * pitch] = kept.g, to[3 * H * pitch] = kept.o;
@@ -185,8 +189,8 @@ struct BackwardBlock {
         if (tile < back_tiles)
           layer.stage_transposed(thread % warp_lanes, tile, weights(back, thread));
         if (first) return;
-        sum_outer<P>(thread, team.threads, a.layout.tasks(index), d_gates(), x,
-                     scratch + a.layout.sums_of(index));
+        sum_outer<block_lanes>(thread, team.threads, a.layout.sum_tiles(index), d_gates(), x,
+                               scratch + a.layout.sums_of(index));
       });
       team([&](int thread) {
         const int tile = first + thread / warp_lanes, lane = thread % warp_lanes;
@@ -200,11 +204,11 @@ struct BackwardBlock {
             const int column = tile * tile_columns + r, l = lane + warp_lanes * j;
             if (column >= columns) continue;
             if (column >= layer.F)
-              dh(index)[(column - layer.F) * P + l] = sum[r][j];
+              dh(index)[(column - layer.F) * block_lanes + l] = sum[r][j];
             else if (index)
-              dh(index - 1)[column * P + l] += sum[r][j];
+              dh(index - 1)[column * block_lanes + l] += sum[r][j];
             else
-              d_in()[column * P + l] = sum[r][j];
+              d_in()[column * block_lanes + l] = sum[r][j];
           }
       });
     }
@@ -214,7 +218,7 @@ struct BackwardBlock {
   L2L_INLINE void flush(double* d_phi, bool first) const {
     team([&](int thread) {
       for (int64_t e = thread; e < shape.phi(); e += team.threads) {
-        const T sum = sum_of<P>(shape, a.layout, scratch, e);
+        const T sum = sum_of<block_lanes>(shape, a.layout, scratch, e);
         d_phi[e] = first ? double(sum) : d_phi[e] + double(sum);
       }
     });
@@ -232,9 +236,9 @@ struct BackwardBlock {
         T d_gradient = 0, d_theta = 0;
         for (int sign = 1; sign >= (lanes.half ? -1 : 1); sign -= 2) {
           const T* d = d_in() + (sign < 0 ? lanes.half + at : at);
-          d_gradient += sign * a.eq5.backward(sign * call.gradients[i], d[0], d[P]);
+          d_gradient += sign * a.eq5.backward(sign * call.gradients[i], d[0], d[block_lanes]);
           if (shape.form.theta_input)
-            d_theta += sign * clamped_theta_backward(T(sign * call.thetas[i]), d[2 * P]);
+            d_theta += sign * clamped_theta_backward(T(sign * call.thetas[i]), d[2 * block_lanes]);
         }
         call.d_gradient[i] = d_gradient;
         call.d_theta[i] = d_theta + call.cotangents[i];
@@ -247,8 +251,8 @@ struct BackwardBlock {
 template <int C, class T, class Team>
 L2L_INLINE void backward(const Team& team, const BackwardArguments<T>& a, int64_t index,
                          T* shared) {
-  constexpr int P = warp_lanes * C;
-  const int64_t room = a.shape.form.odd ? P / 2 : P;
+  constexpr int block_lanes = warp_lanes * C;
+  const int64_t room = a.shape.form.odd ? block_lanes / 2 : block_lanes;
   const int64_t blocks = ceil_div(a.shape.coordinates, room);
   const int64_t first = index * blocks / a.grid, last = (index + 1) * blocks / a.grid;
   T* scratch = a.scratch + index * a.layout.size;
@@ -263,4 +267,4 @@ L2L_INLINE void backward(const Team& team, const BackwardArguments<T>& a, int64_
   }
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

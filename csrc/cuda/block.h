@@ -5,7 +5,7 @@
 
 #include "../cell.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Shape;
 
@@ -119,7 +119,7 @@ struct StateColumns {
   }
   // C / 2 lanes: a bit for each that has a coordinate, when so many are left from the first on.
   L2L_INLINE static unsigned run(int coordinates) {
-    const int most = C / 2, many = ceil_div(greater(coordinates, 0), apart);
+    const int most = C / 2, many = ceil_div(maximum(coordinates, 0), apart);
     return (1u << least(many, most)) - 1;
   }
   L2L_INLINE static constexpr bool in_second(int j) { return C > 1 && j >= C / 2; }
@@ -132,7 +132,7 @@ struct StateColumns {
   }
   template <class T>
   L2L_INLINE void copy(T* to, const T* row, int j) const {
-    L2L_LEVEL::copy(to, row + at(j), has(j));
+    L2L_NAMESPACE::copy(to, row + at(j), has(j));
   }
   template <class T>
   L2L_INLINE void store(T* row, int j, T value) const {
@@ -147,7 +147,7 @@ struct ScratchColumns {
   L2L_INLINE ScratchColumns(const Lanes&, int lane_) : lane(lane_) {}
   template <class T>
   L2L_INLINE void copy(T* to, const T* row, int j) const {
-    L2L_LEVEL::copy(to, row + lane + warp_lanes * j, true);
+    L2L_NAMESPACE::copy(to, row + lane + warp_lanes * j, true);
   }
   template <class T>
   L2L_INLINE void store(T* row, int j, T value) const {
@@ -210,4 +210,4 @@ L2L_INLINE const T* head_of(const Shape& shape, const T* phi) {  // [H], bias
   return phi + shape.phi() - shape.hidden - 1;
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -3,13 +3,14 @@
 // the threads of a phase run in an order that changes from phase to phase, and memory starts as
 // NaN.
 #define L2L_SCALAR
-#define L2L_LEVEL emulated
+#define L2L_NAMESPACE emulated
 #include "emulated.h"
 
 #include <limits>
 #include <vector>
 
 #include "../functions.h"
+#include "../operators.h"
 #include "backward.h"
 #include "plan.h"
 #include "tensor_cores.h"
@@ -53,64 +54,71 @@ void launch(const Plan& plan, F f) {
   }
 }
 
-template <class T>
-bool step_on_host(const Shape& shape, const Step<T>& call, const T* phi) {
-  const bool tensor = tensor_cores && takes_tensor_cores<T>(shape);
-  const Plan plan = plan_step<T>(shape, machine, tensor ? tensor_shared : step_shared);
-  if (!plan.shared) return false;
-  const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
-  with_width<step_width<T>>(plan.width, [&](auto width) {
-    launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
-      if constexpr (sizeof(T) == sizeof(float))
-        if (tensor) return step<width, Tensored>(team, arguments, block, shared);
-      step<width, Multiplied>(team, arguments, block, shared);
+// The third Device of operators.h, after cpu.cpp's and cuda.cpp's.
+struct Emulated {
+  struct Guard {
+    explicit Guard(const l2l::Tensor&) {}
+  };
+
+  template <class T>
+  static void step(const Shape& shape, const Step<T>& call, const l2l::Tensor& phi) {
+    const bool tensor = tensor_cores && takes_tensor_cores<T>(shape);
+    const Plan plan = plan_step<T>(shape, machine, tensor ? tensor_shared : step_shared);
+    l2l::check_fits(plan.shared, shape);
+    const StepArguments<T> arguments = {shape, call, l2l::in<T>(phi), Eq5<T>(shape.form.p)};
+    with_width<step_width<T>>(plan.width, [&](auto width) {
+      launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
+        if constexpr (sizeof(T) == sizeof(float))
+          if (tensor) return emulated::step<width, Tensored>(team, arguments, block, shared);
+        emulated::step<width, Multiplied>(team, arguments, block, shared);
+      });
     });
-  });
-  return true;
-}
+  }
 
-template <class T>
-bool backward_on_host(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi) {
-  const Plan plan = plan_backward<T>(shape, machine);
-  if (!plan.shared) return false;
-  const BackwardLayout<T> layout = layout_of<T>(shape, call.steps, plan);
-  std::vector<T> scratch = garbage<T>(plan.grid * layout.size);
-  std::vector<double> sums = garbage<double>(plan.grid * shape.phi());
-  const BackwardArguments<T> arguments = {shape,  call,           phi,         Eq5<T>(shape.form.p),
-                                          layout, scratch.data(), sums.data(), plan.grid};
-  with_width<backward_width<T>>(plan.width, [&](auto width) {
-    launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
-      backward<width>(team, arguments, block, shared);
+  template <class T>
+  static void backward(const Shape& shape, const Backward<T>& call, const l2l::Tensor& phi,
+                       T* d_phi) {
+    const Plan plan = plan_backward<T>(shape, machine);
+    l2l::check_fits(plan.shared, shape);
+    const BackwardLayout<T> layout = layout_of<T>(shape, call.steps, plan);
+    const int64_t size = shape.phi();
+    std::vector<T> scratch = garbage<T>(plan.grid * layout.size);
+    std::vector<double> sums = garbage<double>(plan.grid * size);
+    const BackwardArguments<T> arguments = {
+        shape,  call,           l2l::in<T>(phi), Eq5<T>(shape.form.p),
+        layout, scratch.data(), sums.data(),     plan.grid};
+    with_width<backward_width<T>>(plan.width, [&](auto width) {
+      launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
+        emulated::backward<width>(team, arguments, block, shared);
+      });
     });
-  });
-  for (int64_t e = 0; e < shape.phi(); ++e) reduce(sums.data(), plan.grid, shape.phi(), e, d_phi);
-  return true;
-}
+    for (int64_t e = 0; e < size; ++e) reduce(sums.data(), plan.grid, size, e, d_phi);
+  }
 
-template <class T>
-void preprocess_on_host(const l2l::Preprocess<T>& call, int64_t begin, int64_t end) {
-  const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
-  for (int64_t at = begin; at < end; ++at) preprocess(arguments, at);
-}
-
-template <class T>
-l2l::Kernels<T> kernels() {
-  l2l::Kernels<T> table = {};
-  table.preprocess = preprocess_on_host<T>;
-  table.whole_step = step_on_host<T>;
-  table.whole_backward = backward_on_host<T>;
-  table.function = function<T>;
-  return table;
-}
+  template <class T>
+  static void preprocess(const l2l::Tensor&, const l2l::Preprocess<T>& call) {
+    const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
+    for (int64_t at = 0; at < call.size; ++at) emulated::preprocess(arguments, at);
+  }
+};
 
 }  // namespace
 
-const l2l::Level level = {"emulated", kernels<float>(), kernels<double>()};
-
-void set_machine(int processors, int64_t shared_block, int64_t shared_processor,
+void use_machine(int processors, int64_t shared_block, int64_t shared_processor,
                  bool use_tensor_cores) {
   machine = {processors, shared_block, shared_processor};
   tensor_cores = use_tensor_cores;
 }
 
+bool compute(const char* name, const float* x, float* y, int64_t n) {
+  return function<float>(name, x, y, n);
+}
+bool compute(const char* name, const double* x, double* y, int64_t n) {
+  return function<double>(name, x, y, n);
+}
+
 }  // namespace emulated
+
+// A namespace of its own: l2l_ref's operators on the CPU are cpu.cpp's.
+STABLE_TORCH_LIBRARY(l2l_ref_emulated, m) { l2l::define(m); }
+STABLE_TORCH_LIBRARY_IMPL(l2l_ref_emulated, CPU, m) { L2L_IMPLEMENT(m, emulated::Emulated); }

@@ -1,17 +1,17 @@
-// What module.cpp and cpu.cpp see of the GPU's kernels on the host.
+// What module.cpp sees of the GPU's kernels on the host.
 #pragma once
 
 #include <cstdint>
 
-#include "../cpu/kernels.h"
-
 namespace emulated {
-
-extern const l2l::Level level;
 
 // The GPU that is imagined: its processors, the bytes of shared memory that a block of threads may
 // have and that a processor has, and whether its tensor cores are used.
-void set_machine(int processors, int64_t shared_block, int64_t shared_processor,
+void use_machine(int processors, int64_t shared_block, int64_t shared_processor,
                  bool use_tensor_cores);
+
+// y [n] = name(x [n]) with the functions of cell.h; false for a name it does not know.
+bool compute(const char* name, const float* x, float* y, int64_t n);
+bool compute(const char* name, const double* x, double* y, int64_t n);
 
 }  // namespace emulated

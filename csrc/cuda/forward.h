@@ -3,7 +3,7 @@
 
 #include "block.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Step;
 
@@ -48,10 +48,10 @@ L2L_INLINE void tile_forward(T (&gates)[tile_gates][C], const T* w, const T* x, 
 }
 
 // What the first layer reads, from a block's gradients and θ.
-template <int P, class T>
+template <int block_lanes, class T>
 L2L_INLINE void inputs(int thread, int threads, const Shape& shape, const Eq5<T>& eq5,
                        const Lanes& lanes, const T* gradient, const T* theta, T* to, int pitch) {
-  for (int lane = thread; lane < P; lane += threads) {
+  for (int lane = thread; lane < block_lanes; lane += threads) {
     const int at = lanes.inside(lane);
     const T sign = lanes.negated(lane) ? T(-1) : T(1);
     T log_size, direction;
@@ -175,15 +175,15 @@ struct Multiplied {  // with fused multiply-adds
 
 template <int C, template <int> class Products, class T, class Team>
 L2L_INLINE void step(const Team& team, const StepArguments<T>& a, int64_t block, T* shared) {
-  constexpr int P = warp_lanes * C, pitch = Products<C>::pitch;
+  constexpr int block_lanes = warp_lanes * C, pitch = Products<C>::pitch;
   const Shape& shape = a.shape;
   const Step<T>& call = a.call;
-  const Lanes lanes = lanes_of(shape, block, P);
+  const Lanes lanes = lanes_of(shape, block, block_lanes);
   const int64_t M = shape.states(), H = shape.hidden;
   T *x = shared, *cells = x + Products<C>::rows(shape) * pitch, *weights = cells + H * pitch;
   team([&](int thread) {
-    inputs<P>(thread, team.threads, shape, a.eq5, lanes, call.gradient + lanes.start,
-              call.theta + lanes.start, x, pitch);
+    inputs<block_lanes>(thread, team.threads, shape, a.eq5, lanes, call.gradient + lanes.start,
+                        call.theta + lanes.start, x, pitch);
   });
   for (int layer = 0; layer < shape.layers; ++layer) {
     const int64_t h = 2 * layer * H * M, c = h + H * M, below = h - 2 * H * M;
@@ -215,4 +215,4 @@ L2L_INLINE void preprocess(const PreprocessArguments<T>& a, int64_t at) {
     a.eq5.forward(g, call.result[at], call.result[call.size + at]);
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -3,7 +3,7 @@
 
 #include "sums.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 struct Machine {
   int processors;
@@ -66,4 +66,4 @@ void with_width(int width, F f) {
     with_width<most / 2>(width, f);
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

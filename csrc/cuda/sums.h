@@ -3,22 +3,22 @@
 
 #include "forward.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 // How the sums of a layer's dφ are shared out: a thread sums n gate rows by n columns of
 // [below; prev; one] over the lanes of a split.
 template <int n>
-struct Tasks {
+struct SumTiles {
   int row_tiles, column_tiles, splits;
 
-  L2L_INLINE Tasks(int H, int F, int lanes, int threads)
+  L2L_INLINE SumTiles(int H, int F, int lanes, int threads)
       : row_tiles(ceil_div(4 * H, n)), column_tiles(ceil_div(F + H + 1, n)) {
     splits = 1;
     while (2 * splits * row_tiles * column_tiles <= threads && 8 * splits <= lanes) splits *= 2;
   }
   L2L_INLINE int count() const { return row_tiles * column_tiles * splits; }
   // Rows are dealt out in turn, so that neighbours read neighbours; columns in runs.
-  L2L_INLINE int task(int row, int column, int split) const {
+  L2L_INLINE int tile(int row, int column, int split) const {
     return (split * column_tiles + column / n) * row_tiles + row % row_tiles;
   }
   L2L_INLINE int element(int row, int column) const { return row / row_tiles * n + column % n; }
@@ -32,9 +32,9 @@ struct BackwardLayout {
   static constexpr int n = tile_sums<T>;
   // h and c [steps + 1][L][H][lanes], what the first layer reads [steps][3][lanes], dh and dc
   // [L][H][lanes], d of what the first layer read [3][lanes], the head's sums [H + 1][lanes], the
-  // layers' sums [tasks][n][n]
+  // layers' sums [tiles][n][n]
   int64_t c, in, dh, dc, d_in, head, sums, size;
-  Tasks<n> first, rest;  // of the first layer and of each other one
+  SumTiles<n> first, rest;  // of the first layer and of each other one
   // c [H], the gates' derivatives [4H], weights; whole tiles where `sum_outer` reads
   int cells, d_gates, weights, shared;
 
@@ -58,7 +58,7 @@ struct BackwardLayout {
     weights = d_gates + ceil_div(4 * hidden, n) * n * pitch;
     shared = weights + warps * (forward > back ? forward : back);
   }
-  L2L_INLINE const Tasks<n>& tasks(int layer) const { return layer ? rest : first; }
+  L2L_INLINE const SumTiles<n>& sum_tiles(int layer) const { return layer ? rest : first; }
   L2L_INLINE int64_t sums_of(int layer) const {
     return sums + (layer ? n * n * (first.count() + (layer - 1) * int64_t(rest.count())) : 0);
   }
@@ -70,22 +70,22 @@ int64_t backward_shared(const Shape& shape, int lanes, int warps) {
 
 // Adds a thread's part of the sums of d [rows] times x [columns], up to whole tiles of both: what
 // lies beyond is summed with them and never read.
-template <int P, class T>
-L2L_INLINE void sum_outer(int thread, int threads, const Tasks<tile_sums<T>> tasks, const T* d,
+template <int block_lanes, class T>
+L2L_INLINE void sum_outer(int thread, int threads, const SumTiles<tile_sums<T>> tiles, const T* d,
                           const T* x, T* sums) {
-  constexpr int pitch = P + 4, n = tile_sums<T>;
-  const int count = tasks.count(), tiles = tasks.row_tiles * tasks.column_tiles;
-  for (int task = thread; task < count; task += threads) {
-    const int row = task % tasks.row_tiles, column = task % tiles / tasks.row_tiles * n;
-    const int lanes = P / tasks.splits, first = task / tiles * lanes;
-    T sum[n][n], *to = sums + task * n * n;
+  constexpr int pitch = block_lanes + 4, n = tile_sums<T>;
+  const int count = tiles.count(), of_split = tiles.row_tiles * tiles.column_tiles;
+  for (int tile = thread; tile < count; tile += threads) {
+    const int row = tile % tiles.row_tiles, column = tile % of_split / tiles.row_tiles * n;
+    const int lanes = block_lanes / tiles.splits, first = tile / of_split * lanes;
+    T sum[n][n], *to = sums + tile * n * n;
 #pragma unroll
     for (int i = 0; i < n; ++i) load_row(sum[i], to + i * n);
 #pragma unroll 1
     for (int lane = first; lane < first + lanes; lane += 4) {
       T a[n][4];
 #pragma unroll
-      for (int i = 0; i < n; ++i) load_row(a[i], d + (row + i * tasks.row_tiles) * pitch + lane);
+      for (int i = 0; i < n; ++i) load_row(a[i], d + (row + i * tiles.row_tiles) * pitch + lane);
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         T b[4];
@@ -102,7 +102,7 @@ L2L_INLINE void sum_outer(int thread, int threads, const Tasks<tile_sums<T>> tas
 }
 
 // One element of a block's dφ, from its sums in scratch.
-template <int P, class T>
+template <int block_lanes, class T>
 L2L_INLINE T sum_of(const Shape& shape, const BackwardLayout<T>& layout, const T* scratch,
                     int64_t e) {
   const int H = int(shape.hidden), L = int(shape.layers);
@@ -117,15 +117,15 @@ L2L_INLINE T sum_of(const Shape& shape, const BackwardLayout<T>& layout, const T
     const int at = int(e), recurrent = at - rows * F, bias = recurrent - rows * H;
     const int row = bias >= 0 ? bias % rows : (recurrent >= 0 ? recurrent / H : at / F);
     const int column = bias >= 0 ? F + H : (recurrent >= 0 ? F + recurrent % H : at % F);
-    const auto& tasks = layout.tasks(index);
+    const auto& tiles = layout.sum_tiles(index);
     const T* sums = scratch + layout.sums_of(index);
-    for (int split = 0; split < tasks.splits; ++split)
-      sum += sums[tasks.task(row, column, split) * tile_sums<T> * tile_sums<T> +
-                  tasks.element(row, column)];
+    for (int split = 0; split < tiles.splits; ++split)
+      sum += sums[tiles.tile(row, column, split) * tile_sums<T> * tile_sums<T> +
+                  tiles.element(row, column)];
     return sum;
   }
   const T* head = scratch + layout.head;
-  for (int lane = 0; lane < P; ++lane) sum += head[e * P + lane];
+  for (int lane = 0; lane < block_lanes; ++lane) sum += head[e * block_lanes + lane];
   return sum;
 }
 
@@ -138,4 +138,4 @@ L2L_INLINE void reduce(const double* d_phi, int64_t grid, int64_t size, int64_t 
   to[e] = T(sum);
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE
