@@ -1,5 +1,6 @@
-// What a vector (simd.h) and a plain number (scalar.h) have in common; either defines scalar_t,
-// integers_t and shifted first.
+// What a vector (simd.h) and a plain number (scalar.h) have in common.
+//
+//   simd.h or scalar.h --scalar_t, integers_t, shifted--> bits.h --minimum, maximum, pow2--> cell.h
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,11 @@
 // What a call is: its numbers and arrays, the same for every device.
 //
+//   theta, gradient [N]   state [L, 2, H, M]   phi [P]       the sizes and the form: Shape
+//            |                    |               |
+//            +--------------------+---------------+---> Step        next theta, next state
+//                                                 +---> Backward    d_phi; of one step all the rest
+//   gradient [size] ----------------------------------> Preprocess  Eq. 5 alone
+//
 // Arrays are contiguous, in the layouts of l2l_ref/equations.py.
 #pragma once
 

@@ -2,6 +2,11 @@
 // numbers, as a thread of a GPU works on them (scalar.h): the functions, Eq. 5, and the LSTM cell
 // with its backward. Its twin in PyTorch is l2l_ref/equations.py.
 //
+//   gradient --Eq. 5--> two numbers --+
+//   theta ----clamp---> one number ---+--> below --+
+//                                          prev  --+--weights--> i f g o --+
+//                                          (cpu/ and cuda/ multiply)  c ---+--cell--> c, h
+//
 // Gates arrive scaled: the weights of i, f, o are packed times -log2(e), those of g times
 // 2·log2(e). Then sigmoid(x) = 1 / (1 + 2^y) and tanh(x) = (2^y - 1) / (2^y + 1), with no product
 // left to do before the powers of two.

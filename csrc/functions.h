@@ -1,4 +1,8 @@
 // The functions of cell.h by their names, for the tests.
+//
+//   x [n]   | a vector | a vector | ... | what is left, then ones |
+//               name       name               name
+//   y [n]   | a vector | a vector | ... | as many                 |
 #pragma once
 
 #include <cstring>

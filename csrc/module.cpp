@@ -1,5 +1,10 @@
 // The module l2l_ref._engine: importing it registers the operators; what it binds itself says how
 // it was built.
+//
+//   import l2l_ref._engine
+//     +-- torch.ops.l2l_ref.*            defined here; run by cpu/cpu.cpp and cuda/cuda.cpp
+//     +-- torch.ops.l2l_ref_emulated.*   defined and run by cuda/emulated.cpp
+//     +-- build_info, use_instruction_set, function, emulated.use_machine, emulated.function
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

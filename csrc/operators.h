@@ -1,10 +1,18 @@
-// The operators for any device: checks of the tensors, results, dtypes. A `Device` runs them; it
-// has
+// The operators for any device: checks of the tensors, results, dtypes. The memory of results and
+// scratch is PyTorch's.
+//
+//                 tensors                                 checked here, results made here
+//                    |
+//     Shape, Step<T>, Backward<T>, Preprocess<T>          call.h, with T the tensors' dtype
+//        |           |             |
+//       Cpu         Cuda        Emulated                  a Device
+//   cpu/cpu.cpp  cuda/cuda.cpp  cuda/emulated.cpp
+//
+// A `Device` has
 //   Guard(const Tensor&)                                  makes the tensor's device the current one
 //   step(const Shape&, const Step<T>&, const Tensor& phi)
 //   backward(const Shape&, const Backward<T>&, const Tensor& phi, T* d_phi)
 //   preprocess(const Tensor& gradient, const Preprocess<T>&)
-// The memory of results and scratch is PyTorch's.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

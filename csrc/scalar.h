@@ -1,4 +1,8 @@
 // The names of simd.h for one lane, V = float or double: what a thread of a GPU computes with.
+//
+//   a warp    thread 0   thread 1  ...  thread 31
+//   V           |0|        |1|            |31|         a number of each, in its own registers
+//
 // Included by nvcc for the device, and by a C++ compiler for the tests that run the GPU's kernels
 // on the host.
 #pragma once

@@ -1,6 +1,12 @@
 // One vector type for every instruction set: V is a GCC/Clang vector, cell.h is written with its
-// operators. What has an instruction of its own on a wider machine is specialised here and nowhere
-// else.
+// operators.
+//
+//   float     |0|1|2|3|                               baseline, NEON: 4, or 2 double
+//   float     |0|1|2|3|4|5|6|7|                       AVX2: 8, or 4 double
+//   float     |0|1|2|3|4|5|6|7|8|9|a|b|c|d|e|f|       AVX-512: 16, or 8 double
+//
+// A lane is a coordinate; where dφ is summed (cpu/sums.h), a row of gates. What has an instruction
+// of its own on a wider machine is specialised here and nowhere else.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 """What only the GPU's kernels have: launches shaped by the device, and CUDA's own semantics.
 
-On the host the kernels run for any GPU one can imagine (`_engine.emulated`), thread by thread, in an
-order that changes from barrier to barrier: where one is missing, a number is wrong.
+On the host the kernels run for any GPU one can imagine (`_engine.emulated`), thread by thread, in
+an order that changes from barrier to barrier: where one is missing, a number is wrong.
 """
 
 from importlib import import_module

@@ -1,8 +1,12 @@
 // The derivative of an unroll, back through time, one block of coordinates at a time.
 //
-// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and 20 steps; it
-// grows with T), then back. dφ is summed over the block's lanes by register tiles that put the gate
-// rows in the vector's lanes, for which the gates' derivatives are transposed.
+//   step                        0             1               last
+//   unroll_forward    state ----+---> h, c ---+---> ... ------+---> h, c     keeps inputs, h, c,
+//   unroll_backward   dh, dc <--+-- dh, dc <--+---- ... <-----+---- 0        gates; reads them
+//                               |             |               |
+//                               +-------------+---- Sums -----+              head, layers top down
+//
+// What a block keeps grows with the steps: 1.5 MB for the paper's φ and 20 of them.
 #pragma once
 
 #include "forward.h"

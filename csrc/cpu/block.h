@@ -1,7 +1,12 @@
 // How a block of coordinates lies in cache, and φ beside it.
 //
-// A block has 64 lanes; its arrays are [row][lane]. In the odd form the lanes 32... are m(-x) of
-// the coordinates in the lanes 0...31: only loading, u and storing know of the form.
+//            a row of memory: N or M columns              a row of the block: 64 lanes
+//   plain    ...|64 columns|.......................       |0          ...          63|
+//   odd      ...|32: m(x)|..............|32: m(-x)|.      |0 ... m(x) 31|32 .. m(-x) 63|
+//               start                   start + N
+//
+// In the odd form the lanes 32... are m(-x) of the coordinates in the lanes 0...31: only loading, u
+// and storing know of the form.
 #pragma once
 
 #include "../cell.h"

@@ -1,5 +1,11 @@
 // The operators on the CPU: picks the kernels for this machine, shares the work among PyTorch's own
 // threads.
+//
+//   step       | block | block | block | block | ...      a thread takes some, with its own scratch
+//                                                          and one packed phi, and writes its own
+//   backward   | segment 0  | segment 1  | ...            however many threads: at most 64
+//                   |             |
+//               d_phi [P]     d_phi [P]    in double       added in order --> d_phi [P]
 #include "cpu.h"
 
 #include <atomic>

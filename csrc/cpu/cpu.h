@@ -1,4 +1,6 @@
 // What module.cpp shows of the CPU's kernels.
+//
+//   the machine --> instruction_sets() --the fastest, or use_instruction_set--> instruction_set()
 #pragma once
 
 #include <string>

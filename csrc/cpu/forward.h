@@ -1,4 +1,11 @@
 // One step of φ for a range of coordinates: Eq. 5, the LSTM, the head, θ + u.
+//
+//                    64 lanes
+//    below [F]   |====|xxxx|=====|      for each tile of lanes x, for each unit:
+//    prev  [H]   |====|xxxx|=====|        4 gates = bias + w [below; prev], in registers
+//    c     [H]   |====|xxxx|=====|        cell: the unit's row of c and h
+//
+// All of it lies in the thread's scratch, w in the packed φ; the last layer's h gives u.
 #pragma once
 
 #include "block.h"

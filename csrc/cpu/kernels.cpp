@@ -1,6 +1,10 @@
 // The kernels for one instruction set. setup.py compiles this file once for each, with
 // L2L_NAMESPACE as the name of its namespace, so that no two copies of a function can be mistaken
 // for one another.
+//
+//   block.h -> forward.h, sums.h -> backward.h -> kernels.cpp --+-- -mavx512f ... --> avx512::
+//                                                               +-- -mavx2 -mfma ---> avx2::
+//                                                               +-------------------> baseline::
 #include "kernels.h"
 
 #include "../functions.h"

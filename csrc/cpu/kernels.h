@@ -1,6 +1,13 @@
-// The kernels as cpu.cpp sees them: one table for each instruction set that kernels.cpp is compiled
-// for. A kernel works on the coordinates [begin, end) of a call and no others, so that threads can
-// share its arguments.
+// The kernels as cpu.cpp sees them: a table for each instruction set that kernels.cpp is compiled
+// for.
+//
+//                        avx512   avx2   baseline
+//   Kernels<float>       |      |      |        |      step, backward, preprocess, ...
+//   Kernels<double>      |      |      |        |
+//                            ^ cpu.cpp calls those of the column in use
+//
+// A kernel works on the coordinates [begin, end) of a call and no others, so that threads can share
+// its arguments.
 #pragma once
 
 #include <cstddef>

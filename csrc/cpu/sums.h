@@ -1,4 +1,12 @@
-// How dphi is summed over the lanes of a block.
+// How dφ is summed over the lanes of a block: gate rows in the vector's lanes.
+//
+//   d_gates [4H][64 lanes] --transpose--> d_rows [64 lanes][4H]
+//
+//                    gate rows -->
+//     below [F]   |tile|    |    |      tile: 4 inputs by 1 to 5 vectors of gate rows in registers,
+//     prev  [H]   |    |    |    |        += x[input][lane] * d_rows[lane][gate rows], all lanes
+//     one         |    |    |    |
+//                   Sums, in T  --flush, every 16 blocks-->  d_phi [P], in double
 #pragma once
 
 #include "block.h"

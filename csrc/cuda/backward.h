@@ -1,4 +1,15 @@
-// backward
+// The derivative of an unroll, back through time, as one block of threads runs it.
+//
+//   block of threads i of the grid: a run of blocks of coordinates, one after the other
+//     scratch   h, c of every step | what the first layer read | dh, dc | sums      (global memory)
+//     shared    x = [below; prev; one] | cells = c | d_gates [4H] | weights
+//
+//   forward()          steps 0, 1, ...: h and c into scratch
+//   layer_backward()   steps ..., 1, 0, layers top down, each in phases:
+//     x, cells, weights --> shared; the head's part of dh
+//     weights x --> the gates anew --> d_gates in shared, dc
+//     d_gates, x --> sums (sums.h); the weights of the way back --> shared
+//     weights d_gates --> dh of the layer and of the one below
 #pragma once
 
 #include "forward.h"
@@ -224,7 +235,7 @@ struct BackwardBlock {
     });
   }
 
-  // To what a single step took, as in backward.h.
+  // To what a single step took, as in cpu/backward.h.
   L2L_INLINE void step_backward() const {
     team([&](int thread) {
       each_of_state(thread, [&](const auto& columns, int j, int64_t first, int64_t second, int i) {

@@ -1,4 +1,15 @@
-// block
+// How a block of coordinates lies in a block of threads, and φ beside it.
+//
+//   lane of the block    0  1 ... 31 | 32 33 ... 63 | ... 32 C - 1     a column of the state each
+//   thread of a warp     0  1 ... 31 |  0  1 ... 31 | ... 31           so a thread has C lanes
+//   odd form             m(x) in the first half     | m(-x) in the second
+//
+//   warp 0   units  0 ...  3    for all lanes: a thread has a register tile of 16 gates by C lanes
+//   warp 1   units  4 ...  7
+//
+// A block has 32·C lanes, each a column of the state: a coordinate, or in the odd form its m(x) or
+// its m(-x). What a layer reads, [below; prev], is staged in shared memory, and beside it the
+// weights of the units at work, of which all threads of a warp read the same.
 #pragma once
 
 #include <type_traits>

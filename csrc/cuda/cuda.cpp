@@ -1,5 +1,8 @@
 // The module l2l_ref._engine_cuda: importing it registers the operators on CUDA. The schemas are
 // those that l2l_ref._engine registers.
+//
+//   torch.ops.l2l_ref.*, CUDA tensors --operators.h--> Cuda --kernels.h--> kernels.cu
+//                                        scratch: tensors; the stream: PyTorch's current one
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

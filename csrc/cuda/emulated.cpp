@@ -1,7 +1,13 @@
 // The GPU's kernels on the host, for the tests: the same launches, thread by thread and phase by
-// phase. Where a barrier is missing, or memory is read that nobody wrote, the results are wrong:
-// the threads of a phase run in an order that changes from phase to phase, and memory starts as
-// NaN.
+// phase.
+//
+//   blocks, one after the other     phase   threads, one after the other
+//     shared memory: NaN at first     0      0 31 30 29 ...
+//     scratch: NaN at first           1      7 18 29  8 ...
+//                                     2     14  1 20  7 ...
+//
+// Where a barrier is missing, or memory is read that nobody wrote, the results are wrong: the
+// threads of a phase run in an order that changes from phase to phase, and memory starts as NaN.
 #define L2L_SCALAR
 #define L2L_NAMESPACE emulated
 #include "emulated.h"

@@ -1,4 +1,6 @@
 // What module.cpp sees of the GPU's kernels on the host.
+//
+//   tests --use_machine--> the GPU imagined --> torch.ops.l2l_ref_emulated.*
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,18 @@
-// forward
+// A step of φ, and Eq. 5 alone, as one block of threads runs them.
+//
+//   global memory                   shared memory                   registers of a thread
+//   gradient, theta --Eq. 5------>  x: below [F][lanes]   --+
+//   state: h ---------copied----->     prev  [H][lanes]   --+--> 16 gates by C lanes --+
+//   phi --------------scaled----->  weights of 4 units,   --+                          +--> cell
+//                                     of each warp its own                             |
+//   state: c ---------copied----->  cells [H][lanes]  ---------------------------------+
+//   next state <------------------------------------------------------------------------- h, c
+//   next theta <-- theta + u, from the top layer's h in the next state
+//
+// `team(f)` runs f(thread) on all threads of a block, which then meet: on a GPU one call and a
+// barrier (kernels.cu), on the host a loop over the threads (emulated.cpp). So a kernel is a
+// sequence of phases, and whatever goes from one to the next lies in shared memory or in scratch.
+// `lane` is a thread's place in its warp.
 #pragma once
 
 #include "block.h"

@@ -1,4 +1,9 @@
-// The launches
+// The launches of the kernels on a GPU.
+//
+//   step         step_kernel         a block of threads for each block of coordinates
+//   backward     backward_kernel     at most two blocks a processor, each a run of coordinates
+//                reduce_kernel       then a thread for each element of d_phi, from [grid][P]
+//   preprocess   preprocess_kernel   a thread for an element, or for several
 #include <cuda_runtime.h>
 
 #include <atomic>

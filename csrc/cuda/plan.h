@@ -1,4 +1,8 @@
-// plan
+// How many lanes, warps and blocks a launch has: from a shape and what the GPU has.
+//
+//   C:  8 --> 4 --> 2 --> 1                   at C = 1, warps:  5 --> 4 --> ... --> 1
+//   the first with blocks for every           the first that fits a block's shared memory;
+//   processor and room for two on each        where none does, shared = 0: the shape is refused
 #pragma once
 
 #include "sums.h"

@@ -1,4 +1,11 @@
-// sums
+// How dφ is summed over the lanes of a block of threads.
+//
+//                  columns of [below; prev; one] -->
+//   gate rows    |n by n|      |      |    a thread's tile, in registers: n rows by n columns,
+//     of         |      |      |      |      summed over the lanes of its split
+//   d_gates      |      |      |      |    times `splits`, where threads would have no tile
+//
+//   tiles in scratch, T --sum_of--> [grid][P], double --reduce, in order--> d_phi [P], T
 #pragma once
 
 #include "forward.h"

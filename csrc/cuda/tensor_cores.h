@@ -2,6 +2,12 @@
 // products of TF32 numbers. x = high + low, both with 11 digits of their own, and
 // w·x = w_high·x_high + w_high·x_low + w_low·x_high but for 2^-22 of it. An infinite x is NaN here.
 //
+//     A: a warp's weights              B: x in shared memory           D
+//     16 gates of 4 units              8 rows of [below; prev]         16 gates
+//     by 8 rows of [below; prev]       by 8 lanes                      by 8 lanes
+//     |high|, |low|: kept         *    |high|, |low|: on the way   ->  + bias --> cell
+//     5 of them, side by side          5 of them, one under another    4 of them at work
+//
 // Threads of a warp hold parts of matrices together, so code is written for a whole warp: `Each<V>`
 // is a V of every thread, `each(f)` runs f(lane) in every thread. On a GPU a thread knows only its
 // own.
