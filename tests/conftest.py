@@ -127,14 +127,14 @@ def using(name, fused, monkeypatch):
 
 
 def use_emulated(fused, monkeypatch):
-    """The functions of `fused` run the GPU's kernels on the host: what else PyTorch is told of an
-    operator, its derivative, is told once of these too."""
+    """The functions of `fused` run the GPU's kernels on the host, with the same derivatives."""
     monkeypatch.setattr(fused, "_ops", torch.ops.l2l_ref_emulated)
     register_emulated(fused)
 
 
 @cache
 def register_emulated(fused):
+    """An operator is told of its derivative once."""
     rules = {"theta_step": fused._backward, "preprocess": fused._preprocess_backward}
     for name, rule in rules.items():
         operator = f"l2l_ref_emulated::{name}"
