@@ -28,6 +28,7 @@ ifneq ($(and $(GOALS),$(ACTIVE)),)
   endif
 endif
 
+ENGINE    := $(wildcard csrc/*.* csrc/*/*.*)
 SANITIZED := build/sanitized
 RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
 
@@ -62,13 +63,13 @@ distclean: clean ## clean, and remove .venv
 	rm -rf .venv
 
 # For an active environment. Without a compiler it says so, once, and the reference runs.
-build/.engine%: setup.py $(wildcard csrc/*)
+build/.engine%: setup.py $(ENGINE)
 	@echo "Building the fused engine: once, 30 seconds; with a CUDA toolkit, 2 minutes"
 	@"$(PY)" setup.py -q build_ext --inplace || true  # it says why: the reference runs
 	@mkdir -p build && touch $@
 
 # The stamp comes last, so an interrupted set-up is taken up again by the next make.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(ENGINE)
 	@$(PY) -c "" 2>/dev/null || { \
 	  $(PYTHON) -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \
 	    echo "$(PYTHON) is not a Python >= 3.10 with the module venv (Debian: apt install python3-venv);" \

@@ -31,10 +31,10 @@ if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and und
     SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
     OPTIMIZED += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZED]
 X86 = platform.machine() == "x86_64" and sys.platform == "linux"
-LEVELS = {"baseline": []}  # the kernels, compiled once for each instruction set
+INSTRUCTION_SETS = {"baseline": []}  # the kernels, compiled once for each instruction set
 if X86:
-    LEVELS["avx2"] = ["-mavx2", "-mfma"]
-    LEVELS["avx512"] = (
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = (
         "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512".split()
     )
 
@@ -52,8 +52,9 @@ class NotBuilt(Exception):
 class BuildEngine(build_ext):
     """build_ext for both extensions, with one line of report about each.
 
-    csrc/kernels.cpp is compiled for every one of LEVELS, csrc/cuda.cu by nvcc. What cannot be built
-    is left out, and what was built earlier removed: the package then runs on what there is.
+    csrc/cpu/kernels.cpp is compiled for every one of INSTRUCTION_SETS, csrc/cuda/kernels.cu by
+    nvcc. What cannot be built is left out, and what was built earlier removed: the package then
+    runs on what there is.
     """
 
     def build_extensions(self):
@@ -77,15 +78,15 @@ class BuildEngine(build_ext):
     def build_cpu(self, extension):
         torch = self.prepare(extension)
         extension.libraries += ["torch_cpu"]
-        for level, flags in LEVELS.items():
+        for name, flags in INSTRUCTION_SETS.items():
             extension.extra_objects += self.compiler.compile(
-                ["csrc/kernels.cpp"],
-                output_dir=str(Path(self.build_temp) / level),
-                macros=[("L2L_LEVEL", level)],
+                ["csrc/cpu/kernels.cpp"],
+                output_dir=str(Path(self.build_temp) / name),
+                macros=[("L2L_NAMESPACE", name)],
                 extra_preargs=OPTIMIZED + flags,
             )
         self.build_extension(extension)
-        return f"torch {torch.__version__}, kernels: {', '.join(LEVELS)}"
+        return f"torch {torch.__version__}, kernels: {', '.join(INSTRUCTION_SETS)}"
 
     def build_cuda(self, extension):
         wish = os.environ.get("USE_CUDA", "")
@@ -107,12 +108,12 @@ class BuildEngine(build_ext):
                 "it all the same)"
             )
         names, flags = architectures(run([nvcc, "--list-gpu-code"]))
-        target = Path(self.build_temp) / "cuda.o"
+        target = Path(self.build_temp) / "kernels.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         said = run(
             [nvcc, "-std=c++17", "-O3", "-t0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
-            + ["-diag-suppress=1675", "-DL2L_SCALAR", "-DL2L_LEVEL=gpu"]  # 1675: GCC's pragmas
-            + [*flags, "-c", "csrc/cuda.cu", "-o", str(target)]
+            + ["-diag-suppress=1675", "-DL2L_SCALAR", "-DL2L_NAMESPACE=gpu"]  # 1675: GCC's pragmas
+            + [*flags, "-c", "csrc/cuda/kernels.cu", "-o", str(target)]
         )
         if os.environ.get("L2L_VERBOSE"):
             print(said, file=sys.stderr)
@@ -228,22 +229,22 @@ def pybind11_include():
     return [pybind11.get_include()]
 
 
-HEADERS = list(map(str, sorted(Path("csrc").glob("*.h"))))
+HEADERS = list(map(str, sorted(Path("csrc").rglob("*.h"))))
 
 if __name__ == "__main__":  # the tests import this file
     setup(
         ext_modules=[
             Extension(
                 CPU,
-                ["csrc/module.cpp", "csrc/cpu.cpp", "csrc/emulated.cpp"],
-                depends=["csrc/kernels.cpp", *HEADERS],
+                ["csrc/module.cpp", "csrc/cpu/cpu.cpp", "csrc/cuda/emulated.cpp"],
+                depends=["csrc/cpu/kernels.cpp", *HEADERS],
                 language="c++",
                 optional=True,
             ),
             Extension(
                 CUDA,
-                ["csrc/cuda_module.cpp"],
-                depends=["csrc/cuda.cu", *HEADERS],
+                ["csrc/cuda/cuda.cpp"],
+                depends=["csrc/cuda/kernels.cu", *HEADERS],
                 language="c++",
                 optional=True,
             ),

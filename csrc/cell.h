@@ -2,6 +2,11 @@
 // numbers, as a thread of a GPU works on them (scalar.h): the functions, Eq. 5, and the LSTM cell
 // with its backward. Its twin in PyTorch is l2l_ref/equations.py.
 //
+//   gradient --Eq. 5--> two numbers --+
+//   theta ----clamp---> one number ---+--> below --+
+//                                          prev  --+--weights--> i f g o --+
+//                                          (cpu/ and cuda/ multiply)  c ---+--cell--> c, h
+//
 // Gates arrive scaled: the weights of i, f, o are packed times -log2(e), those of g times
 // 2·log2(e). Then sigmoid(x) = 1 / (1 + 2^y) and tanh(x) = (2^y - 1) / (2^y + 1), with no product
 // left to do before the powers of two.
@@ -9,14 +14,14 @@
 
 #include <cmath>
 
-#include "kernels.h"
+#include "call.h"
 #ifdef L2L_SCALAR
 #include "scalar.h"
 #else
 #include "simd.h"
 #endif
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 constexpr double log2_e = 1.4426950408889634;
 constexpr double sigmoid_scale = -log2_e, tanh_scale = 2 * log2_e;
@@ -29,7 +34,7 @@ struct Coefficients {
 };
 template <class V, class T, int n>
 L2L_INLINE V polynomial(Coefficients<T, n> c, V x) {
-  V sum = all<V>(c.of[n - 1]);
+  V sum = broadcast<V>(c.of[n - 1]);
 #pragma GCC unroll 16
   for (int i = n - 2; i >= 0; --i) sum = sum * x + c.of[i];
   return sum;
@@ -91,7 +96,7 @@ L2L_INLINE V exp2(V y) {
 template <class V>
 L2L_INLINE V exp2m1(V y) {
   auto [n, r] = split(y);
-  V power = pow2(all<V>(1), n);
+  V power = pow2(broadcast<V>(1), n);
   return power * (r * polynomial(Fit<scalar_t<V>>::exp2m1(), r)) + (power - 1);
 }
 
@@ -105,7 +110,7 @@ L2L_INLINE V sigmoid_divisor(V y) {
 template <class V>
 L2L_INLINE V tanh_numerator(V y) {
   constexpr scalar_t<V> saturated = 2 * mantissa_bits<V> + 4;  // tanh is 1 long before
-  return exp2m1(lesser(all<V>(saturated), y));
+  return exp2m1(minimum(broadcast<V>(saturated), y));
 }
 
 // log(x) for normal x > 0; inf and NaN stay what they are.
@@ -114,19 +119,19 @@ L2L_INLINE V log(V x) {
   using T = scalar_t<V>;
   using I = integers_t<V>;
   constexpr int shift = mantissa_bits<V>;
-  const I root_half = bit_cast<I>(all<V>(T(0.70710678118654752)));
+  const I root_half = bit_cast<I>(broadcast<V>(T(0.70710678118654752)));
   I n = (bit_cast<I>(x) - root_half) >> shift;  // x = m·2^n, m in [1/√2, √2)
-  V m = bit_cast<V>(bit_cast<I>(x) - (shifted<V>(n, shift))), power = whole<V>(n);
+  V m = bit_cast<V>(bit_cast<I>(x) - (shifted<V>(n, shift))), power = from_integers<V>(n);
   V s = (m - 1) / (m + 1);
   V y = power * Fit<T>::ln2_high +
         (power * Fit<T>::ln2_low + s * polynomial(Fit<T>::log(), V(s * s)));
-  return x < all<V>(T(INFINITY)) ? y : x;
+  return x < broadcast<V>(T(INFINITY)) ? y : x;
 }
 
 template <class V>
 L2L_INLINE V magnitude(V x) {
   using I = integers_t<V>;
-  return bit_cast<V>(bit_cast<I>(x) & ~bit_cast<I>(all<V>(-scalar_t<V>(0))));
+  return bit_cast<V>(bit_cast<I>(x) & ~bit_cast<I>(broadcast<V>(-scalar_t<V>(0))));
 }
 
 // Eq. 5: (log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p·g).
@@ -140,8 +145,8 @@ struct Eq5 {
   L2L_INLINE void forward(V g, V& log_size, V& direction) const {
     V size = magnitude(g);
     auto large = size >= smallest;
-    log_size = large ? log(size) / p : all<V>(-1);
-    direction = large ? (g < 0 ? all<V>(-1) : all<V>(1)) : slope * g;
+    log_size = large ? log(size) / p : broadcast<V>(-1);
+    direction = large ? (g < 0 ? broadcast<V>(-1) : broadcast<V>(1)) : slope * g;
   }
 
   // The derivative with respect to g, from those with respect to the two numbers.
@@ -154,7 +159,8 @@ struct Eq5 {
 template <class V>
 L2L_INLINE V clamped_theta(V theta) {
   using T = scalar_t<V>;
-  return greater(all<V>(T(-theta_clamp)), lesser(all<V>(T(theta_clamp)), T(theta_scale) * theta));
+  return maximum(broadcast<V>(T(-theta_clamp)),
+                 minimum(broadcast<V>(T(theta_clamp)), T(theta_scale) * theta));
 }
 template <class V>
 L2L_INLINE V clamped_theta_backward(V theta, V d) {
@@ -181,7 +187,7 @@ template <class V>
 L2L_INLINE Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
   V t = tanh_numerator(g);
   Activations<V> a;
-  const V one = all<V>(1);
+  const V one = broadcast<V>(1);
   a.i = quotient(one, sigmoid_divisor(i)), a.f = quotient(one, sigmoid_divisor(f));
   a.o = quotient(one, sigmoid_divisor(o));
   a.g = quotient(t, V(t + 2));
@@ -205,4 +211,4 @@ L2L_INLINE void cell_backward(Activations<V>& a, V c, V dh, V& dc) {
   a.i = di;
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

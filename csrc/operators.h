@@ -1,10 +1,18 @@
-// The operators for any device: checks of the tensors, results, dtypes. A `Device` runs them; it
-// has
+// The operators for any device: checks of the tensors, results, dtypes. The memory of results and
+// scratch is PyTorch's.
+//
+//                 tensors                                 checked here, results made here
+//                    |
+//     Shape, Step<T>, Backward<T>, Preprocess<T>          call.h, with T the tensors' dtype
+//        |           |             |
+//       Cpu         Cuda        Emulated                  a Device
+//   cpu/cpu.cpp  cuda/cuda.cpp  cuda/emulated.cpp
+//
+// A `Device` has
 //   Guard(const Tensor&)                                  makes the tensor's device the current one
 //   step(const Shape&, const Step<T>&, const Tensor& phi)
 //   backward(const Shape&, const Backward<T>&, const Tensor& phi, T* d_phi)
 //   preprocess(const Tensor& gradient, const Preprocess<T>&)
-// The memory of results and scratch is PyTorch's.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +26,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "call.h"
 
 namespace l2l {
 
@@ -33,6 +41,12 @@ inline std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 
 inline std::string text(const torch::stable::Device& device) {
   return device.is_cpu() ? "the CPU" : "cuda:" + std::to_string(device.index());
+}
+
+// What a device says where a block of threads has not the shared memory for a shape.
+inline void check_fits(bool fits, const Shape& shape) {
+  STD_TORCH_CHECK(fits, shape.hidden, " units need more shared memory than this GPU has: use a ",
+                  "smaller LSTM, float32, or the reference");
 }
 
 inline void check_p(double p) {
@@ -69,7 +83,7 @@ struct First {
 };
 
 // Checks what every operator takes, and says what shape of problem it is. `first` has the axes
-// [N], or [T, N].
+// [N], or [steps, N].
 inline Shape check(const First& first, size_t axes, const Tensor& state, const Tensor& phi,
                    double p, double output_scale, bool theta_input, bool odd) {
   const auto sizes = first.tensor.sizes();
@@ -182,11 +196,11 @@ Tensor unroll_meta_gradient(const Tensor& gradients, const Tensor& state, const 
   const typename Device::Guard guard(gradients);
   with_dtype(gradients, [&](auto zero) {
     using T = decltype(zero);
-    Device::backward(shape,
-                     Backward<T>{steps, in<T>(gradients), in<T>(state), in<T>(cotangents),
-                                 thetas ? in<T>(*thetas) : nullptr, nullptr, nullptr, nullptr,
-                                 nullptr, nullptr},
-                     phi, out<T>(d_phi));
+    Device::backward(
+        shape,
+        Backward<T>{steps, in<T>(gradients), in<T>(state), in<T>(cotangents),
+                    thetas ? in<T>(*thetas) : nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+        phi, out<T>(d_phi));
   });
   return d_phi;
 }
@@ -229,6 +243,26 @@ Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, doubl
                                                in<T>(d_result), out<T>(d_gradient)});
   });
   return d_gradient;
+}
+
+// The operators' names and signatures, for a namespace of PyTorch's.
+template <class Library>
+void define(Library& m) {
+#define L2L_FORM "*, float p, float output_scale, bool theta_input, bool odd"
+  m.def("theta_step_(Tensor(a!) theta, Tensor gradient, Tensor(b!) state, Tensor phi, " L2L_FORM
+        ") -> ()");
+  m.def("theta_step(Tensor theta, Tensor gradient, Tensor state, Tensor phi, " L2L_FORM
+        ") -> (Tensor, Tensor)");
+  m.def(
+      "theta_step_backward(Tensor theta, Tensor gradient, Tensor state, Tensor phi, "
+      "Tensor d_next_theta, Tensor d_next_state, " L2L_FORM
+      ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "unroll_meta_gradient(Tensor gradients, Tensor state, Tensor cotangents, Tensor phi, "
+      "Tensor? thetas, " L2L_FORM ") -> Tensor");
+  m.def("preprocess(Tensor gradient, *, float p) -> Tensor");
+  m.def("preprocess_backward(Tensor gradient, Tensor d_result, *, float p) -> Tensor");
+#undef L2L_FORM
 }
 
 }  // namespace l2l

@@ -1,4 +1,8 @@
 // The names of simd.h for one lane, V = float or double: what a thread of a GPU computes with.
+//
+//   a warp    thread 0   thread 1  ...  thread 31
+//   V           |0|        |1|            |31|         a number of each, in its own registers
+//
 // Included by nvcc for the device, and by a C++ compiler for the tests that run the GPU's kernels
 // on the host.
 #pragma once
@@ -7,9 +11,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels.h"
+#include "call.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 template <class V>
 using scalar_t = V;
@@ -27,11 +31,11 @@ template <class V>
 using integers_t = typename Integers<V>::type;
 
 template <class V>
-L2L_INLINE V all(scalar_t<V> x) {
+L2L_INLINE V broadcast(scalar_t<V> x) {
   return x;
 }
 template <class V>
-L2L_INLINE V whole(integers_t<V> n) {
+L2L_INLINE V from_integers(integers_t<V> n) {
   return V(n);
 }
 template <class V>
@@ -64,20 +68,20 @@ L2L_INLINE V exp2(V y) {
   return ::exp2(y);
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE
 
-#include "common.h"
+#include "bits.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 // y = n + r with n whole and |r| <= 1/2; y is at most exponent_bias.
 template <class V>
 L2L_INLINE Split<V> split(V y) {
   constexpr V lowest = -exponent_bias<V>;
   constexpr V magic = V(3) * (int64_t(1) << (mantissa_bits<V> - 1));  // adding it rounds to whole
-  y = greater(lowest, y);
+  y = maximum(lowest, y);
   const V n = (y + magic) - magic;
   return {n, y - n};
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -1,6 +1,12 @@
 // One vector type for every instruction set: V is a GCC/Clang vector, cell.h is written with its
-// operators. What has an instruction of its own on a wider machine is specialised here and nowhere
-// else.
+// operators.
+//
+//   float     |0|1|2|3|                               baseline, NEON: 4, or 2 double
+//   float     |0|1|2|3|4|5|6|7|                       AVX2: 8, or 4 double
+//   float     |0|1|2|3|4|5|6|7|8|9|a|b|c|d|e|f|       AVX-512: 16, or 8 double
+//
+// A lane is a coordinate; where dφ is summed (cpu/sums.h), a row of gates. What has an instruction
+// of its own on a wider machine is specialised here and nowhere else.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +25,7 @@
 #endif
 #endif
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 template <class T, int W>
 struct Vec {
@@ -74,13 +80,13 @@ inline void store(scalar_t<V>* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 template <class V>
-inline V all(scalar_t<V> x) {
+inline V broadcast(scalar_t<V> x) {
   return x - V{};  // x in every lane, signed zeros included
 }
 
 // Integers as floating-point numbers.
 template <class V>
-inline V whole(integers_t<V> n) {
+inline V from_integers(integers_t<V> n) {
   return __builtin_convertvector(n, V);
 }
 
@@ -94,11 +100,11 @@ inline integers_t<V> shifted(integers_t<V> n, int bits) {
   return n << bits;
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE
 
-#include "common.h"
+#include "bits.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 // y = n + r with n whole and |r| <= 1/2. The general form keeps n within [-127, 128] (float) or
 // [-1023, 1024] (double), where 2^n is 0 at one end and inf at the other.
@@ -106,8 +112,8 @@ template <class V>
 inline Split<V> split(V y) {
   using T = scalar_t<V>;
   constexpr T limit = exponent_bias<V> + 1;
-  y = lesser(all<V>(limit), y);
-  y = greater(all<V>(1 - limit), y);
+  y = minimum(broadcast<V>(limit), y);
+  y = maximum(broadcast<V>(1 - limit), y);
   constexpr T magic = T(3) * (int64_t(1) << (mantissa_bits<V> - 1));  // adding it rounds to whole
   V n = (y + magic) - magic;
   return {n, y - n};
@@ -163,11 +169,11 @@ inline F16 pow2(F16 f, F16 n) {
   return (F16)_mm512_scalef_ps((__m512)f, (__m512)n);
 }
 template <>
-inline F16 lesser(F16 a, F16 b) {
+inline F16 minimum(F16 a, F16 b) {
   return (F16)_mm512_min_ps((__m512)a, (__m512)b);
 }
 template <>
-inline F16 greater(F16 a, F16 b) {
+inline F16 maximum(F16 a, F16 b) {
   return (F16)_mm512_max_ps((__m512)a, (__m512)b);
 }
 template <>
@@ -180,13 +186,13 @@ inline D8 pow2(D8 f, D8 n) {
   return (D8)_mm512_scalef_pd((__m512d)f, (__m512d)n);
 }
 template <>
-inline D8 lesser(D8 a, D8 b) {
+inline D8 minimum(D8 a, D8 b) {
   return (D8)_mm512_min_pd((__m512d)a, (__m512d)b);
 }
 template <>
-inline D8 greater(D8 a, D8 b) {
+inline D8 maximum(D8 a, D8 b) {
   return (D8)_mm512_max_pd((__m512d)a, (__m512d)b);
 }
 #endif
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

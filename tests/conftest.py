@@ -3,7 +3,7 @@
 import itertools
 import os
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -111,6 +111,10 @@ CPU_LEVELS = ["avx512", "avx2", "baseline"]
 
 def using(name, fused, monkeypatch):
     """For a fixture to yield from: the kernels `name` run the operators, or the test skips."""
+    if name == "emulated":
+        use_emulated(fused, monkeypatch)
+        yield name
+        return
     if name == "cuda":
         need_cuda()
         for operator in ("preprocess", "theta_step_", "theta_step", "unroll_meta_gradient"):
@@ -120,9 +124,24 @@ def using(name, fused, monkeypatch):
     info, module = fused.build_info(), import_module("l2l_ref._engine")
     if name not in info["kernels"]:
         pytest.skip(f"no {name} kernels in this build or on this machine")
-    module.use_level(name)
+    module.use_instruction_set(name)
     yield name
-    module.use_level(info["kernel"])
+    module.use_instruction_set(info["kernel"])
+
+
+def use_emulated(fused, monkeypatch):
+    """The functions of `fused` run the GPU's kernels on the host, with the same derivatives."""
+    monkeypatch.setattr(fused, "_ops", torch.ops.l2l_ref_emulated)
+    register_emulated(fused)
+
+
+@cache
+def register_emulated(fused):
+    """An operator is told of its derivative once."""
+    rules = {"theta_step": fused._backward, "preprocess": fused._preprocess_backward}
+    for name, rule in rules.items():
+        operator = f"l2l_ref_emulated::{name}"
+        torch.library.register_autograd(operator, rule, setup_context=fused._setup)
 
 
 def on_gpu(operator):

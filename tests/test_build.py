@@ -85,9 +85,9 @@ class TestNvcc:
             build.find_nvcc()
 
     def test_what_fails_is_quoted(self, build, tmp_path):
-        tool = script(tmp_path / "nvcc", "echo 'cuda.cu(3): error: no such thing' >&2; exit 2")
+        tool = script(tmp_path / "nvcc", "echo 'kernels.cu(3): error: no such thing' >&2; exit 2")
         with pytest.raises(
-            build.NotBuilt, match=r"nvcc failed \(cuda.cu\(3\): error: no such thing"
+            build.NotBuilt, match=r"nvcc failed \(kernels.cu\(3\): error: no such thing"
         ):
             build.run([str(tool)])
         with pytest.raises(build.NotBuilt, match="does not run"):

@@ -1,14 +1,14 @@
 """What only the GPU's kernels have: launches shaped by the device, and CUDA's own semantics.
 
-On the host the kernels run for any GPU one can imagine (`_engine.emulate`), thread by thread, in an
-order that changes from barrier to barrier: where one is missing, a number is wrong.
+On the host the kernels run for any GPU one can imagine (`_engine.emulated`), thread by thread, in
+an order that changes from barrier to barrier: where one is missing, a number is wrong.
 """
 
 from importlib import import_module
 
 import pytest
 import torch
-from conftest import need_cuda
+from conftest import need_cuda, use_emulated
 from engine_cases import (
     FORMS,
     STEP,
@@ -39,14 +39,12 @@ SMALL = [gpu for gpu in GPUS if gpu != "little shared memory"]
 
 
 @pytest.fixture
-def emulate(fused):
+def emulate(fused, monkeypatch):
     """name of a GPU, tensor_cores -> the emulated kernels run as on that GPU."""
-    module = import_module("l2l_ref._engine")
-    kernel = fused.build_info()["kernel"]
-    module.use_level("emulated")
-    yield lambda name, tensor_cores=False: module.emulate(*GPUS[name], tensor_cores)
-    module.emulate(2, *GPUS["H200"][1:])
-    module.use_level(kernel)
+    emulated = import_module("l2l_ref._engine").emulated
+    use_emulated(fused, monkeypatch)
+    yield lambda name, tensor_cores=False: emulated.use_machine(*GPUS[name], tensor_cores)
+    emulated.use_machine(2, *GPUS["H200"][1:])
 
 
 class TestLaunches:

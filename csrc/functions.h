@@ -1,11 +1,15 @@
 // The functions of cell.h by their names, for the tests.
+//
+//   x [n]   | a vector | a vector | ... | what is left, then ones |
+//               name       name               name
+//   y [n]   | a vector | a vector | ... | as many                 |
 #pragma once
 
 #include <cstring>
 
 #include "cell.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 namespace {
 
 // y [n] = name(x [n]), in vectors of V; false for a name it does not know.
@@ -28,7 +32,7 @@ bool function(const char* name, const scalar_t<V>* x, scalar_t<V>* y, int64_t n)
     if (std::strcmp(name, names[i])) continue;
     for (int64_t at = 0; at < n; at += width) {
       const int64_t count = n - at < width ? n - at : width;
-      V v = all<V>(1);
+      V v = broadcast<V>(1);
       std::memcpy(&v, x + at, count * sizeof(T));
       v = table[i](v);
       std::memcpy(y + at, &v, count * sizeof(T));
@@ -39,4 +43,4 @@ bool function(const char* name, const scalar_t<V>* x, scalar_t<V>* y, int64_t n)
 }
 
 }  // namespace
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -1,13 +1,14 @@
-// What a vector (simd.h) and a plain number (scalar.h) have in common; either defines scalar_t,
-// integers_t and shifted first.
+// What a vector (simd.h) and a plain number (scalar.h) have in common.
+//
+//   simd.h or scalar.h --scalar_t, integers_t, shifted--> bits.h --minimum, maximum, pow2--> cell.h
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "call.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 template <class To, class From>
 L2L_INLINE To bit_cast(From from) {
@@ -19,11 +20,11 @@ L2L_INLINE To bit_cast(From from) {
 
 // The right operand where either is NaN, as in x86's minps and maxps.
 template <class V>
-L2L_INLINE V lesser(V a, V b) {
+L2L_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
 template <class V>
-L2L_INLINE V greater(V a, V b) {
+L2L_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
@@ -46,4 +47,4 @@ L2L_INLINE V pow2(V f, V n) {
   return f * bit_cast<V>(shifted<V>(bit_cast<I>(n + magic), mantissa_bits<V>));
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -1,13 +1,17 @@
-// The CUDA kernels, without a header of CUDA or PyTorch: cuda.cu is compiled by nvcc, what calls it
-// by the C++ compiler. All pointers are to memory of `device`, which must be the current one; work
-// is queued on `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
+// The CUDA kernels, without a header of CUDA or PyTorch.
+//
+//   cuda.cpp, operators.h        kernels.h          kernels.cu
+//   PyTorch, the C++ compiler --pointers, stream--> CUDA, nvcc
+//
+// All pointers are to memory of `device`, which must be the current one; work is queued on
+// `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
 #pragma once
 
-#include "kernels.h"
+#include "../call.h"
 
 namespace l2l::cuda {
 
-// Whether `step` may take the tensor cores (tensor.h), where it has them; off at first.
+// Whether `step` may take the tensor cores (tensor_cores.h), where it has them; off at first.
 void use_tensor_cores(bool on);
 
 // Whether both `step` and `backward` have shared memory enough on the device.

@@ -1,54 +1,59 @@
 // The operators on the CPU: picks the kernels for this machine, shares the work among PyTorch's own
 // threads.
+//
+//   step       | block | block | block | block | ...      a thread takes some, with its own scratch
+//                                                          and one packed phi, and writes its own
+//   backward   | segment 0  | segment 1  | ...            however many threads: at most 64
+//                   |             |
+//               d_phi [P]     d_phi [P]    in double       added in order --> d_phi [P]
 #include "cpu.h"
 
 #include <atomic>
 #include <memory>
 #include <new>
 
-#include "emulated.h"
-#include "operators.h"
+#include "../operators.h"
 
 namespace avx512 {
-extern const l2l::Level level;
+extern const l2l::InstructionSet instruction_set;
 }
 namespace avx2 {
-extern const l2l::Level level;
+extern const l2l::InstructionSet instruction_set;
 }
 namespace baseline {
-extern const l2l::Level level;
+extern const l2l::InstructionSet instruction_set;
 }
 
 namespace l2l {
 namespace {
 
-std::atomic<const Level*>& active() {
-  static std::atomic<const Level*> level = levels().front();
-  return level;
+std::atomic<const InstructionSet*>& active() {
+  static std::atomic<const InstructionSet*> set = instruction_sets().front();
+  return set;
 }
 
 }  // namespace
 
-std::vector<const Level*> levels() {
-  std::vector<const Level*> here;
+std::vector<const InstructionSet*> instruction_sets() {
+  std::vector<const InstructionSet*> here;
 #ifdef L2L_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    here.push_back(&avx512::level);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) here.push_back(&avx2::level);
+    here.push_back(&avx512::instruction_set);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    here.push_back(&avx2::instruction_set);
 #endif
-  here.push_back(&baseline::level);
-  here.push_back(&emulated::level);
+  here.push_back(&baseline::instruction_set);
   return here;
 }
 
-const Level& level() { return *active().load(); }
+const InstructionSet& instruction_set() { return *active().load(); }
 
-bool use_level(const std::string& name) {
-  for (const Level* level : levels())
-    if (name == level->name) {
-      active() = level;
+bool use_instruction_set(const std::string& name) {
+  for (const InstructionSet* set : instruction_sets())
+    if (name == set->name) {
+      active() = set;
       return true;
     }
   return false;
@@ -94,10 +99,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- the device ----
 
-void check_taken(bool taken, const Shape& shape) {
-  STD_TORCH_CHECK(taken, shape.hidden, " units need more shared memory than the GPU has");
-}
-
 struct Cpu {
   struct Guard {
     explicit Guard(const Tensor&) {}
@@ -106,8 +107,7 @@ struct Cpu {
   template <class T>
   static void step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
     constexpr int64_t grain = 4;  // blocks: some 20 µs, worth waking a thread for
-    const Kernels<T>& kernels = level().kernels<T>();
-    if (kernels.whole_step) return check_taken(kernels.whole_step(shape, call, in<T>(phi)), shape);
+    const Kernels<T>& kernels = instruction_set().kernels<T>();
     const T* packed = pack(kernels, shape, phi);
     const int64_t block = kernels.block(shape);
     torch::stable::parallel_for(
@@ -123,9 +123,7 @@ struct Cpu {
   template <class T>
   static void backward(const Shape& shape, const Backward<T>& call, const Tensor& phi, T* d_phi) {
     constexpr int64_t sums_bytes = 32 << 20;  // as many as fit, but 8 for the threads' sake
-    const Kernels<T>& kernels = level().kernels<T>();
-    if (kernels.whole_backward)
-      return check_taken(kernels.whole_backward(shape, call, in<T>(phi), d_phi), shape);
+    const Kernels<T>& kernels = instruction_set().kernels<T>();
     const T* packed = pack(kernels, shape, phi);
     const int64_t block = kernels.block(shape), blocks = ceil_div(shape.coordinates, block);
     const int64_t size = shape.phi(), fitting = sums_bytes / int64_t(size * sizeof(double));
@@ -151,7 +149,7 @@ struct Cpu {
   static void preprocess(const Tensor&, const Preprocess<T>& call) {
     constexpr int64_t grain = 1 << 14;
     torch::stable::parallel_for(0, call.size, grain, [&](int64_t begin, int64_t end) {
-      level().kernels<T>().preprocess(call, begin, end);
+      instruction_set().kernels<T>().preprocess(call, begin, end);
     });
   }
 };

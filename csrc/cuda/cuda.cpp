@@ -1,11 +1,14 @@
 // The module l2l_ref._engine_cuda: importing it registers the operators on CUDA. The schemas are
 // those that l2l_ref._engine registers.
+//
+//   torch.ops.l2l_ref.*, CUDA tensors --operators.h--> Cuda --kernels.h--> kernels.cu
+//                                        scratch: tensors; the stream: PyTorch's current one
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda.h"
-#include "operators.h"
+#include "../operators.h"
+#include "kernels.h"
 
 namespace py = pybind11;
 
@@ -25,8 +28,8 @@ struct Cuda {
 
   template <class T>
   static void step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
-    check_fits(shape,
-               cuda::step(shape, call, in<T>(phi), phi.get_device_index(), current_stream(phi)));
+    check_fits(cuda::step(shape, call, in<T>(phi), phi.get_device_index(), current_stream(phi)),
+               shape);
   }
 
   template <class T>
@@ -35,19 +38,14 @@ struct Cuda {
     const cuda::Scratch sizes = cuda::backward_scratch<T>(shape, call.steps, device);
     const Tensor elements = torch::stable::new_empty(phi, {sizes.elements});
     const Tensor doubles = torch::stable::new_empty(phi, {sizes.doubles}, ScalarType::Double);
-    check_fits(shape, cuda::backward(shape, call, in<T>(phi), d_phi, out<T>(elements),
-                                     out<double>(doubles), device, current_stream(phi)));
+    check_fits(cuda::backward(shape, call, in<T>(phi), d_phi, out<T>(elements),
+                              out<double>(doubles), device, current_stream(phi)),
+               shape);
   }
 
   template <class T>
   static void preprocess(const Tensor& gradient, const Preprocess<T>& call) {
     cuda::preprocess(call, current_stream(gradient));
-  }
-
- private:
-  static void check_fits(const Shape& shape, bool fits) {
-    STD_TORCH_CHECK(fits, shape.hidden, " units need more shared memory than this GPU has: use a ",
-                    "smaller LSTM, float32, or the reference");
   }
 };
 

@@ -1,119 +1,20 @@
 // The derivative of an unroll, back through time, one block of coordinates at a time.
 //
-// A block goes forward keeping what its backward reads (1.5 MB for the paper's φ and T = 20; it
-// grows with T), then back. dφ is summed over the block's lanes by register tiles that put the gate
-// rows in the vector's lanes, for which the gates' derivatives are transposed.
+//   step                        0             1               last
+//   unroll_forward    state ----+---> h, c ---+---> ... ------+---> h, c     keeps inputs, h, c,
+//   unroll_backward   dh, dc <--+-- dh, dc <--+---- ... <-----+---- 0        gates; reads them
+//                               |             |               |
+//                               +-------------+---- Sums -----+              head, layers top down
+//
+// What a block keeps grows with the steps: 1.5 MB for the paper's φ and 20 of them.
 #pragma once
 
 #include "forward.h"
+#include "sums.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Backward;
-
-// dφ while it is summed. Of a layer: [input][gate row]; the inputs are below, prev, one (the bias),
-// and zeros up to a multiple of 4; the rows are padded to whole vectors. Of the head: [H][width],
-// bias [width], lanes still apart.
-template <class T>
-struct Sums {
-  T* memory;
-  int64_t H, layers, rows, size;
-  int64_t first, rest;  // elements of the first layer and of each other one
-
-  Sums(const Shape& shape, Arena<T>& arena)
-      : H(shape.hidden), layers(shape.layers), rows(round_up(4 * shape.hidden, width<T>)) {
-    first = inputs(shape.inputs()) * rows;
-    rest = inputs(H) * rows;
-    size = first + (layers - 1) * rest + (H + 1) * width<T>;
-    memory = arena.take(size);
-  }
-  int64_t inputs(int64_t F) const { return round_up(F + H + 1, 4); }
-  T* layer(int64_t index) const { return memory + (index ? first + (index - 1) * rest : 0); }
-  T* head() const { return layer(layers); }
-
-  void clear() const { std::memset(memory, 0, size * sizeof(T)); }
-
-  // Adds everything to d_phi [P], which is packed like φ, and clears.
-  void flush(const Shape& shape, double* to) const {
-    const int64_t gates = 4 * H;
-    for (int64_t index = 0; index < layers; ++index) {
-      const int64_t F = shape.width(index);
-      const T* from = layer(index);
-      for (int64_t row = 0; row < gates; ++row, to += F)
-        for (int64_t k = 0; k < F; ++k) to[k] += from[k * rows + row];
-      from += F * rows;
-      for (int64_t row = 0; row < gates; ++row, to += H)
-        for (int64_t k = 0; k < H; ++k) to[k] += from[k * rows + row];
-      from += H * rows;
-      for (int bias = 0; bias < 2; ++bias, to += gates)
-        for (int64_t row = 0; row < gates; ++row) to[row] += from[row];
-    }
-    for (int64_t unit = 0; unit <= H; ++unit)
-      for (int64_t lane = 0; lane < width<T>; ++lane) to[unit] += head()[unit * width<T> + lane];
-    clear();
-  }
-};
-
-// sums[k][row] += Σ_lane x[k][lane]·d[lane][row] for 4 inputs k and `vectors` vectors of rows.
-template <int vectors, class T>
-inline void outer_tile(const T* d, int64_t rows, const T* const* x, T* sums) {
-  using V = vec_t<T>;
-  V sum[4][vectors] = {};
-  for (int64_t lane = 0; lane < lanes; ++lane, d += rows) {
-    V in[vectors];
-#pragma GCC unroll 5
-    for (int v = 0; v < vectors; ++v) in[v] = load<V>(d + v * width<T>);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const V factor = all<V>(x[k][lane]);
-#pragma GCC unroll 5
-      for (int v = 0; v < vectors; ++v) sum[k][v] += factor * in[v];
-    }
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k)
-#pragma GCC unroll 5
-    for (int v = 0; v < vectors; ++v) {
-      T* to = sums + k * rows + v * width<T>;
-      store(to, V(load<V>(to) + sum[k][v]));
-    }
-}
-
-template <class T>
-void outer(const T* d, int64_t rows, const T* const* x, int64_t inputs, T* sums) {
-  for (int64_t k = 0; k < inputs; k += 4, x += 4, sums += 4 * rows) {
-    int64_t row = 0;
-    const auto go = [&](auto vectors) {
-      outer_tile<vectors>(d + row, rows, x, sums + row);
-      row += vectors * width<T>;
-    };
-    while (row < rows) {
-      const int64_t left = (rows - row) / width<T>;
-      if (registers == 32 && left % 5 == 0)
-        go(std::integral_constant<int, 5>());
-      else if (registers == 32 && left >= 4)
-        go(std::integral_constant<int, 4>());
-      else if (left >= 2)
-        go(std::integral_constant<int, 2>());
-      else
-        go(std::integral_constant<int, 1>());
-    }
-  }
-}
-
-// [rows][lanes] -> [lanes][rows]; rows is a whole number of vectors.
-template <class T>
-void transpose(const T* from, int64_t rows, T* to) {
-  constexpr int W = width<T>;
-  using V = vec_t<T>;
-  for (int64_t row = 0; row < rows; row += W)
-    for (int64_t lane = 0; lane < lanes; lane += W) {
-      V square[W];
-      for (int i = 0; i < W; ++i) square[i] = load<V>(from + (row + i) * lanes + lane);
-      transpose_square(square);
-      for (int i = 0; i < W; ++i) store(to + (lane + i) * rows + row, square[i]);
-    }
-}
 
 // to [columns][lanes] = wᵀ·d, or += if `add`; w from pack_transposed, d [gates][lanes].
 template <class T>
@@ -140,9 +41,9 @@ struct BackwardScratch {
   Arena<T> arena;
   int64_t F, states;  // states: elements of h (or c) of all layers
   T *theta, *gradient, *cotangent, *d_in;
-  T* in;                // [T][F][lanes]
-  T *h, *c;             // [T + 1][L][H][lanes]
-  T* kept;              // [T][L][H][5][lanes]: i, f, g, o, tanh c
+  T* in;                // [steps][F][lanes]
+  T *h, *c;             // [steps + 1][L][H][lanes]
+  T* kept;              // [steps][L][H][5][lanes]: i, f, g, o, tanh c
   T *dh, *dc;           // [L][H][lanes]
   T *d_gates, *d_rows;  // [gate row][lanes] and its transpose
   T *one, *zero;
@@ -315,4 +216,4 @@ void backward(const Shape& shape, const Backward<T>& call, const T* packed_phi, 
   scratch.sums.flush(shape, call.d_phi);
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

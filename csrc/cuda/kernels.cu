@@ -1,4 +1,9 @@
-// The launches of gpu.h's kernels.
+// The launches of the kernels on a GPU.
+//
+//   step         step_kernel         a block of threads for each block of coordinates
+//   backward     backward_kernel     at most two blocks a processor, each a run of coordinates
+//                reduce_kernel       then a thread for each element of d_phi, from [grid][P]
+//   preprocess   preprocess_kernel   a thread for an element, or for several
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -8,14 +13,15 @@
 #include <string>
 #include <utility>
 
-#include "cuda.h"
-#include "gpu.h"
-#include "tensor.h"
+#include "backward.h"
+#include "kernels.h"
+#include "plan.h"
+#include "tensor_cores.h"
 
 namespace l2l::cuda {
 namespace {
 
-using namespace L2L_LEVEL;
+using namespace L2L_NAMESPACE;
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -68,13 +74,14 @@ __device__ T* shared_memory() {
 template <int C, template <int> class Products, class T>
 __global__ void __launch_bounds__(most_threads, blocks_each)
     step_kernel(const __grid_constant__ StepArguments<T> arguments) {
-  L2L_LEVEL::step<C, Products>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
+  L2L_NAMESPACE::step<C, Products>(Team{int(blockDim.x)}, arguments, blockIdx.x,
+                                   shared_memory<T>());
 }
 
 template <int C, class T>
 __global__ void __launch_bounds__(most_threads, blocks_each)
     backward_kernel(const __grid_constant__ BackwardArguments<T> arguments) {
-  L2L_LEVEL::backward<C>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
+  L2L_NAMESPACE::backward<C>(Team{int(blockDim.x)}, arguments, blockIdx.x, shared_memory<T>());
 }
 
 template <class T>
@@ -88,7 +95,7 @@ __global__ void preprocess_kernel(const __grid_constant__ PreprocessArguments<T>
   const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < arguments.call.size;
        at += threads)
-    L2L_LEVEL::preprocess(arguments, at);
+    L2L_NAMESPACE::preprocess(arguments, at);
 }
 
 // A kernel's limit on shared memory is all that the device has, whatever this launch takes: it

@@ -1,9 +1,16 @@
 // One step of φ for a range of coordinates: Eq. 5, the LSTM, the head, θ + u.
+//
+//                    64 lanes
+//    below [F]   |====|xxxx|=====|      for each tile of lanes x, for each unit:
+//    prev  [H]   |====|xxxx|=====|        4 gates = bias + w [below; prev], in registers
+//    c     [H]   |====|xxxx|=====|        cell: the unit's row of c and h
+//
+// All of it lies in the thread's scratch, w in the packed φ; the last layer's h gives u.
 #pragma once
 
 #include "block.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 // The scaled gates of one unit for a tile of lanes; w is the unit's part of Packed::Layer::forward.
 template <class T>
@@ -12,7 +19,7 @@ inline void unit_gates(vec_t<T> (&gates)[4][tile], const T* w, const T* below, i
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 4
-    for (int t = 0; t < tile; ++t) gates[j][t] = all<vec_t<T>>(w[j]);
+    for (int t = 0; t < tile; ++t) gates[j][t] = broadcast<vec_t<T>>(w[j]);
   multiply(gates, w + 4, below, F);
   multiply(gates, w + 4 + 4 * F, prev, H);
 }
@@ -75,7 +82,7 @@ void preprocess(const l2l::Preprocess<T>& call, int64_t begin, int64_t end) {
     const int64_t count = end - at;
     const auto get = [&](const T* from) {
       if (count >= width<T>) return load<V>(from + at);
-      V v = all<V>(1);
+      V v = broadcast<V>(1);
       std::memcpy(&v, from + at, count * sizeof(T));
       return v;
     };
@@ -102,7 +109,7 @@ void add_update(const Shape& shape, const T* head, const T* h, int64_t half, T* 
   const T scale = T(shape.form.output_scale);
   alignas(64) T out[lanes];
   for (int64_t lane = 0; lane < lanes; lane += width<T>) {
-    V sum = all<V>(head[shape.hidden]);
+    V sum = broadcast<V>(head[shape.hidden]);
     for (int64_t unit = 0; unit < shape.hidden; ++unit)
       sum += head[unit] * load<V>(h + unit * lanes + lane);
     store(out + lane, sum);
@@ -160,4 +167,4 @@ void step(const Shape& shape, const l2l::Step<T>& call, const T* packed_phi, T* 
   }
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -2,14 +2,20 @@
 // products of TF32 numbers. x = high + low, both with 11 digits of their own, and
 // w·x = w_high·x_high + w_high·x_low + w_low·x_high but for 2^-22 of it. An infinite x is NaN here.
 //
+//     A: a warp's weights              B: x in shared memory           D
+//     16 gates of 4 units              8 rows of [below; prev]         16 gates
+//     by 8 rows of [below; prev]       by 8 lanes                      by 8 lanes
+//     |high|, |low|: kept         *    |high|, |low|: on the way   ->  + bias --> cell
+//     5 of them, side by side          5 of them, one under another    4 of them at work
+//
 // Threads of a warp hold parts of matrices together, so code is written for a whole warp: `Each<V>`
 // is a V of every thread, `each(f)` runs f(lane) in every thread. On a GPU a thread knows only its
 // own.
 #pragma once
 
-#include "gpu.h"
+#include "forward.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 constexpr int steps_of_k = 5;          // of 8 rows of [below; prev]
 constexpr int most_tensor_units = 20;  // then [below; prev] has 40 rows
@@ -69,8 +75,8 @@ struct Warp {
 
   template <class V>
   struct Each {
-    V all[warp_lanes];
-    V& operator[](int lane) { return all[lane]; }
+    V of[warp_lanes];
+    V& operator[](int lane) { return of[lane]; }
   };
   template <class F>
   void each(F f) const {
@@ -103,12 +109,13 @@ struct Warp {
 // The units of a tile for all lanes of a block. Its 16 gates are rows of A, gate by gate. So a
 // thread comes by two gates of a unit for two lanes; its partner 16 lanes on has the other two, and
 // each gives the other what it needs for one of the lanes.
-template <int P>
+template <int block_lanes>
 L2L_INLINE void tile_tensor(const Warp& warp, const Layer<float>& layer, int tile,
                             const Lanes& lanes, const Rows<float>& rows, const float* x,
                             const float* cells) {
-  constexpr int pitch = P + tensor_padding, batches = P / tensor_lanes / at_work;
-  using Columns = StateColumns<P / tensor_lanes, tensor_lanes>;
+  constexpr int pitch = block_lanes + tensor_padding,
+                batches = block_lanes / tensor_lanes / at_work;
+  using Columns = StateColumns<block_lanes / tensor_lanes, tensor_lanes>;
   Warp::Each<A> high[steps_of_k], low[steps_of_k];
   Warp::Each<D> bias;
   const int steps = ceil_div(layer.columns(), 8);
@@ -189,7 +196,7 @@ L2L_INLINE void tile_tensor(const Warp& warp, const Layer<float>& layer, int til
 // For `step`.
 template <int C>
 struct Tensored {
-  static constexpr int P = warp_lanes * C, pitch = P + tensor_padding;
+  static constexpr int block_lanes = warp_lanes * C, pitch = block_lanes + tensor_padding;
 
   L2L_INLINE static int rows(const Shape& shape) { return ceil_div(rows_read(shape), 8) * 8; }
   template <class Team>
@@ -202,8 +209,9 @@ struct Tensored {
       await_copies();
     });
     static_assert(most_tensor_units <= most_warps * tile_units, "a warp for every tile");
-    team.warps(
-        [&](const Warp& warp) { tile_tensor<P>(warp, layer, warp.index, lanes, rows, x, cells); });
+    team.warps([&](const Warp& warp) {
+      tile_tensor<block_lanes>(warp, layer, warp.index, lanes, rows, x, cells);
+    });
   }
 };
 
@@ -215,4 +223,4 @@ bool takes_tensor_cores(const Shape& shape) {
   return std::is_same<T, float>::value && shape.hidden <= most_tensor_units;
 }
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

@@ -1,13 +1,17 @@
 // How a block of coordinates lies in cache, and φ beside it.
 //
-// A block has 64 lanes; its arrays are [row][lane]. In the odd form the lanes 32... are m(-x) of
-// the coordinates in the lanes 0...31: only loading, u and storing know of the form.
+//            a row of memory: N or M columns              a row of the block: 64 lanes
+//   plain    ...|64 columns|.......................       |0          ...          63|
+//   odd      ...|32: m(x)|..............|32: m(-x)|.      |0 ... m(x) 31|32 .. m(-x) 63|
+//               start                   start + N
+//
+// In the odd form the lanes 32... are m(-x) of the coordinates in the lanes 0...31: only loading, u
+// and storing know of the form.
 #pragma once
 
-#include "cell.h"
-#include "kernels.h"
+#include "../cell.h"
 
-namespace L2L_LEVEL {
+namespace L2L_NAMESPACE {
 
 using l2l::Shape;
 
@@ -124,7 +128,7 @@ inline void multiply(vec_t<T> (&sum)[4][tile], const T* w, const T* x, int64_t K
     for (int t = 0; t < tile; ++t) in[t] = load<V>(x + t * width<T>);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const V weight = all<V>(w[j]);
+      const V weight = broadcast<V>(w[j]);
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) sum[j][t] += weight * in[t];
     }
@@ -203,4 +207,4 @@ struct Block {
   }
 };
 
-}  // namespace L2L_LEVEL
+}  // namespace L2L_NAMESPACE

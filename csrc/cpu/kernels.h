@@ -1,0 +1,51 @@
+// The kernels as cpu.cpp sees them: a table for each instruction set that kernels.cpp is compiled
+// for.
+//
+//                        avx512   avx2   baseline
+//   Kernels<float>       |      |      |        |      step, backward, preprocess, ...
+//   Kernels<double>      |      |      |        |
+//                            ^ cpu.cpp calls those of the column in use
+//
+// A kernel works on the coordinates [begin, end) of a call and no others, so that threads can share
+// its arguments.
+#pragma once
+
+#include <cstddef>
+
+#include "../call.h"
+
+namespace l2l {
+
+// `packed` is φ as `pack` lays it out, `scratch` is memory for one thread; their sizes are numbers
+// of elements.
+template <class T>
+struct Kernels {
+  size_t (*packed_size)(const Shape&);
+  void (*pack)(const Shape&, const T* phi, T* packed);
+  int64_t (*block)(const Shape&);  // coordinates that share a pass
+  size_t (*step_scratch)(const Shape&);
+  void (*step)(const Shape&, const Step<T>&, const T* packed, T* scratch, int64_t begin,
+               int64_t end);
+  size_t (*backward_scratch)(const Shape&, int64_t steps);
+  void (*backward)(const Shape&, const Backward<T>&, const T* packed, T* scratch, int64_t begin,
+                   int64_t end);
+  void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
+  // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
+  bool (*function)(const char* name, const T* x, T* y, int64_t n);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class T>
+  const Kernels<T>& kernels() const {
+    if constexpr (sizeof(T) == sizeof(float))
+      return f32;
+    else
+      return f64;
+  }
+};
+
+}  // namespace l2l
