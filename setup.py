@@ -34,14 +34,14 @@ LEVELS = {"baseline": ""}  # the instruction sets
 if X86:
     LEVELS["avx2"] = "-mavx2 -mfma"
     LEVELS["avx512"] = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512"
-SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-if not os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors, undefined behaviour
-    SANITIZED = ""
+OPTIMIZED, SANITIZED = "-O3 -g0", ""
+if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
+    SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    OPTIMIZED = f"-O1 -g1 -fno-omit-frame-pointer {SANITIZED}"
 # Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
 CPU_FLAGS = (
-    "-std=c++17 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
-    "-Wno-unknown-pragmas -Wno-pass-failed -fvisibility=hidden "
-    f"{f'-O1 -g1 -fno-omit-frame-pointer {SANITIZED}' if SANITIZED else '-O3 -g0'}"
+    f"-std=c++17 {OPTIMIZED} -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
+    "-Wno-unknown-pragmas -Wno-pass-failed -fvisibility=hidden"
 )
 # -t0: all architectures at once. 1675: GCC's pragmas.
 CUDA_FLAGS = (
@@ -96,8 +96,8 @@ class BuildEngine(build_ext):
     def build_cpu(self, target):
         torch, flags, libraries = self.with_torch()
         files = {Path(source).stem: (source, flags) for source in CPU_SOURCES}
-        for level, flags in LEVELS.items():
-            files[level] = (CPU_KERNELS, [f"-DL2L_LEVEL={level}", *flags.split()])
+        for level, options in LEVELS.items():
+            files[level] = (CPU_KERNELS, [f"-DL2L_LEVEL={level}", *options.split()])
         linker = [*self.compiler.linker_so_cxx, *SANITIZED.split()]
         if sys.platform == "linux":  # a libstdc++ that is linked in must not mix with torch's
             linker += ["-Wl,--exclude-libs,ALL"]
@@ -110,7 +110,7 @@ class BuildEngine(build_ext):
             raise NotBuilt(f"USE_CUDA is '{wish}', it must be 0, 1 or not set")
         if wish == "0":
             raise NotBuilt("USE_CUDA is 0")
-        torch, include, libraries = self.with_torch()
+        torch, flags, libraries = self.with_torch()
         if torch.version.cuda is None and wish != "1":
             raise NotBuilt("this torch is without CUDA (USE_CUDA=1 builds it all the same)")
         nvcc = find_nvcc()
@@ -122,23 +122,23 @@ class BuildEngine(build_ext):
                 f"nvcc is of CUDA {release[1]}, torch of {torch.version.cuda} (USE_CUDA=1 builds "
                 "it all the same)"
             )
-        names, flags = architectures(run([nvcc, "--list-gpu-code"]))
-        files = {"kernels": (CUDA_KERNELS, CUDA_FLAGS.split() + flags)}
+        names, gencode = architectures(run([nvcc, "--list-gpu-code"]))
+        files = {"kernels": (CUDA_KERNELS, CUDA_FLAGS.split() + gencode)}
         (kernels,) = self.compile("cuda", files, [nvcc])
         spilled = Counter()  # bytes by architecture, of what ptxas says of each kernel
         for said in Path(f"{kernels}.log").read_text().split("for 'sm_")[1:]:
             numbers = map(int, re.findall(r"(\d+) bytes spill", said))
             spilled["sm_" + said.split("'")[0]] += sum(numbers)
-        include += [
+        flags += [
             "-DUSE_CUDA",
             f'-DL2L_NVCC="{release[1]}"',
             f'-DL2L_ARCHITECTURES="{" ".join(names)}"',
             f'-DL2L_SPILLED="{" ".join(f"{name}:{count}" for name, count in spilled.items())}"',
         ]
-        (module,) = self.compile("cuda_module", {"module": (CUDA_MODULE, include)})
+        (module,) = self.compile("cuda_module", {"module": (CUDA_MODULE, flags)})
         # nvcc knows its toolkit's folders, also behind a wrapper on PATH, which misleads torch's
-        # CUDA_HOME. The runtime goes in, so that torch's may be of another minor version.
-        linker = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        # CUDA_HOME. CUDA's runtime goes in, so that torch's may be of another minor version.
+        linker = [nvcc, "-shared", "-nodlink", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
         libraries += ["-ltorch_cpu", "-ltorch_cuda"]
         run([*linker, module, kernels, *libraries, "-o", target])
         return f"CUDA {release[1]} for {' '.join(names)}"
@@ -172,7 +172,8 @@ class BuildEngine(build_ext):
     def compile(self, folder, files, compiler=None):
         """Objects of {name: (source, flags)}, by ninja in parallel or else one after another.
 
-        ninja leaves alone what is new enough.
+        ninja leaves alone what is new enough. The file for it is written here, because in that of
+        torch's BuildExtension all C++ files have the same flags.
         """
         compiler = compiler or [*self.compiler.compiler_so_cxx, *CPU_FLAGS.split()]
         folder = Path(self.build_temp, folder)
