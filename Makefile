@@ -48,7 +48,7 @@ lint: $(SETUP) ## ruff
 
 sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
 	L2L_SANITIZE=1 USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	@ls $(SANITIZED)/lib/l2l_ref/_engine*.so  # or every test would skip
+	@ls $(SANITIZED)/lib/l2l_ref/backend/_C*.so  # or every test would skip
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
 	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
 	  -k "not TestCompile and not TestMemory" $(wildcard tests/test_engine*.py) $(ARGS)
@@ -56,7 +56,7 @@ sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviou
 setup: $(SETUP) ## only set up; PYTHON=python3.12 chooses the interpreter of a new .venv
 
 clean: ## remove what was built and cached; keeps .venv, runs/ and data/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis l2l_ref/*.so .venv/.ready-*
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis l2l_ref/backend/*.so .venv/.ready-*
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

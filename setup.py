@@ -1,48 +1,64 @@
 """Builds the extensions of l2l_ref from csrc/; the metadata is in pyproject.toml.
 
-l2l_ref._engine runs on the CPU, l2l_ref._engine_cuda on a GPU. Without a C++ compiler or without
-torch the package installs all the same and runs on the reference; without a CUDA toolkit, on the
-CPU. USE_CUDA=0 leaves the CUDA half out, USE_CUDA=1 builds it even for another version of CUDA than
+l2l_ref.backend._C runs on the CPU, l2l_ref.backend._C_cuda on a GPU. Without a C++ compiler or
+without torch the package installs all the same and runs on the reference; without a CUDA toolkit,
+on the CPU. USE_CUDA=0 leaves the CUDA half out, USE_CUDA=1 builds it even for another version of CUDA than
 torch's. TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses its architectures. L2L_VERBOSE=1 shows
-what nvcc says.
+what the compilers say.
 """
 
+import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+
+CPU_SOURCES = ["csrc/module.cpp", "csrc/cpu/cpu.cpp", "csrc/cuda/emulated.cpp"]
+CPU_KERNELS = "csrc/cpu/kernels.cpp"  # compiled once for each of INSTRUCTION_SETS
+CUDA_MODULE, CUDA_KERNELS = "csrc/cuda/cuda.cpp", "csrc/cuda/kernels.cu"
 
 STABLE_ABI = "2.11"  # the oldest torch that one build serves
-# Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
-OPTIMIZED = (
-    "-std=c++17 -O3 -g0 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
-    "-Wno-unknown-pragmas -Wno-pass-failed -fvisibility=hidden".split()
-)
-SANITIZED = []
-if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
-    OPTIMIZED = [flag for flag in OPTIMIZED if flag not in ("-O3", "-g0")]
-    SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
-    OPTIMIZED += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZED]
 X86 = platform.machine() == "x86_64" and sys.platform == "linux"
-INSTRUCTION_SETS = {"baseline": []}  # the kernels, compiled once for each instruction set
+INSTRUCTION_SETS = {"baseline": ""}
 if X86:
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
     INSTRUCTION_SETS["avx512"] = (
-        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512".split()
+        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512"
     )
-
-
+OPTIMIZED, SANITIZED = "-O3 -g0", ""
+if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
+    SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    OPTIMIZED = f"-O1 -g1 -fno-omit-frame-pointer {SANITIZED}"
+# Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
+CPU_FLAGS = (
+    f"-std=c++17 {OPTIMIZED} -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra "
+    "-Wno-unknown-pragmas -Wno-pass-failed -fvisibility=hidden"
+)
+# -t0: all architectures at once. 1675: GCC's pragmas.
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -t0 -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v -diag-suppress=1675 "
+    "-DL2L_SCALAR -DL2L_NAMESPACE=gpu"
+)
 # A cubin serves the later GPUs of its generation, 8.0 also 8.6 and 8.9; PTX all that follow, that
 # of 9.0 those from 10 to 12 that have no cubin.
 ARCHITECTURES = ("7.5", "8.0", "9.0+PTX", "10.0", "12.0")
-CPU, CUDA = "l2l_ref._engine", "l2l_ref._engine_cuda"
+# What a compiler says stays beside its object, for the builds that need not compile it again.
+RULE = """rule compile
+  command = $line > $out.log 2>&1; code=$$?; cat $out.log; exit $$code
+  depfile = $out.d
+  deps = gcc
+"""
 
 
 class NotBuilt(Exception):
@@ -50,56 +66,57 @@ class NotBuilt(Exception):
 
 
 class BuildEngine(build_ext):
-    """build_ext for both extensions, with one line of report about each.
+    """Builds both halves at the same time, with one line of report about each.
 
-    csrc/cpu/kernels.cpp is compiled for every one of INSTRUCTION_SETS, csrc/cuda/kernels.cu by
-    nvcc. What cannot be built is left out, and what was built earlier removed: the package then
-    runs on what there is.
+    What cannot be built is left out, and what was built earlier removed: the package then runs on
+    what there is. torch's BuildExtension would end the installation there, compile the kernels with
+    the same flags for every instruction set, and not pass on what nvcc says of spilled registers.
     """
 
     def build_extensions(self):
-        extensions, self.extensions = self.extensions, []
-        for extension in extensions:
-            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # an earlier build
-        parts = {CPU: ("fused engine", self.build_cpu), CUDA: ("CUDA engine", self.build_cuda)}
+        targets = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+        targets[0].parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor() as pool:
+            jobs = list(map(pool.submit, (self.build_cpu, self.build_cuda), targets))
         failed = False
-        for extension in extensions:
-            what, build = parts[extension.name]
+        for what, target, job in zip(("fused", "CUDA"), targets, jobs, strict=True):
             try:
                 if failed:
                     raise NotBuilt("it needs the other half")
-                print(f"l2l_ref: the {what} is built with {build(extension)}", file=sys.stderr)
-            except (NotBuilt, BaseError, CCompilerError, OSError) as error:
+                print(f"l2l_ref: the {what} engine is built with {job.result()}", file=sys.stderr)
+            except (NotBuilt, ImportError, OSError) as error:
                 failed = True
-                why = error if isinstance(error, NotBuilt) else f"the C++ compiler failed ({error})"
-                print(f"l2l_ref: the {what} is not built: {why}", file=sys.stderr)
-        self.extensions = extensions
+                target.unlink(missing_ok=True)
+                print(f"l2l_ref: the {what} engine is not built: {error}", file=sys.stderr)
 
-    def build_cpu(self, extension):
-        torch = self.prepare(extension)
-        extension.libraries += ["torch_cpu"]
-        for name, flags in INSTRUCTION_SETS.items():
-            extension.extra_objects += self.compiler.compile(
-                ["csrc/cpu/kernels.cpp"],
-                output_dir=str(Path(self.build_temp) / name),
-                macros=[("L2L_NAMESPACE", name)],
-                extra_preargs=OPTIMIZED + flags,
-            )
-        self.build_extension(extension)
+    def copy_extensions_to_source(self):
+        """Of what was not built, nothing that was built before stays."""
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def build_cpu(self, target):
+        torch, flags, libraries = self.with_torch()
+        files = {Path(source).stem: (source, flags) for source in CPU_SOURCES}
+        for name, options in INSTRUCTION_SETS.items():
+            files[name] = (CPU_KERNELS, [f"-DL2L_NAMESPACE={name}", *options.split()])
+        linker = [*self.compiler.linker_so_cxx, *SANITIZED.split()]
+        if sys.platform == "linux":  # a libstdc++ that is linked in must not mix with torch's
+            linker += ["-Wl,--exclude-libs,ALL"]
+        run([*linker, *self.compile("cpu", files), *libraries, "-ltorch_cpu", "-o", target])
         return f"torch {torch.__version__}, kernels: {', '.join(INSTRUCTION_SETS)}"
 
-    def build_cuda(self, extension):
+    def build_cuda(self, target):
         wish = os.environ.get("USE_CUDA", "")
         if wish not in ("", "0", "1"):
             raise NotBuilt(f"USE_CUDA is '{wish}', it must be 0, 1 or not set")
         if wish == "0":
             raise NotBuilt("USE_CUDA is 0")
-        torch = self.prepare(extension)
+        torch, flags, libraries = self.with_torch()
         if torch.version.cuda is None and wish != "1":
             raise NotBuilt("this torch is without CUDA (USE_CUDA=1 builds it all the same)")
-        nvcc, root = find_nvcc()
-        text = run([nvcc, "--version"])
-        release = re.search(r"release (\d+\.\d+)", text)
+        nvcc = find_nvcc()
+        release = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"]))
         if release is None:
             raise NotBuilt(f"{nvcc} does not say its version")
         if wish != "1" and release[1].split(".")[0] != torch.version.cuda.split(".")[0]:
@@ -107,147 +124,129 @@ class BuildEngine(build_ext):
                 f"nvcc is of CUDA {release[1]}, torch of {torch.version.cuda} (USE_CUDA=1 builds "
                 "it all the same)"
             )
-        names, flags = architectures(run([nvcc, "--list-gpu-code"]))
-        target = Path(self.build_temp) / "kernels.o"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        said = run(
-            [nvcc, "-std=c++17", "-O3", "-t0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
-            + ["-diag-suppress=1675", "-DL2L_SCALAR", "-DL2L_NAMESPACE=gpu"]  # 1675: GCC's pragmas
-            + [*flags, "-c", "csrc/cuda/kernels.cu", "-o", str(target)]
-        )
-        if os.environ.get("L2L_VERBOSE"):
-            print(said, file=sys.stderr)
-        spilled = {}  # what ptxas says of each kernel: its architecture, then its spills
-        for architecture, spills in re.findall(r"for 'sm_(\w+)'|(\d+) bytes spill", said):
-            if architecture:
-                current = architecture
-            else:
-                spilled[current] = spilled.get(current, 0) + int(spills)
-        extension.extra_objects += [str(target)]
-        extension.define_macros += [
-            ("USE_CUDA", None),
-            ("L2L_NVCC", f'"{release[1]}"'),
-            ("L2L_ARCHITECTURES", f'"{" ".join(names)}"'),
-            ("L2L_SPILLED", f'"{" ".join(f"sm_{k}:{v}" for k, v in spilled.items())}"'),
+        names, gencode = architectures(run([nvcc, "--list-gpu-code"]))
+        files = {"kernels": (CUDA_KERNELS, CUDA_FLAGS.split() + gencode)}
+        (kernels,) = self.compile("cuda", files, [nvcc])
+        spilled = Counter()  # bytes by architecture, of what ptxas says of each kernel
+        for said in Path(f"{kernels}.log").read_text().split("for 'sm_")[1:]:
+            numbers = map(int, re.findall(r"(\d+) bytes spill", said))
+            spilled["sm_" + said.split("'")[0]] += sum(numbers)
+        flags += [
+            "-DUSE_CUDA",
+            f'-DL2L_NVCC="{release[1]}"',
+            f'-DL2L_ARCHITECTURES="{" ".join(names)}"',
+            f'-DL2L_SPILLED="{" ".join(f"{name}:{count}" for name, count in spilled.items())}"',
         ]
-        extension.library_dirs += [str(root / "lib64"), str(root / "lib")]
-        # CUDA's own runtime goes in, so that torch's may be of another minor version.
-        extension.libraries += ["torch_cpu", "torch_cuda", "cudart_static", "dl", "rt", "pthread"]
-        self.build_extension(extension)
+        (module,) = self.compile("cuda_module", {"module": (CUDA_MODULE, flags)})
+        # nvcc knows its toolkit's folders, also behind a wrapper on PATH, which misleads torch's
+        # CUDA_HOME. CUDA's runtime goes in, so that torch's may be of another minor version.
+        linker = [nvcc, "-shared", "-nodlink", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        libraries += ["-ltorch_cpu", "-ltorch_cuda"]
+        run([*linker, module, kernels, *libraries, "-o", target])
         return f"CUDA {release[1]} for {' '.join(names)}"
 
-    def prepare(self, extension):
-        """What both halves are compiled with; returns torch."""
+    def with_torch(self):
+        """torch, and the flags of what includes its headers and of what is linked with it."""
         if sys.platform == "win32":
             raise NotBuilt("it needs GCC or Clang")
+        # It would warn where there is no GPU, and of a CUDA_HOME that is not used here.
+        logging.getLogger("torch.utils.cpp_extension").disabled = True
         try:
             import torch
+            from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError as error:
             raise NotBuilt(f"torch is not there at build time ({error})") from None
-        extension.optional = False  # else a failure would only be a warning
-        major, minor = STABLE_ABI.split(".")
-        home = Path(torch.__file__).parent
-        extension.include_dirs += [*pybind11_include(), str(home / "include")]
-        extension.library_dirs += [str(home / "lib")]
-        extension.define_macros += [
-            ("TORCH_TARGET_VERSION", f"0x{int(major):02x}{int(minor):02x}000000000000"),
-            ("L2L_TORCH_VERSION", f'"{torch.__version__}"'),
-            ("L2L_STABLE_ABI", f'"{STABLE_ABI}"'),
-            *([("L2L_X86", None)] if X86 else []),
-        ]
-        extension.extra_compile_args += OPTIMIZED
-        extension.extra_link_args += SANITIZED
-        if sys.platform == "linux":  # a libstdc++ that is linked in must not mix with torch's
-            extension.extra_link_args += ["-Wl,--exclude-libs,ALL"]
-        return torch
+        folders = include_paths() + self.compiler.include_dirs
+        with suppress(ImportError):  # torch 2.11's own copy cannot be used beside its stable ABI
+            import pybind11
 
-    def copy_extensions_to_source(self):
-        """Copies what was built; of what was not, nothing that was built before stays."""
-        everything, self.extensions = self.extensions, []
-        for extension in everything:
-            if Path(self.build_lib, self.get_ext_filename(extension.name)).exists():
-                self.extensions.append(extension)
-            else:
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-        super().copy_extensions_to_source()
-        self.extensions = everything
+            folders = [pybind11.get_include(), *folders]
+        major, minor = map(int, STABLE_ABI.split("."))
+        flags = [
+            f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
+            f'-DL2L_TORCH_VERSION="{torch.__version__}"',
+            f'-DL2L_STABLE_ABI="{STABLE_ABI}"',
+            *["-DL2L_X86"] * X86,
+            *(f"-I{folder}" for folder in folders),
+        ]
+        return torch, flags, [f"-L{folder}" for folder in library_paths()]
+
+    def compile(self, folder, files, compiler=None):
+        """Objects of {name: (source, flags)}, by ninja in parallel or else one after another.
+
+        ninja leaves alone what is new enough. The file for it is written here, because in that of
+        torch's BuildExtension all C++ files have the same flags.
+        """
+        compiler = compiler or [*self.compiler.compiler_so_cxx, *CPU_FLAGS.split()]
+        folder = Path(self.build_temp, folder)
+        if self.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        commands, rules = {}, f"builddir = {folder}\n{RULE}"
+        for name, (source, flags) in files.items():
+            target = f"{folder}/{name}.o"
+            command = [*compiler, *flags, "-MMD", "-MF", f"{target}.d", "-c", source, "-o", target]
+            commands[target] = command
+            path, line = re.sub("[$ :]", r"$\g<0>", target), shlex.join(command).replace("$", "$$")
+            rules += f"build {path}: compile {source}\n  line = {line}\n"
+        scripts = sysconfig.get_path("scripts")  # pip's ninja is there, and maybe not on PATH
+        if ninja := shutil.which("ninja") or shutil.which("ninja", path=scripts):
+            (folder / "build.ninja").write_text(rules)
+            run([ninja, "-f", f"{folder}/build.ninja"])
+        else:
+            for target, command in commands.items():
+                Path(f"{target}.log").write_text(run(command))
+        return list(commands)
 
 
 def find_nvcc():
-    """nvcc and the root of its toolkit, of which what is on PATH may only be a wrapper."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [Path(home) / "bin"] if home else [*os.get_exec_path(), "/usr/local/cuda/bin"]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(map(str, places)))
-    if nvcc is None:
-        where = f"in {places[0]}" if home else "on PATH"
-        raise NotBuilt(f"no CUDA toolkit: nvcc is not {where}; CUDA_HOME names a toolkit's folder")
-    top = re.search(r"#\$ TOP=(.*)", run([nvcc, "--dryrun", "-c", "any.cu"]))
-    return nvcc, Path(top[1].strip()) if top else Path(nvcc).resolve().parents[1]
+    places = [f"{home}/bin"] if home else [*os.get_exec_path(), "/usr/local/cuda/bin"]
+    if nvcc := shutil.which("nvcc", path=os.pathsep.join(places)):
+        return nvcc
+    where = f"in {places[0]}" if home else "on PATH"
+    raise NotBuilt(f"no CUDA toolkit: nvcc is not {where}; CUDA_HOME names a toolkit's folder")
 
 
 def architectures(known):
     """Names of the GPU architectures to compile for, and nvcc's flags for them."""
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    names = wish
-    if not wish:
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not names:  # torch would ask the GPUs that are here, and fail without one
         numbers = {line.removeprefix("sm_") for line in known.splitlines()}
         names = [n for n in ARCHITECTURES if n.removesuffix("+PTX").replace(".", "") in numbers]
         if not names:
             raise NotBuilt(f"the toolkit knows none of {', '.join(ARCHITECTURES)}")
         names[-1] = names[-1].removesuffix("+PTX") + "+PTX"
-    flags = []
-    for name in names:
-        if not (match := re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", name)):
-            raise NotBuilt(f"TORCH_CUDA_ARCH_LIST has '{name}', it takes names such as 8.0 9.0+PTX")
-        number = match[1] + match[2]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[3]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return names, flags
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
+    try:
+        return names, _get_cuda_arch_flags()
+    except (ValueError, IndexError) as error:
+        raise NotBuilt(f"TORCH_CUDA_ARCH_LIST is '{' '.join(names)}': {error}") from None
 
 
 def run(command):
-    """What a program of the toolkit says."""
+    """What a program says; L2L_VERBOSE shows it."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
         raise NotBuilt(f"{command[0]} does not run ({error})") from None
+    said = done.stdout + done.stderr
+    if os.environ.get("L2L_VERBOSE"):
+        print(said, file=sys.stderr)
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        errors = [line for line in lines if "error" in line or "fatal" in line] or lines
-        raise NotBuilt(f"{command[0]} failed ({errors[0].strip()})")
-    return done.stdout + done.stderr
+        lines = said.strip().splitlines() or ["no message"]
+        errors = [line for line in lines if re.search("error|fatal|not found|No such", line)]
+        raise NotBuilt(f"{command[0]} failed ({(errors or lines)[0].strip()})")
+    return said
 
-
-def pybind11_include():
-    """pybind11's own headers, to be found before torch's copy: that of torch 2.11 cannot be used
-    beside its stable ABI, those of later versions can."""
-    try:
-        import pybind11
-    except ImportError:
-        return []
-    return [pybind11.get_include()]
-
-
-HEADERS = list(map(str, sorted(Path("csrc").rglob("*.h"))))
 
 if __name__ == "__main__":  # the tests import this file
     setup(
         ext_modules=[
-            Extension(
-                CPU,
-                ["csrc/module.cpp", "csrc/cpu/cpu.cpp", "csrc/cuda/emulated.cpp"],
-                depends=["csrc/cpu/kernels.cpp", *HEADERS],
-                language="c++",
-                optional=True,
-            ),
-            Extension(
-                CUDA,
-                ["csrc/cuda/cuda.cpp"],
-                depends=["csrc/cuda/kernels.cu", *HEADERS],
-                language="c++",
-                optional=True,
-            ),
+            Extension("l2l_ref.backend._C", [*CPU_SOURCES, CPU_KERNELS], optional=True),
+            Extension("l2l_ref.backend._C_cuda", [CUDA_MODULE, CUDA_KERNELS], optional=True),
         ],
         cmdclass={"build_ext": BuildEngine},
     )

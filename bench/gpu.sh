@@ -110,7 +110,7 @@ kernels() {
   "$PYTHON" -m bench.kernels --sizes 1e4 1e6 --times
   "$PYTHON" -m bench.kernels --sizes 1e6 --operators step --tensor-cores --times
   "$PYTHON" -m bench.kernels --sizes 1e6 --operators differentiable_step --times
-  if command -v cuobjdump; then cuobjdump -res-usage l2l_ref/_engine_cuda*.so 2>&1; fi
+  if command -v cuobjdump; then cuobjdump -res-usage l2l_ref/backend/_C_cuda*.so 2>&1; fi
 }
 
 counters() { # the clocks stay as they are; not every machine lets a program read the counters

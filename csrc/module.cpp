@@ -1,7 +1,7 @@
-// The module l2l_ref._engine: importing it registers the operators; what it binds itself says how
+// The module l2l_ref.backend._C: importing it registers the operators; what it binds itself says how
 // it was built.
 //
-//   import l2l_ref._engine
+//   import l2l_ref.backend._C
 //     +-- torch.ops.l2l_ref.*            defined here; run by cpu/cpu.cpp and cuda/cuda.cpp
 //     +-- torch.ops.l2l_ref_emulated.*   defined and run by cuda/emulated.cpp
 //     +-- build_info, use_instruction_set, function, emulated.use_machine, emulated.function
@@ -66,8 +66,8 @@ void bind_functions(py::module_& m, F compute) {
 
 STABLE_TORCH_LIBRARY(l2l_ref, m) { l2l::define(m); }
 
-PYBIND11_MODULE(_engine, m) {
-  m.doc() = "The fused operators; l2l_ref.fused has them as functions.";
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The fused operators; l2l_ref.backend.ops has them as functions.";
   m.def(
       "build_info",
       [] {

@@ -121,7 +121,7 @@ def using(name, fused, monkeypatch):
             monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
         yield name
         return
-    info, module = fused.build_info(), import_module("l2l_ref._engine")
+    info, module = fused.build_info(), import_module("l2l_ref.backend._C")
     if name not in info["kernels"]:
         pytest.skip(f"no {name} kernels in this build or on this machine")
     module.use_instruction_set(name)

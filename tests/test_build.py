@@ -1,8 +1,10 @@
 """setup.py: which CUDA toolkit it takes, for which GPUs, and what it says where it cannot."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +16,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no shell script
 def build(monkeypatch):
     """setup.py as a module; it builds nothing when it is imported."""
     monkeypatch.chdir(ROOT)
-    for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "USE_CUDA"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "USE_CUDA", "L2L_VERBOSE"):
+        monkeypatch.setenv(name, "")  # as if not set; afterwards, what setup.py set is undone too
     spec = importlib.util.spec_from_file_location("setup_of_l2l_ref", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,48 +38,54 @@ class TestArchitectures:
     def test_all_that_the_toolkit_knows_and_what_follows(self, build):
         names, flags = build.architectures(NVCC)
         assert names == ["7.5", "8.0", "9.0+PTX", "10.0", "12.0+PTX"]
-        assert flags[0] == "-gencode=arch=compute_75,code=sm_75"
-        assert flags[-1] == "-gencode=arch=compute_120,code=compute_120"
+        codes = [("75", "sm"), ("80", "sm"), ("90", "sm"), ("90", "compute"), ("100", "sm")]
+        codes += [("120", "sm"), ("120", "compute")]
+        assert sorted(flags) == sorted(f"-gencode=arch=compute_{n},code={c}_{n}" for n, c in codes)
+
+    def test_an_older_toolkit(self, build):
         names, flags = build.architectures("sm_80\nsm_90\nsm_90a\n")
         assert names == ["8.0", "9.0+PTX"] and len(flags) == 3
+
+    def test_a_toolkit_without_any(self, build):
         with pytest.raises(build.NotBuilt, match="the toolkit knows none of 7.5, 8.0"):
             build.architectures("sm_35\nsm_60\n")
 
     @pytest.mark.parametrize("wish", ["8.6;9.0a+PTX", "8.6 9.0a+PTX"])
     def test_what_is_asked_for(self, build, monkeypatch, wish):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
-        assert build.architectures(NVCC) == (
-            ["8.6", "9.0a+PTX"],
-            [
-                "-gencode=arch=compute_86,code=sm_86",
-                "-gencode=arch=compute_90a,code=sm_90a",
-                "-gencode=arch=compute_90a,code=compute_90a",
-            ],
-        )
+        names, flags = build.architectures(NVCC)
+        assert names == ["8.6", "9.0a+PTX"]
+        assert sorted(flags) == [
+            "-gencode=arch=compute_86,code=sm_86",
+            "-gencode=arch=compute_90a,code=compute_90a",
+            "-gencode=arch=compute_90a,code=sm_90a",
+        ]
 
     def test_another_name(self, build, monkeypatch):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Hopper")
-        with pytest.raises(build.NotBuilt, match="has 'Hopper', it takes names such as 8.0"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Lovelace")
+        with pytest.raises(build.NotBuilt, match="_LIST is '8.0 Lovelace': Unknown.*Lovelace"):
             build.architectures(NVCC)
+
+    def test_a_name_of_torch(self, build, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+        assert len(build.architectures(NVCC)[1]) == 2  # and its PTX
 
 
 class TestNvcc:
     def test_behind_a_wrapper(self, build, monkeypatch, tmp_path):
-        """nvcc on PATH may be a script: the toolkit is where nvcc itself says it is."""
-        root = tmp_path / "toolkit"
-        real = script(root / "bin" / "nvcc", f"echo '#$ TOP={root}/bin/..' >&2")
+        """nvcc on PATH may be a script, anywhere: it is taken, for it knows its toolkit."""
+        real = script(tmp_path / "toolkit" / "bin" / "nvcc", 'echo "$0"')
         wrapper = script(tmp_path / "path" / "nvcc", f'exec {real} "$@"')
         monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
-        nvcc, found = build.find_nvcc()
-        assert Path(nvcc) == wrapper and found.resolve() == root
+        nvcc = build.find_nvcc()
+        assert Path(nvcc) == wrapper and build.run([nvcc]).strip() == str(real)
 
     def test_cuda_home_goes_first(self, build, monkeypatch, tmp_path):
         script(tmp_path / "path" / "nvcc", "exit 1")
         named = script(tmp_path / "home" / "bin" / "nvcc", "true")
         monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:/usr/bin:/bin")
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-        nvcc, root = build.find_nvcc()
-        assert Path(nvcc) == named and root == tmp_path / "home"
+        assert Path(build.find_nvcc()) == named
 
     def test_none(self, build, monkeypatch, tmp_path):
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -98,10 +106,11 @@ class TestLeftOut:
     """`build_cuda` before it compiles anything."""
 
     def attempt(self, build):
-        from setuptools import Distribution, Extension
+        from setuptools import Distribution
 
         command = build.BuildEngine(Distribution())
-        return command.build_cuda(Extension(build.CUDA, []))
+        command.compiler = SimpleNamespace(include_dirs=[])
+        return command.build_cuda("_engine_cuda.so")
 
     @pytest.mark.parametrize(
         "wish, words", [("0", "USE_CUDA is 0"), ("yes", "USE_CUDA is 'yes', it must be 0, 1")]
@@ -122,3 +131,39 @@ class TestLeftOut:
         monkeypatch.setattr("torch.version.cuda", "13.2")
         with pytest.raises(build.NotBuilt, match="nvcc is of CUDA 11.8, torch of 13.2"):
             self.attempt(build)
+
+
+class TestCompile:
+    """Objects, by ninja and without it: what a compiler says is kept, what is new enough stays."""
+
+    @pytest.fixture
+    def command(self, build, tmp_path):
+        from setuptools import Distribution
+
+        command = build.BuildEngine(Distribution())
+        command.build_temp, command.force = str(tmp_path / "of objects"), False
+        return command
+
+    @pytest.fixture
+    def compiler(self, tmp_path):
+        """A script that notes its first option, speaks, and makes the object, its last argument."""
+        text = f'echo "$1" >> {tmp_path}/calls; echo "spoke of $1"; [ "$1" != bad ] || exit 1\n'
+        return [str(script(tmp_path / "compiler", text + 'for last; do :; done; echo > "$last"'))]
+
+    @pytest.mark.parametrize("ninja", [True, False])
+    def test_each_object_with_its_flags(self, command, compiler, tmp_path, monkeypatch, ninja):
+        if not ninja:
+            monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+        elif shutil.which("ninja") is None:
+            pytest.skip("ninja is not on PATH")
+        files = {name: ("setup.py", [name]) for name in ("one", "two")}  # from the same source
+        for command.force, more in [(False, 2), (False, 0 if ninja else 2), (True, 2)]:
+            (tmp_path / "calls").write_text("")
+            objects = command.compile("cpu", files, compiler)
+            said = [Path(f"{name}.log").read_text() for name in objects]
+            assert said == ["spoke of one\n", "spoke of two\n"] and Path(objects[0]).exists()
+            assert len((tmp_path / "calls").read_text().split()) == more
+
+    def test_what_fails(self, build, command, compiler):
+        with pytest.raises(build.NotBuilt, match="failed"):
+            command.compile("cpu", {"one": ("setup.py", ["bad"])}, compiler)

@@ -23,7 +23,7 @@ def function(level):
     """name, x -> y of the kernels in use."""
     if level == "cuda":
         pytest.skip("a GPU's functions are tested through the operators")
-    module = import_module("l2l_ref._engine")
+    module = import_module("l2l_ref.backend._C")
     return (module.emulated if level == "emulated" else module).function
 
 
@@ -146,4 +146,4 @@ def test_unknown_names_and_types_are_refused(function):
     with pytest.raises(TypeError):
         function("tanh", np.ones(1, np.int64))
     with pytest.raises(ValueError, match="no kernels 'sse9': choose one of"):
-        import_module("l2l_ref._engine").use_instruction_set("sse9")
+        import_module("l2l_ref.backend._C").use_instruction_set("sse9")

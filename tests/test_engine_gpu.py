@@ -1,6 +1,6 @@
 """What only the GPU's kernels have: launches shaped by the device, and CUDA's own semantics.
 
-On the host the kernels run for any GPU one can imagine (`_engine.emulated`), thread by thread, in
+On the host the kernels run for any GPU one can imagine (`l2l_ref_emulated`), thread by thread, in
 an order that changes from barrier to barrier: where one is missing, a number is wrong.
 """
 
@@ -41,7 +41,7 @@ SMALL = [gpu for gpu in GPUS if gpu != "little shared memory"]
 @pytest.fixture
 def emulate(fused, monkeypatch):
     """name of a GPU, tensor_cores -> the emulated kernels run as on that GPU."""
-    emulated = import_module("l2l_ref._engine").emulated
+    emulated = import_module("l2l_ref.backend._C").emulated
     use_emulated(fused, monkeypatch)
     yield lambda name, tensor_cores=False: emulated.use_machine(*GPUS[name], tensor_cores)
     emulated.use_machine(2, *GPUS["H200"][1:])

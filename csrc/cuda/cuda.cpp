@@ -1,5 +1,5 @@
-// The module l2l_ref._engine_cuda: importing it registers the operators on CUDA. The schemas are
-// those that l2l_ref._engine registers.
+// The module l2l_ref.backend._C_cuda: importing it registers the operators on CUDA. The schemas are
+// those that l2l_ref.backend._C registers.
 //
 //   torch.ops.l2l_ref.*, CUDA tensors --operators.h--> Cuda --kernels.h--> kernels.cu
 //                                        scratch: tensors; the stream: PyTorch's current one
@@ -54,8 +54,8 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(l2l_ref, CUDA, m) { L2L_IMPLEMENT(m, l2l::Cuda); }
 
-PYBIND11_MODULE(_engine_cuda, m) {
-  m.doc() = "The fused operators on CUDA; l2l_ref.fused has them as functions.";
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "The fused operators on CUDA; l2l_ref.backend.ops has them as functions.";
   m.def(
       "build_info",
       [] {

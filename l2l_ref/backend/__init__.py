@@ -23,7 +23,7 @@ MAX_HIDDEN = 256  # units that the fused kernels take; some GPUs take fewer
 @cache
 def built(device: str = "cpu") -> bool:
     """Is the extension there, for a type of device, "cpu" or "cuda"? No CUDA without the CPU."""
-    names = ["l2l_ref._engine"] + ["l2l_ref._engine_cuda"] * (device == "cuda")
+    names = ["l2l_ref.backend._C"] + ["l2l_ref.backend._C_cuda"] * (device == "cuda")
     return all(find_spec(name) is not None for name in names)
 
 
@@ -103,7 +103,7 @@ def build_info() -> dict[str, Any] | None:
         return None
     cuda = None
     if built("cuda") and torch.version.cuda is not None:
-        cuda = import_module("l2l_ref._engine_cuda").build_info()
+        cuda = import_module("l2l_ref.backend._C_cuda").build_info()
     return {**_fused().build_info(), "cuda": cuda}
 
 
@@ -118,7 +118,7 @@ def use_tensor_cores(on: bool) -> None:
     """
     if not built("cuda") or torch.version.cuda is None:
         raise InputError(f"tensor cores need the fused engine with CUDA: '{BUILD_CUDA}' builds it")
-    import_module("l2l_ref._engine_cuda").use_tensor_cores(on)
+    import_module("l2l_ref.backend._C_cuda").use_tensor_cores(on)
 
 
 @cache
@@ -126,7 +126,7 @@ def _takes(layers: int, units: int, dtype: torch.dtype, device: torch.device) ->
     """Whether the kernels take an LSTM of that size; a GPU's shared memory may be too small."""
     if units > MAX_HIDDEN or device.type == "cpu":
         return units <= MAX_HIDDEN
-    cuda = import_module("l2l_ref._engine_cuda")
+    cuda = import_module("l2l_ref.backend._C_cuda")
     index = torch.cuda.current_device() if device.index is None else device.index
     return cuda.serves(layers, units, dtype == torch.float64, index)
 

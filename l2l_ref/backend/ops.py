@@ -1,7 +1,7 @@
 """The operators of `equations.py` in C++ and CUDA: the same names, signatures and results.
 
-They are PyTorch operators, `torch.ops.l2l_ref.*`, registered by the extensions `l2l_ref._engine`
-(the CPU) and `l2l_ref._engine_cuda` (csrc/): float32 and float64, contiguous tensors, any number of
+They are PyTorch operators, `torch.ops.l2l_ref.*`, registered by the extensions `l2l_ref.backend._C`
+(the CPU) and `l2l_ref.backend._C_cuda` (csrc/): float32 and float64, contiguous tensors, any number of
 layers, up to 256 units on the CPU and as many as a GPU has shared memory for. What they cannot take
 raises a RuntimeError that says so. On a GPU they queue their work on the current stream, wait for
 nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`.
@@ -16,11 +16,11 @@ from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
 from l2l_ref import equations
-from l2l_ref._engine import build_info  # noqa: F401  registers the operators
+from l2l_ref.backend._C import build_info  # noqa: F401  registers the operators
 from l2l_ref.equations import Form
 
-if torch.cuda.is_available() and find_spec("l2l_ref._engine_cuda"):
-    import_module("l2l_ref._engine_cuda")  # registers them on CUDA
+if torch.cuda.is_available() and find_spec("l2l_ref.backend._C_cuda"):
+    import_module("l2l_ref.backend._C_cuda")  # registers them on CUDA
 
 _ops = torch.ops.l2l_ref
 
