@@ -43,8 +43,9 @@ run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="...", p
 test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,test adds the optional ones
 	"$(PY)" -m pytest $(ARGS)
 
-lint: $(SETUP) ## ruff
+lint: $(SETUP) ## ruff: faults and format
 	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
 
 sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
 	L2L_SANITIZE=1 USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -2,9 +2,9 @@
 
 l2l_ref.backend._C runs on the CPU, l2l_ref.backend._C_cuda on a GPU. Without a C++ compiler or
 without torch the package installs all the same and runs on the reference; without a CUDA toolkit,
-on the CPU. USE_CUDA=0 leaves the CUDA half out, USE_CUDA=1 builds it even for another version of CUDA than
-torch's. TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses its architectures. L2L_VERBOSE=1 shows
-what the compilers say.
+on the CPU. USE_CUDA=0 leaves the CUDA half out, USE_CUDA=1 builds it even for another version of
+CUDA than torch's. TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX", chooses its architectures.
+L2L_VERBOSE=1 shows what the compilers say.
 """
 
 import logging

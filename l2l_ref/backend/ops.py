@@ -1,9 +1,9 @@
 """The operators of `equations.py` in C++ and CUDA: the same names, signatures and results.
 
 They are PyTorch operators, `torch.ops.l2l_ref.*`, registered by the extensions `backend._C` (the
-CPU) and `backend._C_cuda` (csrc/): float32 and float64, contiguous tensors, any number of layers, up
-to 256 units on the CPU and as many as a GPU has shared memory for. What they cannot take
-raises a RuntimeError that says so. On a GPU they queue their work on the current stream, wait for
+CPU) and `backend._C_cuda` (csrc/): float32 and float64, contiguous tensors, any number of layers,
+up to 256 units on the CPU and as many as a GPU has shared memory for. What they cannot take raises
+a RuntimeError that says so. On a GPU they queue their work on the current stream, wait for
 nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`.
 """
 

@@ -1,0 +1,44 @@
+"""Somebody else's attack: a φ meta-trained under Foolbox's PGD (pip install foolbox).
+
+python examples/another_attack.py
+"""
+
+import sys
+
+import foolbox
+import torch
+
+import l2l_ref
+from l2l_ref import data, problems
+from l2l_ref.attacks import leaves_no_trace
+from l2l_ref.meta_training import new_meta_optimizers
+
+EPS = 0.1
+linf = foolbox.attacks.LinfPGD(steps=7)
+
+
+@leaves_no_trace  # whatever the library does to the model, θ and its gradients stay as they are
+def attack(model, x, y):
+    return linf.run(foolbox.PyTorchModel(model.eval(), (0, 1)), x, y, epsilon=EPS)
+
+
+def main(data_dir: str = "data", episodes: int = 20, steps: int = 60) -> list[float]:
+    images = data.load("mnist", data_dir).train
+    problem = problems.make("mnist")
+
+    def draw(number: int) -> l2l_ref.Episode:
+        generator = torch.Generator().manual_seed(number)
+        model = problem.draw(generator)
+        return l2l_ref.Episode(model, data.batches(images, 128, generator), attack)
+
+    phi = new_meta_optimizers(problem, torch.Generator().manual_seed(0), "cpu")
+    settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)
+    history = l2l_ref.meta_train(
+        problem, phi, settings, draw,
+        on_episode=lambda done, loss: print(f"episode {done}: meta-loss {loss:.3f}"),
+    )  # fmt: skip
+    return history.loss
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,42 @@
+"""Your own model and your own loop, on clean batches, with a φ that was meta-trained under attack.
+
+python examples/own_loop.py runs/mnist-fgsm-robust/meta_optimizer.pt
+"""
+
+import sys
+from functools import partial
+
+import torch
+from torch import nn
+
+import l2l_ref
+from l2l_ref import data
+from l2l_ref.attacks import none
+
+
+def main(phi_file: str, data_dir: str = "data", steps: int = 100) -> dict[str, float]:
+    torch.manual_seed(0)
+    mnist = data.load("mnist", data_dir)
+    batches = data.batches(mnist.train, 128, torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.ReLU(), nn.Linear(40, 10))
+
+    phi = l2l_ref.load(phi_file)
+    optimizer = l2l_ref.LearnedOptimizer.for_model(model, phi)
+    for _ in range(steps):
+        x, y = next(batches)
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    judge = mnist.test.subset(torch.arange(min(1000, len(mnist.test))))
+    attacks = {"clean": none, "PGD-20 at 0.1": partial(l2l_ref.pgd, eps=0.1, steps=20)}
+    accuracy = {
+        name: l2l_ref.robust_accuracy(model, judge, attack) for name, attack in attacks.items()
+    }
+    for name, value in accuracy.items():
+        print(f"{name}: {value:.3f} of {mnist.source}")
+    return accuracy
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

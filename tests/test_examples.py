@@ -1,0 +1,30 @@
+"""The scripts of examples/ do what they say, on the stand-in."""
+
+import math
+
+import pytest
+import torch
+
+from examples import own_loop
+from l2l_ref.meta_training import new_meta_optimizers
+from l2l_ref.pretrained import save
+from l2l_ref.problems import make
+
+
+def test_own_loop(tmp_path, small_data, capsys):
+    """With a φ that is Adam, the nominal term alone, which learns in a hundred steps."""
+    generator = torch.Generator().manual_seed(0)
+    phi = new_meta_optimizers(make("mnist"), generator, "cpu", hidden_size=1, nominal=True)
+    save(tmp_path / "phi.pt", {"transfer": phi}, {})
+    accuracy = own_loop.main(str(tmp_path / "phi.pt"))
+    assert accuracy["clean"] > 0.5 > accuracy["PGD-20 at 0.1"]
+    assert "of stand-in" in capsys.readouterr().out
+
+
+def test_another_attack(small_data, capsys):
+    pytest.importorskip("foolbox")
+    from examples import another_attack
+
+    losses = another_attack.main(episodes=2, steps=20)
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert "episode 2: meta-loss" in capsys.readouterr().out
