@@ -104,7 +104,6 @@ def pgd(
     steps: int = 7,
     step_size: float | None = None,
     random_start: bool = True,
-    restarts: int = 1,
     loss: str = "cross_entropy",
     generator: Generator | None = None,
 ) -> Tensor:
@@ -115,29 +114,18 @@ def pgd(
         steps: number of gradient steps, >= 1.
         step_size: length of one step, finite and > 0; None is 2.5 * eps / steps.
         random_start: start from a uniform point of the ball instead of x.
-        restarts: number of runs, >= 1; each sample keeps its result of highest loss.
         loss: what is raised, one of LOSSES. The margin does not vanish where a model is sure, nor
             where its logits are small, so it tells a robust model from one that hides its gradient.
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
-    _check(eps, steps, step_size, restarts, loss)
+    _check(eps, steps, step_size, loss)
     if eps == 0:
         return x
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    runs = []
-    for _ in range(restarts):
-        x_adv = _uniform_in_ball(x, eps, generator) if random_start else x
-        for _ in range(steps):
-            x_adv = _step(model, x_adv, x, y, eps, step_size, loss)
-        runs.append(x_adv)
-    if restarts == 1:
-        return x_adv
-    with torch.no_grad():
-        losses = torch.stack([LOSSES[loss](model(run), y) for run in runs])
-    best = losses.argmax(0)  # [b]; NaN, a broken sample, counts as the highest
-    # By y: samples may lie on two axes of x (`problems.Stacked`).
-    samples = torch.stack(runs).reshape(restarts, len(y), x.numel() // max(1, len(y)))
-    return samples[best, torch.arange(len(y), device=x.device)].view_as(x)
+    x_adv = _uniform_in_ball(x, eps, generator) if random_start else x
+    for _ in range(steps):
+        x_adv = _step(model, x_adv, x, y, eps, step_size, loss)
+    return x_adv
 
 
 def make(
@@ -146,7 +134,6 @@ def make(
     eps: float,
     steps: int = 7,
     step_size: float | None = None,
-    restarts: int = 1,
     loss: str = "cross_entropy",
     generator: Generator | None = None,
 ) -> Attack:
@@ -157,13 +144,13 @@ def make(
     Returns:
         A callable (model, x, y) -> x_adv.
     """
-    _check(eps, steps, step_size, restarts, loss)
+    _check(eps, steps, step_size, loss)
     if name == "none":
         return none
     if name == "fgsm":
         return partial(fgsm, eps=eps)
     if name == "pgd":
-        options = {"steps": steps, "step_size": step_size, "restarts": restarts, "loss": loss}
+        options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
     raise InputError(f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}.")
 
@@ -221,7 +208,6 @@ def _check(
     eps: float,
     steps: int = 1,
     step_size: float | None = None,
-    restarts: int = 1,
     loss: str = "cross_entropy",
 ) -> None:
     if not 0 <= eps < math.inf:
@@ -233,7 +219,5 @@ def _check(
             f"step_size is {step_size}, but must be finite and > 0; "
             "leave it out for 2.5 * eps / steps."
         )
-    if not restarts >= 1:
-        raise InputError(f"restarts is {restarts}, but must be >= 1; 1 runs the attack once.")
     if loss not in LOSSES:
         raise InputError(f"loss is {loss!r}, which is unknown; choose one of {', '.join(LOSSES)}.")

@@ -73,22 +73,18 @@ def robust_accuracy(
 
 
 @torch.no_grad()
-def losses(
-    model: Callable, x: Tensor, y: Tensor, attack: Attack, *, eval_mode: bool = True
-) -> tuple[Tensor, Tensor]:
+def losses(model: Callable, x: Tensor, y: Tensor, attack: Attack) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of the model on a batch and on the same batch under attack.
 
     Args:
         model: x -> logits [b, classes].
         x, y: float [b, ...] in [0, 1] and labels int64 [b].
         attack: any callable (model, x, y) -> x_adv.
-        eval_mode: judge the model in eval mode; False keeps the modes that it is in.
     Returns:
         (clean, attacked): two 0-dim tensors without a graph, on the model's device (no sync).
     """
     with untouched(model):
-        if eval_mode:
-            _eval(model)
+        _eval(model)
         x_adv = leaves_no_trace(attack)(model, x, y)
         return F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
 

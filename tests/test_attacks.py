@@ -14,7 +14,7 @@ from l2l_ref import attacks
 from l2l_ref.attacks import fgsm, leaves_no_trace, make, none, pgd, untouched
 from l2l_ref.errors import InputError
 
-EVERY = {"fgsm": fgsm, "pgd": pgd, "pgd_restarts": partial(pgd, steps=2, restarts=2)}
+EVERY = {"fgsm": fgsm, "pgd": pgd}
 every_attack = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY)
 
 
@@ -200,35 +200,6 @@ def test_generator_may_live_on_another_device_than_x():
     assert not torch.equal(start.get_state(), before)  # drawn where the generator is
 
 
-def test_restarts_keep_the_highest_loss_of_every_sample(trained):
-    model, x, y = trained
-    # Few short steps: the runs end apart, and none of them is best everywhere.
-    attack = partial(pgd, model, x, y, eps=0.3, steps=2, step_size=0.02)
-    start = torch.Generator().manual_seed(0)
-    runs = torch.stack([attack(generator=start) for _ in range(4)])
-    losses = torch.stack([sample_losses(model, run, y) for run in runs])
-    assert len(losses.argmax(0).unique()) == 4
-    previous = torch.full_like(losses[0], -math.inf)
-    for restarts in (1, 2, 3, 4):
-        x_adv = attack(restarts=restarts, generator=torch.Generator().manual_seed(0))
-        loss = sample_losses(model, x_adv, y)
-        torch.testing.assert_close(loss, losses[:restarts].amax(0))
-        assert (loss >= previous - 1e-6).all()
-        previous = loss
-        assert (x_adv == runs[:restarts]).flatten(2).all(2).any(0).all()  # samples are not mixed
-
-
-def test_restarts_prefer_a_broken_sample():
-    def model(x):  # breaks in the upper half of the ball
-        z = torch.where(x > 0.5, math.nan, x)
-        return torch.cat([torch.zeros_like(x), z], 1)
-
-    x, y = torch.full((200, 1), 0.5), torch.zeros(200, dtype=torch.int64)
-    start = torch.Generator().manual_seed(0)
-    x_adv = pgd(model, x, y, eps=0.1, steps=1, step_size=1e-6, restarts=12, generator=start)
-    assert (x_adv > 0.5).float().mean() > 0.95
-
-
 def test_margin_by_hand():
     logits = torch.tensor([[1.0, 5.0, 2.0], [1.0, 5.0, 2.0], [4.0, -1.0, 3.5], [0.0, 0.0, 0.0]])
     y = torch.tensor([1, 0, 1, 2])
@@ -260,21 +231,6 @@ def test_the_margin_climbs_towards_the_best_wrong_class():
     attack = partial(pgd, model, x, y, eps=0.125, steps=1, step_size=0.125, random_start=False)
     assert torch.equal(attack(loss="margin"), torch.tensor([[0.625, 0.5, 0.375]]))
     assert torch.equal(attack(), torch.tensor([[0.625, 0.625, 0.375]]))
-
-
-def test_restarts_keep_the_highest_margin_of_every_sample(trained):
-    model, x, y = trained
-    attack = partial(pgd, model, x, y, eps=0.3, steps=1, step_size=0.02, loss="margin")
-    start = torch.Generator().manual_seed(0)
-    runs = torch.stack([attack(generator=start) for _ in range(4)])
-    with torch.no_grad():
-        margins = torch.stack([attacks.margin(model(run), y) for run in runs])
-        x_adv = attack(restarts=4, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(attacks.margin(model(x_adv), y), margins.amax(0))
-    assert len(margins.argmax(0).unique()) == 4
-
-
-# --- What an attack leaves alone ------------------------------------------------------------------
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -444,7 +400,6 @@ def test_untouched_serves_functions_that_hide_a_module():
         ({"eps": 0.1, "steps": 0}, "steps is 0"),
         ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0"),
         ({"eps": 0.1, "step_size": math.nan}, "step_size is nan"),
-        ({"eps": 0.0, "restarts": 0}, "restarts is 0"),
         ({"eps": 0.0, "loss": "hinge"}, "loss is 'hinge'.*cross_entropy, margin"),
     ],
 )
@@ -461,7 +416,7 @@ def test_numbers_out_of_range_are_named(options, named):
 
 def test_make(trained):
     model, x, y = trained
-    options = {"eps": 0.2, "steps": 2, "step_size": 0.07, "restarts": 2}
+    options = {"eps": 0.2, "steps": 2, "step_size": 0.07}
 
     def start():
         return torch.Generator().manual_seed(0)

@@ -205,19 +205,6 @@ def test_losses_by_hand():
     assert attacked.item() == pytest.approx(by_hand)
 
 
-def test_losses_can_keep_the_models_modes():
-    model, x, y = batch_norm_net()
-    before = state(model)
-    clean, attacked = losses(model, x, y, none, eval_mode=False)
-    assert state(model) == before
-    for loss in (clean, attacked):
-        assert loss.shape == () and not loss.requires_grad
-    with torch.no_grad():
-        expected = F.cross_entropy(model.train()(x), y)
-        assert not torch.isclose(expected, F.cross_entropy(model.eval()(x), y))
-    assert clean == attacked == expected
-
-
 @pytest.mark.parametrize(
     ("loss", "accuracy", "classes", "collapsed"),
     [
