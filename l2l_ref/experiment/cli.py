@@ -20,7 +20,7 @@ class Help(argparse.HelpFormatter):
     """The order of lines is kept, and a line is as wide as a help is pleasant to read."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=26, width=88)
+        super().__init__(prog, max_help_position=26, width=96)
 
 
 def parser() -> Parser:
