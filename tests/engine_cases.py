@@ -43,15 +43,13 @@ class Case(NamedTuple):
         return f"N{self.n}-L{self.layers}-H{self.hidden}-T{self.steps}-{form}"
 
 
-def covering(sizes, hidden=(20, 1, 5, 8, 16, 32, 33), steps=(1,), rounds=2) -> list[Case]:
-    """Every size `rounds` times; layers, units, steps and forms take turns beside it."""
+def covering(sizes, hidden=(20, 1, 5, 8, 16, 32, 33), steps=(1,)) -> list[Case]:
+    """Every size once; layers, units, steps and forms take turns beside it."""
     cases = []
-    for turn in range(rounds):
-        for i, n in enumerate(sizes):
-            at = i + turn * (len(sizes) + 1)
-            theta_input, odd = FORMS[(at + turn) % 4]
-            layers, units = 1 + (at + turn) % 3, hidden[at % len(hidden)]
-            cases.append(Case(n, layers, units, theta_input, odd, steps[at % len(steps)], seed=at))
+    for at, n in enumerate(sizes):
+        theta_input, odd = FORMS[at % 4]
+        layers, units = 1 + at % 3, hidden[at % len(hidden)]
+        cases.append(Case(n, layers, units, theta_input, odd, steps[at % len(steps)], seed=at))
     return cases
 
 

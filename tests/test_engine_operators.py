@@ -50,13 +50,13 @@ def expect_as_good_as_the_reference(run, case, dtype, actual):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 class TestAgainstTheReference:
-    @pytest.mark.parametrize("case", covering(SIZES, rounds=3), ids=by_id)
+    @pytest.mark.parametrize("case", covering(SIZES), ids=by_id)
     def test_theta_step_in_place(self, level, fused, case, dtype):
         actual = run_update(fused, case, arguments(case, dtype))
         assert all(a.dtype == dtype for a in actual)
         expect_close(actual, expected(run_update, case), TOLERANCE[dtype])
 
-    @pytest.mark.parametrize("case", covering(SIZES, rounds=2), ids=by_id)
+    @pytest.mark.parametrize("case", covering(SIZES), ids=by_id)
     def test_theta_step_and_its_gradients(self, level, fused, case, dtype):
         actual = run_gradients(fused, case, arguments(case, dtype))
         expect_close(actual, expected(run_gradients, case), TOLERANCE[dtype])
