@@ -136,29 +136,6 @@ def test_attacks_meet_each_model_and_leave_no_trace(vectorize):
     assert all(p.grad is None and p.requires_grad for p in together.parameters())
 
 
-def test_restarts_choose_among_the_samples_of_every_task():
-    """K copies of one network on K batches are that network on one batch of all."""
-    model = draw("mlp")[0]
-    together = Stacked([copy.deepcopy(model) for _ in range(K)])
-    ((x, y),) = joint(batches("mlp", 1))
-    attack = partial(attacks.pgd, eps=0.1, steps=1, restarts=4)
-    expected = attack(model, x.flatten(0, 1), y, generator=generator(3))
-    actual = attack(together, x, y, generator=generator(3))
-    assert actual.shape == x.shape
-    exactly(actual.flatten(0, 1), expected)
-
-
-UNROLLS = [  # what φ reads and is judged by
-    ("mlp", "fgsm", 0.5, 0.5),  # the paper's recipe
-    ("mlp", "fgsm", 1.0, 0.0),  # the robust one
-    ("mlp", "none", 1.0, 1.0),
-    ("convnet", "fgsm", 0.5, 0.5),
-    ("convnet", "fgsm", 1.0, 0.0),
-    ("convnet", "none", 1.0, 1.0),
-    ("quadratic", "none", 1.0, 1.0),
-]
-
-
 @pytest.mark.parametrize("name, attack, read_alpha, alpha", UNROLLS)
 @BOTH_WAYS
 def test_k_at_once_follow_the_paths_of_each_alone(name, attack, read_alpha, alpha, vectorize):
