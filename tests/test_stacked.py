@@ -136,6 +136,17 @@ def test_attacks_meet_each_model_and_leave_no_trace(vectorize):
     assert all(p.grad is None and p.requires_grad for p in together.parameters())
 
 
+UNROLLS = [  # what φ reads and is judged by
+    ("mlp", "fgsm", 0.5, 0.5),  # the paper's recipe
+    ("mlp", "fgsm", 1.0, 0.0),  # the robust one
+    ("mlp", "none", 1.0, 1.0),
+    ("convnet", "fgsm", 0.5, 0.5),
+    ("convnet", "fgsm", 1.0, 0.0),
+    ("convnet", "none", 1.0, 1.0),
+    ("quadratic", "none", 1.0, 1.0),
+]
+
+
 @pytest.mark.parametrize("name, attack, read_alpha, alpha", UNROLLS)
 @BOTH_WAYS
 def test_k_at_once_follow_the_paths_of_each_alone(name, attack, read_alpha, alpha, vectorize):
