@@ -70,12 +70,13 @@ def draw_curves(
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
             peaks[method], start = mean[mean.isfinite()].max().item(), mean[0].item()
         # a curve that runs away is cut, or it would flatten all the others
-        highest = min(max(peaks.values()), 2.5 * start)
+        highest = min(max(peaks.values()), 1.5 * start)
         notes = [f"{row['method']}: {marks(row)}" for row in summary
                  if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
         notes += [f"{method}: up to {peak:.3g}" for method, peak in peaks.items() if peak > highest]
         panel.text(0.985, 0.975, "\n".join(notes), ha="right", va="top", fontsize=8,
-                   transform=panel.transAxes)  # fmt: skip
+                   transform=panel.transAxes,
+                   bbox={"color": "white", "alpha": 0.8, "lw": 0})  # fmt: skip
         panel.set(xlabel="step", ylabel="loss under attack" if config.attack != "none" else "loss")
         if config.attack != "none":
             panel.set_title(f"ε = {eps:.3g}")
