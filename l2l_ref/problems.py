@@ -1,7 +1,7 @@
 """Optimizees: what the meta-optimizer trains.
 
-A problem says how to draw a fresh optimizee, what its loss is, and which parameters share a φ. No
-optimizer appears here, and a problem knows nothing of the one that trains it.
+A problem says how to draw a fresh optimizee and what its loss is. No optimizer appears here, and a
+problem knows nothing of the one that trains it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

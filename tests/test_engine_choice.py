@@ -1,4 +1,4 @@
-"""Who runs: engine.py chooses as it says, and nobody who uses it can tell who ran."""
+"""Who runs: backend chooses as it says, and nobody who uses it can tell who ran."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The command line: its options, the Config they make, a run's folder, how a program ends."""
+"""The command line: its options, the Config they make, how a program ends."""
 
 import argparse
 import sys
@@ -67,9 +67,7 @@ def parse(arguments: list[str]) -> Config:
     if clash:
         names = ", ".join("--" + name.replace("_", "-") for name in clash)
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
-    for name in ("eps", "episode_steps", "curriculum"):
-        if name in given:
-            given[name] = tuple(given[name])
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     if "grid" in given:
         axes = [(name.replace("-", "_"), values) for name, values in given["grid"]]
         given["grid"] = dict(axes)

@@ -44,8 +44,8 @@ def draw_curves(
     so that no mean hides them.
 
     Args:
-        runs: those of `experiment.Results`.
-        summary: rows of `report.summarise`.
+        runs: those of `protocol.Results`.
+        summary: rows of `summary.summarise`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

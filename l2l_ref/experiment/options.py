@@ -49,7 +49,7 @@ class Row(NamedTuple):
         count: arguments, as argparse has them.
         of: "φ" for what a loaded φ brings along, "place" for what may change when a run is
             continued.
-        said: of the default, in words.
+        said: of the default, in words; "" for a flag that has no opposite.
     """
 
     name: str
@@ -108,14 +108,15 @@ OPTIONS = (
     Row("attack_step_size", WHAT, "pixel values", None, kind=number, said="2.5·eps/steps"),
 
     # On CIFAR-10 φ takes some 100 unrolls of clean episodes until it begins to learn, and under PGD
-    # one of 100-step episodes collapses. The robust φ holds to 3,000 steps with such lengths. Docs:
-    # trials.
+    # one of 100-step episodes collapses. With its lengths the robust φ holds to 3,000 steps
+    # (docs/trials).
     Row("episodes", META, "each trains fresh optimizees", 70,
         {"cifar10": 50, "robust": 30, "quadratic": 100,
-       "mnist quick": 15, "cifar10 quick": 1, "quadratic quick": 10}, of="φ"),
+         "mnist quick": 15, "cifar10 quick": 1, "quadratic quick": 10}, of="φ"),
     Row("episode_steps", META, "updates of an episode, or smallest and largest", (100,),
         {"cifar10": (100, 300), "robust": (100, 1000), "quadratic": (100,),
-       "mnist quick": (60,), "cifar10 quick": (10,), "quadratic quick": (40,)}, count="+", of="φ"),
+         "mnist quick": (60,), "cifar10 quick": (10,), "quadratic quick": (40,)},
+        count="+", of="φ"),
     Row("tasks", META, "optimizees an episode trains at once", 1, of="φ"),
     Row("unroll", META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ"),
     Row("meta_lr", META, "Adam's on φ", 3e-3, {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2},
@@ -184,13 +185,16 @@ OPTIONS = (
 
 def names_of(of: str) -> set[str]:
     """The options that a loaded φ brings along ("φ"), or that may change ("place")."""
-    return {option.name for option in OPTIONS if option.of == of}
+    return {row.name for row in OPTIONS if row.of == of}
 
 
 def defaults(dataset: str, attack: str | None, recipe: str, quick: bool) -> dict[str, Any]:
     """Every option's default; `attack` None is that of the data set."""
-    words = {dataset, recipe} | {"robust" if recipe == "penalty" else recipe}
-    words |= {"quick"} if quick else set()
-    by_name = {option.name: option for option in OPTIONS}
-    words.add(attack or by_name["attack"].value(words))
-    return {option.name: option.value(words) for option in OPTIONS}
+    words = {dataset, recipe}
+    if recipe == "penalty":
+        words.add("robust")
+    if quick:
+        words.add("quick")
+    rows = {row.name: row for row in OPTIONS}
+    words.add(attack or rows["attack"].value(words))
+    return {name: row.value(words) for name, row in rows.items()}

@@ -252,7 +252,7 @@ def kinds_of_phi(config: Config) -> tuple[str, ...]:
 
 
 def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
-    """The curves of a φ of a kind (README); `phi` makes it a model's optimizer."""
+    """The curves of a φ of a kind (docs/decisions); `phi` makes it a model's optimizer."""
     read = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
     clean = {"penalty": c.penalty * eps}
     if kind == NOMINAL:

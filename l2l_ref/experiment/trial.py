@@ -189,7 +189,7 @@ def train_phi(
     lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
 
     def draw(number: int) -> Episode:
-        # Setting k of episode n is the trial of episode n·K + k of a run with K = 1.
+        # Task k of episode n is the trial of episode n·K + k of a run with K = 1.
         numbers = range(number * c.tasks, (number + 1) * c.tasks)
         trials = [Trial(setting, ("meta", fold, meta_seed, n)) for n in numbers]
         models = [trial.model() for trial in trials]
