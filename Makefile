@@ -65,7 +65,7 @@ distclean: clean ## clean, and remove .venv
 
 # For an active environment. Without a compiler it says so, once, and the reference runs.
 build/.engine%: setup.py $(ENGINE)
-	@echo "Building the fused engine: once, 30 seconds; with a CUDA toolkit, 2 minutes"
+	@echo "Building the fused engine: once, half a minute"
 	@"$(PY)" setup.py -q build_ext --inplace || true  # it says why: the reference runs
 	@mkdir -p build && touch $@
 
