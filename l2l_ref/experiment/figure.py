@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ def draw_curves(
         panel.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
                   frameon=False, title=title, title_fontsize=11)  # fmt: skip
+    footer = "\n".join(
+        textwrap.fill(line, 120 * columns, break_long_words=False, break_on_hyphens=False)
+        for line in footer.splitlines()
+    )
     figure.supxlabel(footer, fontsize=7, color="0.35")
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
