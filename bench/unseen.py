@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         own = replace(setting, problem=replace(setting.problem, build=build))
         results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis, ranks)
         footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
-        print("\n" + report.table(summarise(results), report.title(own), footer))
+        print("\n" + report.table(summarise(results), config, report.title(own), footer))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from l2l_ref.experiment import cli, report, summary
+from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.figure import draw_curves
 from l2l_ref.experiment.protocol import Results
 from l2l_ref.experiment.setting import prepare
@@ -156,11 +157,11 @@ class TestSummary:
         assert (row["runs"], row["skipped"], row["collapsed"]) == (3, 1, 1)
         assert row["attacked_loss"]["mean"] == 2.5
         assert row["attacked_loss"]["by_phi"] == [1.0, 4.0]
-        assert "1/3 collapsed, 1/3 skipped" in report.table([row], "title", "footer")
+        assert "1/3 collapsed, 1/3 skipped" in report.table([row], complete({}), "title", "footer")
 
     def test_a_method_without_any_run_is_a_line_of_dashes(self):
         rows = summary.summarise(results(run("Adam", loss=1.25), skipped("φ")))
-        text = report.table(rows, "title", "footer").splitlines()
+        text = report.table(rows, complete({}), "title", "footer").splitlines()
         assert [cell.strip() for cell in text[4].split("|")[1:-1]] == [
             "0.1", "Adam", "1.250", "1.00", "1", ""]  # fmt: skip
         assert [cell.strip() for cell in text[5].split("|")[1:-1]] == [
@@ -170,7 +171,7 @@ class TestSummary:
         more = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
         (row,) = summary.summarise(results(run("φ", phi=0, fgsm_accuracy=0.6, **more)))
         assert row["attacked_loss"]["mean"] == 1.0  # stays in summary.json
-        head = report.table([row], "title", "footer").splitlines()[2]
+        head = report.table([row], complete({}), "title", "footer").splitlines()[2]
         assert [cell.strip() for cell in head.split("|")[1:-1]] == [
             "ε", "method", "loss, PGD-7", "loss, FGSM", "clean acc.", "FGSM acc.", "PGD-20 acc.",
             "ms/step", "runs", ""]  # fmt: skip

@@ -16,6 +16,7 @@ from l2l_ref import data
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, machine, protocol, report, summary, tuning
+from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.folder import write_json
 from l2l_ref.experiment.options import RECIPES
 
@@ -628,7 +629,7 @@ class TestSummary:
         results = self.runs(2.3, 1.0, math.nan, ends=["collapsed", "ok", "diverged"])
         (row,) = summary.summarise(results)
         assert (row["collapsed"], row["diverged"]) == (1, 1)
-        text = report.table([row], "title", "footer")
+        text = report.table([row], complete({}), "title", "footer")
         assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
 
     def test_json_has_no_nan(self, tmp_path):

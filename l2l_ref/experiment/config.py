@@ -62,7 +62,8 @@ class Config:
     eval_samples: int  # test images for accuracies
     curve_samples: int  # test images for the curves
     record_every: int  # updates between two points of a curve
-    restarts: int  # of PGD-20
+    judge_steps: int  # of the PGD of the accuracies, each 2.5·eps/steps long
+    restarts: int  # of that PGD, on each of its losses
     judge: str  # "test", or "validation": the meta-training half alone
     # the run
     seed: int
@@ -79,7 +80,8 @@ class Config:
     def __post_init__(self):
         for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "tasks", "unroll",
                      "steps", "batch_size", "seeds", "meta_seeds", "tune_seeds", "tune_every",
-                     "eval_samples", "curve_samples", "record_every", "restarts"):  # fmt: skip
+                     "eval_samples", "curve_samples", "record_every", "judge_steps",
+                     "restarts"):  # fmt: skip
             require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
         few = self.images is not None and self.images < self.batch_size
         require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
@@ -167,7 +169,7 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
 # What settings that came later were before, for runs and φ that do not name them.
 BEFORE: dict[str, Any] = {
     "tasks": 1, "nominal": False, "penalty": 0.0, "record_every": 1, "judge": "test",
-    "images": None, "curriculum": [0.0, 0.0],
+    "images": None, "curriculum": [0.0, 0.0], "judge_steps": 20,
 }  # fmt: skip
 
 

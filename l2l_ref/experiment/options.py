@@ -164,7 +164,8 @@ OPTIONS = (
     Row("curve_samples", None, "", 1000, {"cifar10": 256, "quadratic": 1,
         "quick": 100, "cifar10 quick": 32}),
     Row("record_every", TRANSFER, "updates between points of a curve", said="steps/100"),
-    Row("restarts", TRANSFER, "of PGD-20", 2, {"quick": 1}),
+    Row("judge_steps", TRANSFER, "of the PGD that judges", 20),
+    Row("restarts", TRANSFER, "of that, on each of its two losses", 2, {"quick": 1}),
     Row("judge", TRANSFER, "test, or validation: the meta half only", "test", kind=str,
         choices=JUDGES),
 

@@ -36,8 +36,6 @@ from l2l_ref.optimizer import LearnedOptimizer, phi_groups
 from l2l_ref.pretrained import build, read, save
 from l2l_ref.transfer import Method
 
-PGD_STEPS = 20  # of the attack that judges: Eq. 8 with step size 2.5·eps/20
-
 
 @dataclass(frozen=True)
 class Results:
@@ -286,7 +284,7 @@ def run_method(
         result |= trial.judge(model, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
         pgd = [
-            attacks.make("pgd", eps=eps, steps=PGD_STEPS, loss=loss, generator=generator)
+            attacks.make("pgd", eps=eps, steps=c.judge_steps, loss=loss, generator=generator)
             for loss in ("cross_entropy", "margin")
         ]
         fgsm = attacks.make("fgsm", eps=eps)

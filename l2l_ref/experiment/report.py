@@ -24,12 +24,13 @@ def cell(value: dict[str, float | None] | None, digits: int) -> str:
     return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
 
 
-def table(summary: list[dict[str, Any]], title: str, footer: str) -> str:
+def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str) -> str:
     """The comparison as a Markdown table, for each metric `cell`."""
     names = [name for name in METRICS if any(name in row for row in summary)]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
-    head = ["ε", "method", *(METRICS[name] for name in names), "runs", ""]
+    labels = [METRICS[name].format(judge_steps=config.judge_steps) for name in names]
+    head = ["ε", "method", *labels, "runs", ""]
     body = [
         [f"{row['eps']:g}", row["method"],
          *(cell(row.get(name), 2 if name == "ms_per_step" else 3) for name in names),
@@ -118,4 +119,4 @@ def write(
     write_json(out / "summary.json", value)
     draw_curves(out / "curves.png", results.runs, summary, config, heading, footer)
     learned = verdicts(results, value["differences"], config.recipe)
-    return "\n\n".join([table(summary, heading, footer), *filter(None, [learned])])
+    return "\n\n".join([table(summary, config, heading, footer), *filter(None, [learned])])

@@ -4,16 +4,16 @@ import math
 import statistics
 from typing import Any
 
-from l2l_ref.experiment.protocol import PGD_STEPS, Results
-from l2l_ref.experiment.trial import PGD_STEPS as LOSS_STEPS
+from l2l_ref.experiment.protocol import Results
+from l2l_ref.experiment.trial import PGD_STEPS
 
 METRICS = {
     "attacked_loss": "loss",  # the last of the curve, where there is no other
-    "pgd_loss": f"loss, PGD-{LOSS_STEPS}",
+    "pgd_loss": f"loss, PGD-{PGD_STEPS}",
     "fgsm_loss": "loss, FGSM",
     "accuracy": "clean acc.",
     "fgsm_accuracy": "FGSM acc.",
-    "pgd_accuracy": f"PGD-{PGD_STEPS} acc.",
+    "pgd_accuracy": "PGD-{judge_steps} acc.",
     "ms_per_step": "ms/step",
 }
 # Of each recipe the row that says whether φ has learned, and those that it must be below: what it

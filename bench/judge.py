@@ -1,0 +1,100 @@
+"""Models of a finished run, trained once more and judged by a stronger PGD.
+
+python -m bench.judge runs/mnist-fgsm-robust "L2L-Transfer (clean)" "Adam + L1"
+
+Takes φ and tuned settings as the run left them, so the losses should come out as they did there:
+their largest difference is printed. Writes judge.json into the run's folder.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.output import command, count, machine, write_json
+from l2l_ref.errors import InputError
+from l2l_ref.experiment import report
+from l2l_ref.experiment.cli import Parser, run_as_script
+from l2l_ref.experiment.config import Config, as_saved
+from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.progress import progress
+from l2l_ref.experiment.protocol import Experiment, Results, load_phis
+from l2l_ref.experiment.setting import prepare
+from l2l_ref.experiment.summary import differences, summarise
+
+
+def parse(arguments: list[str]) -> Any:
+    """The options; raises InputError for any that are wrong."""
+    top = Parser(prog="judge.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    top.add_argument("folder", type=Path, help="of a finished run")
+    top.add_argument("methods", nargs="+", metavar="METHOD", help="rows of its table")
+    top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
+    top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
+    top.add_argument("--samples", type=count, default=500, metavar="N", help="images (500)")
+    top.add_argument("--data-dir", metavar="DIR", help="where the data is (as in the run)")
+    return top.parse_args(arguments)
+
+
+def settings_of(options: Any) -> Config:
+    """Those of the run's config.json, but for who judges."""
+    try:
+        saved = as_saved(json.loads((options.folder / "config.json").read_text())["settings"])
+        grid = {name: tuple(values) for name, values in saved.pop("grid").items()}
+        plain = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+        config = Config(**plain, grid=grid)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{options.folder} holds no run of this version: name the folder of one"
+        ) from None
+    if config.dataset == "quadratic":
+        raise InputError(f"{options.folder} is of quadratics, which have no pixels to attack")
+    return replace(
+        config,
+        judge_steps=options.steps,
+        restarts=options.restarts,
+        eval_samples=options.samples,
+        record_every=config.steps,
+        data_dir=options.data_dir or config.data_dir,
+    )
+
+
+def experiment_of(options: Any) -> Experiment:
+    """The run with all its pieces there."""
+    setting, phis = prepare(settings_of(options)), {}
+    if setting.config.load:
+        setting, phis = load_phis(Path(setting.config.load), setting)
+    experiment = Experiment(setting, options.folder, progress(), phis)
+    labels = dict.fromkeys(key["method"] for key, _ in experiment.runs())
+    for label in options.methods:
+        if label not in labels:
+            raise InputError(f"there is no {label!r} in that run: choose of {', '.join(labels)}")
+    for piece in experiment.pieces():
+        if piece.name not in experiment.parts:
+            raise InputError(f"{options.folder} is not finished: --resume that run first")
+    return experiment
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, train, judge, print, write."""
+    options = parse(arguments)
+    keep_freed_memory()
+    experiment = experiment_of(options)
+    setting, parts = experiment.setting, experiment.parts
+    runs, worst = [], 0.0
+    for key, piece in experiment.runs():
+        if key["method"] in options.methods and "skipped" not in parts[piece.name]:
+            run = piece.compute(parts)
+            worst = max(worst, abs(run["attacked_loss"] - parts[piece.name]["attacked_loss"]))
+            runs.append({**key, **run})
+    results = Results(runs, {}, [], {})
+    about = {**machine(setting.config.backend), "command": command("judge.py", arguments)}
+    rows = summarise(results)
+    footer = f"losses differ from the run's by at most {worst:.3g}\n{about['command']}"
+    print("\n" + report.table(rows, setting.config, report.title(setting), footer))
+    found = {"data": setting.source, "table": rows, "differences": differences(results)}
+    write_json(options.folder / "judge.json", {**about, **found, "loss_difference": worst})
+    print(f"\n{options.folder}: judge.json")
+
+
+if __name__ == "__main__":
+    run_as_script("judge.py", main)
