@@ -12,9 +12,10 @@ import torch
 
 from l2l_ref.backend import resolve
 from l2l_ref.experiment import cli, folder, machine, report
+from l2l_ref.experiment.phis import load_phis
 from l2l_ref.experiment.pieces import Ranks, compute_all
 from l2l_ref.experiment.progress import progress
-from l2l_ref.experiment.protocol import Experiment, load_phis
+from l2l_ref.experiment.protocol import Experiment
 from l2l_ref.experiment.setting import prepare
 
 

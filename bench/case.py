@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.device import CPU, free_bytes
 from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
-from l2l_ref.optimizer import MetaOptimizer
+from l2l_ref.meta_optimizer import MetaOptimizer
 
 STEP_BYTES = 1600  # that a step in plain PyTorch may take for each column of the state
 SHARE = 0.4  # of the free memory that one peer may take

@@ -17,8 +17,9 @@ from l2l_ref.experiment import report
 from l2l_ref.experiment.cli import Parser, run_as_script
 from l2l_ref.experiment.config import Config, as_saved
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.phis import load_phis
 from l2l_ref.experiment.progress import progress
-from l2l_ref.experiment.protocol import Experiment, Results, load_phis
+from l2l_ref.experiment.protocol import Experiment, Results
 from l2l_ref.experiment.setting import prepare
 from l2l_ref.experiment.summary import differences, summarise
 

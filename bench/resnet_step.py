@@ -30,7 +30,8 @@ from l2l_ref.experiment.cli import Parser, run_as_script
 from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.options import RECIPES
-from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer, flatten_
+from l2l_ref.meta_optimizer import MetaOptimizer
+from l2l_ref.optimizer import LearnedOptimizer, flatten_
 
 ADAM = "Adam (fused)"  # the ratios are over its time
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.output import command, write_json
-from l2l_ref import attacks, data, evaluate, meta_training, optimizer
+from l2l_ref import attacks, data, episode, evaluate, meta_optimizer
 from l2l_ref.backend import cuda_graphs, operators, resolve
+from l2l_ref.data import images
 from l2l_ref.experiment import cli, folder, machine, protocol, tuning
 from l2l_ref.experiment.pieces import Ranks, compute_all
 from l2l_ref.experiment.progress import Progress
@@ -104,15 +105,15 @@ def instrument(clock: Clock, setting: Setting) -> Setting:
     for kind in (torch.optim.Adam, torch.optim.SGD, LearnedOptimizer):
         patch(kind, "step", "zero_grad", what=OPTIMIZERS)
 
-    endless = data.batches
-    data.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
+    endless = images.batches
+    images.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
 
     @cache
     def timed_operators(module: ModuleType) -> SimpleNamespace:
         names = ("theta_step_", "theta_step", "unroll_meta_gradient")
         return SimpleNamespace(**{name: clock.timed(getattr(module, name), LSTM) for name in names})
 
-    for module in (meta_training, optimizer):
+    for module in (episode, meta_optimizer):
         module.operators = lambda *args: timed_operators(operators(*args))
 
     def build() -> nn.Module:

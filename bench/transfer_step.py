@@ -28,7 +28,7 @@ from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.options import RECIPES
 from l2l_ref.experiment.tuning import adam
-from l2l_ref.meta_training import new_meta_optimizers
+from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
@@ -75,7 +75,7 @@ def methods(problem: problems.Problem, backend: str, eps: float) -> dict[str, Me
     for recipe in RECIPES:
         settings = complete({"recipe": recipe})
         form = {name: getattr(settings, name) for name in FORM}
-        phi = new_meta_optimizers(problem, torch.Generator().manual_seed(0), "cpu", **form)
+        phi = new_phi(problem.build(), generator=torch.Generator().manual_seed(0), **form)
         label = f"L2L-Transfer ({recipe})"
         penalty = settings.penalty * eps
         result[label] = Method(

@@ -14,9 +14,10 @@ from torch import nn
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, folder, report
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.phis import load_phis
 from l2l_ref.experiment.pieces import Ranks, compute_all
 from l2l_ref.experiment.progress import progress
-from l2l_ref.experiment.protocol import Experiment, Results, load_phis
+from l2l_ref.experiment.protocol import Experiment, Results
 from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.experiment.summary import summarise
 

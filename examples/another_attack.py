@@ -11,7 +11,7 @@ import torch
 import l2l_ref
 from l2l_ref import data, problems
 from l2l_ref.attacks import leaves_no_trace
-from l2l_ref.meta_training import new_meta_optimizers
+from l2l_ref.meta_optimizer import new_phi
 
 EPS = 0.1
 linf = foolbox.attacks.LinfPGD(steps=7)
@@ -29,12 +29,12 @@ def main(data_dir: str = "data", episodes: int = 20, steps: int = 60) -> list[fl
     def draw(number: int) -> l2l_ref.Episode:
         generator = torch.Generator().manual_seed(number)
         model = problem.draw(generator)
-        return l2l_ref.Episode(model, data.batches(images, 128, generator), attack)
+        return l2l_ref.Episode(model, data.batches(images, 128, generator), attack, classes=10)
 
-    phi = new_meta_optimizers(problem, torch.Generator().manual_seed(0), "cpu")
+    phi = new_phi(problem.build(), generator=torch.Generator().manual_seed(0))
     settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)
     history = l2l_ref.meta_train(
-        problem, phi, settings, draw,
+        phi, settings, draw,
         on_episode=lambda done, loss: print(f"episode {done}: meta-loss {loss:.3f}"),
     )  # fmt: skip
     return history.loss

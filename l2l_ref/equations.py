@@ -19,12 +19,14 @@ from collections.abc import Callable
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
 THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
 MAX_P = 80  # beyond, e^p overflows float32 and a zero gradient would become nan
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's direction (Kingma & Ba 2015)
+Loss = Callable[..., Tensor]  # (model, x, y) -> 0-dim loss, averaged over the batch
 BLOCK = 2048  # coordinates whose graph `unroll_meta_gradient` holds at once
 
 
@@ -258,9 +260,14 @@ def adam_direction(gradient: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     return d, torch.stack((first, second, count))
 
 
+def cross_entropy(model: Callable, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of a classifier: logits model(x) [b, classes] and labels y [b], averaged."""
+    return F.cross_entropy(model(x), y)
+
+
 def robust_loss(
-    loss: Callable[..., Tensor],
-    model,
+    loss: Loss,
+    model: Callable,
     x: Tensor,
     y: Tensor,
     *,
@@ -271,7 +278,6 @@ def robust_loss(
     """Eq. 6: α·l(θ, x, y) + (1 - α)·l(θ, x', y), with x' crafted against the current θ.
 
     Args:
-        loss: (model, x, y) -> 0-dim loss.
         attack: (model, x, y) -> x'; not called for alpha = 1.
         alpha: in [0, 1]; 1 is the clean loss alone, 0 the adversarial loss alone. A loss that
             weighs nothing is not computed.
@@ -285,7 +291,7 @@ def robust_loss(
     return clean if alpha == 1 else alpha * clean + (1 - alpha) * adversarial
 
 
-def penalised(loss: Callable[..., Tensor], model, x: Tensor, y: Tensor, penalty: float) -> Tensor:
+def penalised(loss: Loss, model: Callable, x: Tensor, y: Tensor, penalty: float) -> Tensor:
     """l + λ·Σ|∂l/∂x|, of a batch x whose loss l is its mean; differentiable (double backward).
 
     To first order l + ε·‖∂l/∂x‖₁ is the loss under any attack of l∞ radius ε, and no attacked

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2l_ref.attacks import Attack, leaves_no_trace, untouched
+from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
 
 
@@ -73,20 +73,23 @@ def robust_accuracy(
 
 
 @torch.no_grad()
-def losses(model: Callable, x: Tensor, y: Tensor, attack: Attack) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy of the model on a batch and on the same batch under attack.
+def losses(
+    model: Callable, x: Tensor, y: Tensor, attack: Attack, loss: Loss = cross_entropy
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of the model on a batch and on the same batch under attack.
 
     Args:
-        model: x -> logits [b, classes].
+        model: x -> what `loss` takes; logits [b, classes] for the cross-entropy.
         x, y: float [b, ...] in [0, 1] and labels int64 [b].
         attack: any callable (model, x, y) -> x_adv.
+        loss: (model, x, y) -> 0-dim loss.
     Returns:
         (clean, attacked): two 0-dim tensors without a graph, on the model's device (no sync).
     """
     with untouched(model):
         _eval(model)
         x_adv = leaves_no_trace(attack)(model, x, y)
-        return F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
+        return loss(model, x, y), loss(model, x_adv, y)
 
 
 def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:

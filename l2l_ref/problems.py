@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
-
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,6 @@ def reset(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
     elif isinstance(module, Quadratic):
         nn.init.normal_(module.theta, std=0.01, generator=generator)
-
-
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross entropy of logits model(x) [b, classes] and labels y [b]."""
-    return F.cross_entropy(model(x), y)
 
 
 def mlp() -> nn.Module:
@@ -113,6 +106,36 @@ class Quadratic(nn.Module):
 def squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """||model(x) - y||², averaged over the problems of a batch."""
     return (model(x) - y).square().sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class Quadratics:
+    """Functions that are drawn, as `data.Samples`: every part of them is the whole, and a curve is
+    recorded on those that are trained on."""
+
+    size: int  # functions of an optimizee
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def halves(self, seed: int) -> tuple["Quadratics", "Quadratics"]:
+        return self, self
+
+    def shuffled(self, generator: torch.Generator) -> "Quadratics":
+        return self
+
+    def first(self, count: int | None) -> "Quadratics":
+        return self
+
+    def rest(self, count: int) -> "Quadratics":
+        return self
+
+    def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        return quadratics(self.size, *generators, device=self.device)
+
+    def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return next(self.batches(self.size, generator))
 
 
 def quadratics(

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from l2l_ref import attacks
 from l2l_ref.backend.cuda_graphs import Graphed
-from l2l_ref.equations import robust_loss
-from l2l_ref.problems import Loss
+from l2l_ref.equations import Loss, robust_loss
 
 Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]
 

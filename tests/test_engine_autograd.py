@@ -21,7 +21,7 @@ from engine_cases import (
     run_update,
 )
 
-from l2l_ref.optimizer import MetaOptimizer
+from l2l_ref.meta_optimizer import MetaOptimizer
 
 forms = pytest.mark.parametrize("theta_input, odd", FORMS)
 glibc = pytest.mark.skipif(

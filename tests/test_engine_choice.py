@@ -11,9 +11,10 @@ from torch import nn
 
 from l2l_ref import attacks, equations, problems
 from l2l_ref.backend import _takes, _warn, build_info, operators, resolve
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
-from l2l_ref.meta_training import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
-from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer
+from l2l_ref.meta_optimizer import MetaOptimizer, new_phi
+from l2l_ref.optimizer import LearnedOptimizer
 
 
 @pytest.fixture(autouse=True)
@@ -238,13 +239,13 @@ class TestWhoeverRuns:
 
         def unrolls(backend):
             problem = problems.make("quadratic", batch_size=8)
-            phi = new_meta_optimizers(problem, generator(1), "cpu", **settings)
+            phi = new_phi(problem.build(), generator=generator(1), **settings)
             for meta in phi.values():
                 nn.init.normal_(meta.head.weight, generator=generator(2))
             batches = problems.quadratics(8, generator(3))
-            episode = Episode(problem.draw(generator(4)), batches, attacks.none)
+            episode = Episode(problem.draw(generator(4)), batches, attacks.none, problem.loss)
             plan = MetaSettings(episodes=1, steps=12, unroll=5, read_alpha=1.0, alpha=1.0)
-            for dphis, losses in truncated_unrolls(problem, episode, phi, plan, backend):
+            for dphis, losses in truncated_unrolls(episode, phi, plan, backend):
                 yield *dphis.values(), losses
 
         pairs = list(zip(unrolls("fused"), unrolls("reference"), strict=True))

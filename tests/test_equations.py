@@ -9,7 +9,8 @@ from torch import nn
 
 from l2l_ref import equations
 from l2l_ref.equations import preprocess, theta_step, theta_step_, unroll_meta_gradient
-from l2l_ref.optimizer import MetaOptimizer, flatten_
+from l2l_ref.meta_optimizer import MetaOptimizer
+from l2l_ref.optimizer import flatten_
 
 FORMS = [
     dict(theta_input=theta_input, odd=odd)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples import own_loop
-from l2l_ref.meta_training import new_meta_optimizers
+from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.pretrained import save
 from l2l_ref.problems import make
 
@@ -14,7 +14,7 @@ from l2l_ref.problems import make
 def test_own_loop(tmp_path, small_data, capsys):
     """With a φ that is Adam, the nominal term alone, which learns in a hundred steps."""
     generator = torch.Generator().manual_seed(0)
-    phi = new_meta_optimizers(make("mnist"), generator, "cpu", hidden_size=1, nominal=True)
+    phi = new_phi(make("mnist").build(), generator=generator, hidden_size=1, nominal=True)
     save(tmp_path / "phi.pt", {"transfer": phi}, {})
     accuracy = own_loop.main(str(tmp_path / "phi.pt"))
     assert accuracy["clean"] > 0.5 > accuracy["PGD-20 at 0.1"]

@@ -11,15 +11,11 @@ import run
 from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.backend import cuda_graphs
 from l2l_ref.backend.cuda_graphs import EAGER_CALLS, Graphed
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import tuning
-from l2l_ref.meta_training import (
-    Episode,
-    MetaSettings,
-    apply_meta_gradient,
-    new_meta_optimizers,
-    truncated_unrolls,
-)
+from l2l_ref.meta_optimizer import new_phi as untrained
+from l2l_ref.meta_training import apply_meta_gradient
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
@@ -167,7 +163,8 @@ def cases(device=CPU):
                 batches = data.batches(images, 8, *streams)
             noise = generator(5, device)
             chosen = attacks.make(attack, eps=0.1, steps=2, generator=noise)
-            return Episode(models[0] if tasks == 1 else problems.Stacked(models), batches, chosen)
+            model = models[0] if tasks == 1 else problems.Stacked(models)
+            return Episode(model, batches, chosen, problem.loss)
 
         return problem, settings, episode, nominal
 
@@ -189,8 +186,9 @@ NAMES = ["mlp-paper", "mlp-robust", "mlp-pgd-2", "convnet-robust", "convnet-pape
 def meta_run(problem, settings, episode, nominal, capture, backend="auto", device=CPU):
     """All that an episode leads to, φ learning on the way."""
     robust = settings.read_alpha != settings.alpha
-    phi = new_meta_optimizers(
-        problem, generator(1), device, output_scale=0.1, odd=robust, theta_input=robust,
+    phi = untrained(
+        problem.build().to(device), generator=generator(1),
+        output_scale=0.1, odd=robust, theta_input=robust,
         nominal=nominal,
     )  # fmt: skip
     sgd = torch.optim.SGD(phi.parameters())
@@ -198,9 +196,7 @@ def meta_run(problem, settings, episode, nominal, capture, backend="auto", devic
         noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
         meta.head.weight.data.copy_(noise)
     episode, found = episode(), []
-    for dphis, losses in truncated_unrolls(
-        problem, episode, phi, settings, backend, capture=capture
-    ):
+    for dphis, losses in truncated_unrolls(episode, phi, settings, backend, capture=capture):
         found += [losses, *dphis.values()]
         apply_meta_gradient(phi, dphis, sgd, 0.1, settings)
     return [*found, *episode.model.parameters(), *episode.model.buffers(), *phi.parameters()]
@@ -247,8 +243,9 @@ LOSSES = [{"alpha": 1.0}, {"alpha": 0.5}, {"alpha": 1.0, "l1": 1e-2},
 
 def new_phi(problem, device=CPU):
     """With a nominal term."""
-    phi = new_meta_optimizers(
-        problems.make(problem), generator(1), device, output_scale=0.1, theta_input=True,
+    phi = untrained(
+        problems.make(problem).build().to(device), generator=generator(1),
+        output_scale=0.1, theta_input=True,
         nominal=True,
     )  # fmt: skip
     for meta in phi.values():

@@ -7,18 +7,11 @@ import torch
 from torch import nn
 
 from l2l_ref import attacks, equations, problems
+from l2l_ref import meta_optimizer as phis
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint
-from l2l_ref.meta_training import (
-    Episode,
-    History,
-    MetaSettings,
-    how_it_ended,
-    meta_train,
-    new_meta_optimizers,
-    truncated_unrolls,
-    watch,
-)
+from l2l_ref.meta_training import History, how_it_ended, meta_train, watch
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
@@ -32,11 +25,12 @@ def generator(seed):
 
 def draw(number: int) -> Episode:
     model = PROBLEM.draw(generator(number))
-    return Episode(model, problems.quadratics(BATCH, generator(10_000 + number)), attacks.none)
+    batches = problems.quadratics(BATCH, generator(10_000 + number))
+    return Episode(model, batches, attacks.none, PROBLEM.loss)
 
 
 def new_phi(**settings) -> nn.ModuleDict:
-    return new_meta_optimizers(PROBLEM, generator(1), "cpu", **settings)
+    return phis.new_phi(PROBLEM.build(), generator=generator(1), **settings)
 
 
 def settings(**changes) -> MetaSettings:
@@ -50,9 +44,7 @@ def same(a: nn.ModuleDict, b: nn.ModuleDict) -> bool:
 
 def test_learned_optimizer_beats_tuned_sgd_on_quadratics():
     phi = new_phi(output_scale=0.1)
-    history = meta_train(
-        PROBLEM, phi, settings(episodes=20, steps=60, unroll=20, meta_lr=0.01), draw
-    )
+    history = meta_train(phi, settings(episodes=20, steps=60, unroll=20, meta_lr=0.01), draw)
     assert history.skipped == history.diverged == 0
 
     def final_loss(optimizer) -> float:
@@ -88,7 +80,7 @@ def test_unrolls_follow_the_equations_to_the_bit():
     phi = new_phi(output_scale=0.1)
     meta = phi["quadratic"]
     nn.init.constant_(meta.head.weight, 0.05)
-    unrolls = list(truncated_unrolls(PROBLEM, draw(0), phi, settings(steps=7, unroll=4)))
+    unrolls = list(truncated_unrolls(draw(0), phi, settings(steps=7, unroll=4)))
     assert [len(losses) for _, losses in unrolls] == [4, 3]
 
     episode = draw(0)
@@ -123,13 +115,13 @@ def test_reads_one_loss_and_is_judged_by_another(small_digits):
     problem = problems.make("mnist")
     x, y = small_digits.train.batch(torch.arange(64))
     shift = lambda model, x, y: (x + 0.3).clamp(0, 1)  # noqa: E731  an attack easy to follow
-    phi = new_meta_optimizers(problem, generator(0), "cpu")
+    phi = phis.new_phi(problem.build(), generator=generator(0))
 
     def one(read_alpha, alpha):
         model = problem.draw(generator(0))
         episode = Episode(model, iter([(x, y)] * 9), shift)
         chosen = settings(steps=2, unroll=2, read_alpha=read_alpha, alpha=alpha)
-        dphis, losses = next(truncated_unrolls(problem, episode, phi, chosen))
+        dphis, losses = next(truncated_unrolls(episode, phi, chosen))
         return dphis["linear"], losses
 
     model = problem.draw(generator(0))
@@ -148,7 +140,7 @@ def test_same_seed_same_bits():
     runs = []
     for _ in range(2):
         phi = new_phi(odd=True)
-        runs.append((meta_train(PROBLEM, phi, settings(), draw), phi))
+        runs.append((meta_train(phi, settings(), draw), phi))
     assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
 
 
@@ -156,7 +148,7 @@ def test_same_seed_same_bits():
 def test_resumed_equals_uninterrupted(tmp_path, schedule):
     chosen = settings(schedule=schedule)
     whole, halves = new_phi(), new_phi()
-    expected = meta_train(PROBLEM, whole, chosen, draw)
+    expected = meta_train(whole, chosen, draw)
 
     class Killed(Exception):
         pass
@@ -167,19 +159,19 @@ def test_resumed_equals_uninterrupted(tmp_path, schedule):
 
     path = tmp_path / "phi.pt"
     with pytest.raises(Killed):  # after the third of four episodes
-        meta_train(PROBLEM, halves, chosen, draw, checkpoint=path, on_episode=stop)
+        meta_train(halves, chosen, draw, checkpoint=path, on_episode=stop)
     assert read_checkpoint(path)["episodes"] == 3
     resumed = new_phi()
-    history = meta_train(PROBLEM, resumed, chosen, draw, checkpoint=path)
+    history = meta_train(resumed, chosen, draw, checkpoint=path)
     assert same(resumed, whole) and history == expected
     again = new_phi()  # a finished one is not trained further
-    assert meta_train(PROBLEM, again, chosen, draw, checkpoint=path) == expected
+    assert meta_train(again, chosen, draw, checkpoint=path) == expected
     assert same(again, whole)
 
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "phi.pt"
-    meta_train(PROBLEM, new_phi(), settings(episodes=2), draw, checkpoint=path)
+    meta_train(new_phi(), settings(episodes=2), draw, checkpoint=path)
     before = path.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["phi.pt"]  # no partial file stays
 
@@ -189,16 +181,16 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError):
-        meta_train(PROBLEM, new_phi(), settings(episodes=2), draw, checkpoint=tmp_path / "new.pt")
+        meta_train(new_phi(), settings(episodes=2), draw, checkpoint=tmp_path / "new.pt")
     assert path.read_bytes() == before and not (tmp_path / "new.pt").exists()
 
 
 def test_other_settings_do_not_continue_a_checkpoint(tmp_path):
     path = tmp_path / "phi.pt"
-    meta_train(PROBLEM, new_phi(), settings(), draw, checkpoint=path)
+    meta_train(new_phi(), settings(), draw, checkpoint=path)
     for chosen, phi in ((settings(meta_lr=0.1), new_phi()), (settings(), new_phi(p=5.0))):
         with pytest.raises(InputError, match="other settings"):
-            meta_train(PROBLEM, phi, chosen, draw, checkpoint=path)
+            meta_train(phi, chosen, draw, checkpoint=path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -230,7 +222,7 @@ def test_a_meta_gradient_that_is_not_finite_is_skipped_counted_and_survived():
         return episode
 
     phi = new_phi()
-    history = meta_train(PROBLEM, phi, settings(), poisoned)
+    history = meta_train(phi, settings(), poisoned)
     assert history.skipped == 1 and history.diverged == 1
     assert all(p.isfinite().all() for p in phi.parameters())
     unrolls = 3  # an episode; the poisoned one ends with its first
@@ -255,7 +247,7 @@ def test_clipping_and_schedule():
     torch.optim.Adam.step = spy
     try:
         chosen = settings(clip=1e-3, schedule="cosine", meta_lr=2.0)
-        history = meta_train(PROBLEM, phi, chosen, draw)
+        history = meta_train(phi, chosen, draw)
     finally:
         torch.optim.Adam.step = adam_step
     assert max(history.norm) > 1e-2 and max(grads) <= 1e-3 * 1.001
@@ -282,7 +274,7 @@ class TestCurriculum:
         problem = problems.make("mnist")
         x, y = small_digits.train.batch(torch.arange(64))
         shift = lambda model, x, y: (x + 0.3).clamp(0, 1)  # noqa: E731
-        phi = new_meta_optimizers(problem, generator(0), "cpu", hidden_size=3)
+        phi = phis.new_phi(problem.build(), generator=generator(0), hidden_size=3)
         calls = []
 
         def spy(gradients, state, cotangents, packed, *rest, **form):
@@ -294,7 +286,7 @@ class TestCurriculum:
             chosen = settings(steps=2, unroll=2, read_alpha=0.6, alpha=0.2)
             model = problem.draw(generator(0))
             episode = Episode(model, iter([(x, y)] * 9), shift, strength=strength)
-            ((_, losses),) = truncated_unrolls(problem, episode, phi, chosen, "reference")
+            ((_, losses),) = truncated_unrolls(episode, phi, chosen, "reference")
         model = problem.draw(generator(0))
         clean, attacked = problem.loss(model, x, y), problem.loss(model, shift(model, x, y), y)
 
@@ -322,10 +314,10 @@ class TestLengths:
         for length in (1, 4, 5, 13):
             episode = draw(0)
             episode.steps = length
-            found = list(truncated_unrolls(PROBLEM, episode, new_phi(), settings(steps=6)))
+            found = list(truncated_unrolls(episode, new_phi(), settings(steps=6)))
             counts = [len(losses) for _, losses in found]
             assert sum(counts) == length and counts[:-1] == [5] * (len(counts) - 1)
-        plain = list(truncated_unrolls(PROBLEM, draw(0), new_phi(), settings(steps=6)))
+        plain = list(truncated_unrolls(draw(0), new_phi(), settings(steps=6)))
         assert [len(losses) for _, losses in plain] == [5, 1]
 
     def test_the_rate_falls_by_episodes_whatever_their_lengths(self, monkeypatch):
@@ -337,7 +329,7 @@ class TestLengths:
 
         monkeypatch.setattr(torch.optim.Adam, "step", spy)
         chosen = settings(schedule="cosine", meta_lr=2.0, eta_lr=0.5)
-        meta_train(PROBLEM, new_phi(nominal=True), chosen, self.draw)
+        meta_train(new_phi(nominal=True), chosen, self.draw)
         shares = [n + i / k for n, k in enumerate((2, 1, 3, 1)) for i in range(k)]
         factors = [0.5 + 0.5 * math.cos(math.pi * share / 4) for share in shares]
         for rate, factor in zip(rates, factors, strict=True):
@@ -349,7 +341,7 @@ class TestLengths:
         """With random lengths, the nominal term, a curriculum and a penalty."""
         chosen = settings(schedule="cosine", curriculum=(0.25, 0.75), meta_lr=0.01)
         whole, parts = new_phi(nominal=True, **form), new_phi(nominal=True, **form)
-        expected = meta_train(PROBLEM, whole, chosen, self.draw)
+        expected = meta_train(whole, chosen, self.draw)
         assert len(expected.loss) == 2 + 1 + 3 + 1
 
         def stop(episode, loss):
@@ -358,9 +350,9 @@ class TestLengths:
 
         path = tmp_path / "phi.pt"
         with pytest.raises(KeyboardInterrupt):
-            meta_train(PROBLEM, parts, chosen, self.draw, checkpoint=path, on_episode=stop)
+            meta_train(parts, chosen, self.draw, checkpoint=path, on_episode=stop)
         resumed = new_phi(nominal=True, **form)
-        assert meta_train(PROBLEM, resumed, chosen, self.draw, checkpoint=path) == expected
+        assert meta_train(resumed, chosen, self.draw, checkpoint=path) == expected
         assert same(resumed, whole)
         assert not same(whole, new_phi(nominal=True, **form))
         assert whole["quadratic"].log_eta != new_phi(nominal=True)["quadratic"].log_eta
@@ -382,7 +374,7 @@ class TestCheckpointsOfBefore:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            meta_train(PROBLEM, new_phi(**form), chosen, draw, checkpoint=path, on_episode=stop)
+            meta_train(new_phi(**form), chosen, draw, checkpoint=path, on_episode=stop)
         saved = torch.load(path, weights_only=True)
         for name in ("penalty", "curriculum", "eta_lr", "tasks"):
             del saved["settings"][name]
@@ -397,9 +389,9 @@ class TestCheckpointsOfBefore:
     def test_they_continue(self, tmp_path, form):
         chosen = settings(schedule="cosine")
         whole, resumed = new_phi(**form), new_phi(**form)
-        expected = meta_train(PROBLEM, whole, chosen, draw)
+        expected = meta_train(whole, chosen, draw)
         path = self.older(tmp_path, chosen, **form)
-        assert meta_train(PROBLEM, resumed, chosen, draw, checkpoint=path) == expected
+        assert meta_train(resumed, chosen, draw, checkpoint=path) == expected
         assert same(resumed, whole)
 
     @pytest.mark.parametrize(
@@ -408,18 +400,18 @@ class TestCheckpointsOfBefore:
     def test_not_with_what_they_had_not(self, tmp_path, changes):
         path = self.older(tmp_path, settings())
         with pytest.raises(InputError, match="other settings"):
-            meta_train(PROBLEM, new_phi(), settings(**changes), draw, checkpoint=path)
+            meta_train(new_phi(), settings(**changes), draw, checkpoint=path)
 
     def test_not_with_a_nominal_term(self, tmp_path):
         path = self.older(tmp_path, settings())
         with pytest.raises(InputError, match="other settings"):
-            meta_train(PROBLEM, new_phi(nominal=True), settings(), draw, checkpoint=path)
+            meta_train(new_phi(nominal=True), settings(), draw, checkpoint=path)
 
     def test_a_rate_of_eta_belongs_to_the_settings(self, tmp_path):
         path = tmp_path / "phi.pt"
-        meta_train(PROBLEM, new_phi(nominal=True), settings(), draw, checkpoint=path)
+        meta_train(new_phi(nominal=True), settings(), draw, checkpoint=path)
         with pytest.raises(InputError, match="other settings"):
-            meta_train(PROBLEM, new_phi(nominal=True), settings(eta_lr=0.1), draw, checkpoint=path)
+            meta_train(new_phi(nominal=True), settings(eta_lr=0.1), draw, checkpoint=path)
 
 
 class TestWatch:
@@ -465,9 +457,9 @@ class TestWatch:
     def classify(self, logits, loss):
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 10))
         model.forward = lambda x: logits
-        problem = problems.make("mnist")
-        episode = Episode(model, iter([(torch.rand(4, 1, 1, 2), torch.arange(4))]), attacks.none)
-        return how_it_ended(problem, episode, loss)
+        batches = iter([(torch.rand(4, 1, 1, 2), torch.arange(4))])
+        episode = Episode(model, batches, attacks.none, classes=10)
+        return how_it_ended(episode, loss)
 
     def test_what_a_collapse_is(self):
         constant = torch.tensor([[0.1] + [0.0] * 9]).expand(4, 10)
@@ -481,14 +473,14 @@ class TestWatch:
         for loss in (math.nan, math.inf):
             assert self.classify(various, loss) == self.classify(constant, loss) == "diverged"
         quadratic = draw(0)
-        assert how_it_ended(PROBLEM, quadratic, chance) == "ok"  # nothing to classify
+        assert how_it_ended(quadratic, chance) == "ok"  # nothing to classify
 
     def test_the_judgement_leaves_the_optimizee_alone(self):
         problem = problems.make("cifar10")
         model = problem.draw(generator(0))
         before = {key: value.clone() for key, value in model.state_dict().items()}
         batch = torch.rand(4, 3, 32, 32, generator=generator(1)), torch.arange(4)
-        how_it_ended(problem, Episode(model, iter([batch]), attacks.none), math.log(10))
+        how_it_ended(Episode(model, iter([batch]), attacks.none, classes=10), math.log(10))
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def poisoned(self, number):
@@ -503,14 +495,14 @@ class TestWatch:
         path, done = tmp_path / "phi.pt", []
         chosen, phi = settings(episodes=12), new_phi()
         history = meta_train(
-            PROBLEM, phi, chosen, self.poisoned, checkpoint=path,
+            phi, chosen, self.poisoned, checkpoint=path,
             on_episode=lambda number, loss: done.append(number),
         )  # fmt: skip
         # a fifth of 12 is 2.4, so numbers 3, 4 and 5 count
         assert history.ended == "diverged" and history.diverged == 4 and done == [1, 2, 3, 4, 5, 6]
         assert all(p.isfinite().all() for p in phi.parameters())
         again = new_phi()
-        kept = meta_train(PROBLEM, again, chosen, draw, checkpoint=path)
+        kept = meta_train(again, chosen, draw, checkpoint=path)
         assert repr(kept) == repr(history)  # nan is not nan, but reads so
         assert same(again, phi)  # no episode was added
         assert done == [1, 2, 3, 4, 5, 6]
@@ -524,7 +516,7 @@ class TestWatch:
 
         chosen = settings(episodes=12)
         with pytest.raises(KeyboardInterrupt):
-            meta_train(PROBLEM, new_phi(), chosen, self.poisoned, checkpoint=path, on_episode=stop)
-        history = meta_train(PROBLEM, new_phi(), chosen, self.poisoned, checkpoint=path)
+            meta_train(new_phi(), chosen, self.poisoned, checkpoint=path, on_episode=stop)
+        history = meta_train(new_phi(), chosen, self.poisoned, checkpoint=path)
         assert history.ended == "diverged" and history.diverged == 4
         assert read_checkpoint(path)["episodes"] == 6

@@ -9,17 +9,12 @@ import torch
 from torch import nn
 
 from l2l_ref import attacks, equations, problems
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.equations import adam_direction
 from l2l_ref.errors import InputError
-from l2l_ref.meta_training import (
-    Episode,
-    MetaSettings,
-    apply_meta_gradient,
-    meta_adam,
-    new_meta_optimizers,
-    truncated_unrolls,
-)
-from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer
+from l2l_ref.meta_optimizer import MetaOptimizer, new_phi
+from l2l_ref.meta_training import apply_meta_gradient, meta_adam
+from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.problems import Problem, Stacked
 
 FORMS = [(theta_input, odd) for theta_input in (False, True) for odd in (False, True)]
@@ -317,8 +312,9 @@ class TestMetaGradient:
         return models, batches
 
     def phis(self, theta_input, odd):
-        phis = new_meta_optimizers(
-            SMALL, generator(1), "cpu", hidden_size=4, output_scale=0.1, theta_input=theta_input,
+        phis = new_phi(
+            SMALL.build(), generator=generator(1),
+            hidden_size=4, output_scale=0.1, theta_input=theta_input,
             odd=odd, nominal=True,
         ).double()  # fmt: skip
         for meta in phis.values():
@@ -398,7 +394,7 @@ class TestMetaGradient:
         expected = self.expected(meta, models, batches, way)
         model = models[0] if tasks == 1 else Stacked(models)
         episode = Episode(model, iter(batches), shift)
-        found = truncated_unrolls(SMALL, episode, phis, self.settings(way, tasks), backend)
+        found = truncated_unrolls(episode, phis, self.settings(way, tasks), backend)
         lengths = []
         for (dphis, losses), (derivative, expected_losses) in zip(found, expected, strict=True):
             torch.testing.assert_close(losses, expected_losses.detach(), rtol=1e-9, atol=1e-12)
@@ -448,7 +444,7 @@ class TestMetaGradient:
         problem = problems.make("quadratic", batch_size=BATCH)
         found = {}
         for eta in (1e-3, 2.0):
-            phis = new_meta_optimizers(problem, generator(1), "cpu", hidden_size=1, nominal=True)
+            phis = new_phi(problem.build(), generator=generator(1), hidden_size=1, nominal=True)
             meta = phis["quadratic"]
             nn.init.constant_(meta.log_eta, math.log(eta))
             for weight in meta.weights():
@@ -458,8 +454,8 @@ class TestMetaGradient:
             for number in range(3):
                 model = problem.draw(generator(number))
                 batches = problems.quadratics(BATCH, generator(10 + number))
-                episode = Episode(model, batches, attacks.none)
-                for dphis, _ in truncated_unrolls(problem, episode, phis, settings):
+                episode = Episode(model, batches, attacks.none, problem.loss)
+                for dphis, _ in truncated_unrolls(episode, phis, settings):
                     apply_meta_gradient(phis, dphis, adam, 1.0, settings)
             found[eta] = meta.log_eta.exp().item()
         assert found[1e-3] > 1.5e-3 and found[2.0] < 1.6

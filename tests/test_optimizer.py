@@ -8,7 +8,8 @@ from torch import nn
 
 from l2l_ref import equations
 from l2l_ref.errors import InputError
-from l2l_ref.optimizer import LearnedOptimizer, MetaOptimizer, flatten_, phi_groups
+from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
+from l2l_ref.optimizer import LearnedOptimizer, flatten_
 from l2l_ref.problems import make as make_problem
 
 

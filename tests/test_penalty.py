@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from l2l_ref import attacks, problems
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.equations import penalised, robust_loss
 from l2l_ref.experiment.tuning import sgd
-from l2l_ref.meta_training import Episode, MetaSettings, new_meta_optimizers, truncated_unrolls
+from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.problems import Problem, Stacked
 from l2l_ref.transfer import Method, train
 
@@ -117,7 +118,7 @@ def test_it_enters_what_phi_reads_and_nothing_else():
     flip = lambda model, x, y: 1 - x  # noqa: E731
     read, judged, losses = {}, {}, {}
     for penalty in (0.0, LAMBDA):
-        phi = new_meta_optimizers(SMALL, generator(1), "cpu", hidden_size=3).double()
+        phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=3).double()
         operator_calls = []
 
         def spy(gradients, state, cotangents, *rest, seen=operator_calls, **form):
@@ -128,7 +129,7 @@ def test_it_enters_what_phi_reads_and_nothing_else():
         episode = Episode(network(), iter([(x, y)] * 9), flip)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("l2l_ref.equations.unroll_meta_gradient", spy)
-            ((_, losses[penalty]),) = truncated_unrolls(SMALL, episode, phi, settings, "reference")
+            ((_, losses[penalty]),) = truncated_unrolls(episode, phi, settings, "reference")
         ((read[penalty], judged[penalty]),) = operator_calls
     model = network()
     clean, attacked = SMALL.loss(model, x, y), SMALL.loss(model, 1 - x, y)
@@ -146,10 +147,10 @@ def test_a_penalty_separates_the_losses_even_where_the_alphas_agree():
     x, y = batch(b=8)
     found = []
     for penalty in (0.0, LAMBDA):
-        phi = new_meta_optimizers(SMALL, generator(1), "cpu", hidden_size=3).double()
+        phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=3).double()
         settings = MetaSettings(1, steps=2, unroll=2, read_alpha=1.0, alpha=1.0, penalty=penalty)
         episode = Episode(network(), iter([(x, y)] * 9), attacks.none)
-        ((dphis, losses),) = truncated_unrolls(SMALL, episode, phi, settings)
+        ((dphis, losses),) = truncated_unrolls(episode, phi, settings)
         found.append((dphis["linear"], losses))
     CLOSE(found[0][1], found[1][1])
     CLOSE(found[0][1], SMALL.loss(network(), x, y).detach().expand(2))

@@ -6,7 +6,7 @@ from torch import nn
 
 import l2l_ref
 from l2l_ref.errors import InputError
-from l2l_ref.meta_training import new_meta_optimizers
+from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.pretrained import save
 from l2l_ref.problems import make
 
@@ -18,7 +18,7 @@ def file(tmp_path):
     for seed, name in enumerate(("transfer", "not")):
         generator = torch.Generator().manual_seed(seed)
         form = {"hidden_size": 3, "odd": True, "nominal": True}
-        phis[name] = new_meta_optimizers(make("mnist"), generator, "cpu", **form)
+        phis[name] = new_phi(make("mnist").build(), generator=generator, **form)
     save(tmp_path / "phi.pt", phis, {"data": "none"})
     return tmp_path / "phi.pt", phis
 

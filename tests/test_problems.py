@@ -7,7 +7,7 @@ import torch
 
 from l2l_ref import problems
 from l2l_ref.errors import InputError
-from l2l_ref.optimizer import phi_groups
+from l2l_ref.meta_optimizer import phi_groups
 
 
 def generator(seed=0):

@@ -352,7 +352,7 @@ class TestGivenUp:
             current.append((kind, meta_seed))
             return train_phi(setting, images, kind, eps, fold, meta_seed, *rest)
 
-        def ended(problem, episode, loss):
+        def ended(episode, loss):
             return "collapsed" if current[-1] == ("transfer", 0) else "ok"
 
         monkeypatch.setattr(protocol, "train_phi", spied)

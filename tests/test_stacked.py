@@ -10,18 +10,13 @@ from torch import nn
 
 import run
 from l2l_ref import attacks, data, problems
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.setting import folds, prepare, stream
 from l2l_ref.experiment.trial import train_phi
-from l2l_ref.meta_training import (
-    Episode,
-    History,
-    MetaSettings,
-    new_meta_optimizers,
-    truncated_unrolls,
-)
-from l2l_ref.optimizer import phi_groups
+from l2l_ref.meta_optimizer import new_phi, phi_groups
+from l2l_ref.meta_training import History
 from l2l_ref.problems import Problem, Stacked
 
 K, BATCH = 3, 8
@@ -154,8 +149,8 @@ def test_k_at_once_follow_the_paths_of_each_alone(name, attack, read_alpha, alph
     problem, models, each = PROBLEMS[name], draw(name), batches(name, 6)
     attack = attacks.make(attack, eps=0.1)
     robust = read_alpha != alpha
-    phi = new_meta_optimizers(
-        problem, generator(1), "cpu", output_scale=0.1, odd=robust, theta_input=robust
+    phi = new_phi(
+        problem.build(), generator=generator(1), output_scale=0.1, odd=robust, theta_input=robust
     ).double()
     for meta in phi.values():
         nn.init.uniform_(meta.head.weight, -0.5, 0.5, generator=generator(2))
@@ -165,8 +160,8 @@ def test_k_at_once_follow_the_paths_of_each_alone(name, attack, read_alpha, alph
         settings = MetaSettings(
             1, steps=5, unroll=3, read_alpha=read_alpha, alpha=alpha, tasks=tasks
         )
-        episode = Episode(model, iter(its_batches), attack)
-        for dphis, losses in truncated_unrolls(problem, episode, phi, settings):
+        episode = Episode(model, iter(its_batches), attack, problem.loss)
+        for dphis, losses in truncated_unrolls(episode, phi, settings):
             theta = [p.detach().clone() for p in model.parameters()]
             yield theta, {key: dphi.clone() for key, dphi in dphis.items()}, losses
 
@@ -191,11 +186,11 @@ def test_k_at_once_follow_the_paths_of_each_alone(name, attack, read_alpha, alph
 
 def test_the_model_must_hold_as_many_tasks_as_the_settings_say():
     problem = PROBLEMS["mlp"]
-    phi = new_meta_optimizers(problem, generator(), "cpu")
+    phi = new_phi(problem.build(), generator=generator())
     for model, tasks in ((problem.draw(generator()), 3), (Stacked(draw("mlp")), 1)):
         episode = Episode(model, iter([]), attacks.none)
         with pytest.raises(InputError, match=f"but tasks is {tasks}"):
-            next(truncated_unrolls(problem, episode, phi, MetaSettings(1, tasks=tasks)))
+            next(truncated_unrolls(episode, phi, MetaSettings(1, tasks=tasks)))
 
 
 def test_batches_of_several_streams_are_those_of_each():
@@ -225,7 +220,7 @@ class TestRuns:
         """Two episodes of three tasks draw what six episodes of one do."""
         seen = []
 
-        def spy(problem, phi, settings, draw, **options):
+        def spy(phi, settings, draw, **options):
             for number in range(settings.episodes):
                 episode = draw(number)
                 x, y = next(episode.batches)
@@ -235,7 +230,7 @@ class TestRuns:
 
         monkeypatch.setattr("l2l_ref.experiment.trial.meta_train", spy)
         setting = prepare(cli.parse([*self.tiny, "--tasks", "3"]))
-        (fold,) = folds(setting.config, setting.images)
+        (fold,) = folds(setting)
         train_phi(setting, fold.meta, "transfer", 0.1, 0, 0, lambda *a: None)
         assert len(seen) == 6
         for number, (*theta, x, y) in enumerate(seen):

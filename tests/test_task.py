@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import cli, protocol, tuning
+from l2l_ref.experiment import cli, phis, protocol, tuning
 from l2l_ref.experiment.setting import folds, prepare, stream
-from l2l_ref.experiment.trial import NOMINAL, Trial, new_phi, train_phi
+from l2l_ref.experiment.trial import NOMINAL, Trial, train_phi, untrained
 from l2l_ref.experiment.tuning import sgd
 from l2l_ref.meta_training import History
 from l2l_ref.transfer import Method, train
@@ -39,19 +39,19 @@ def test_streams_depend_on_their_labels_alone():
 
 def test_halves_do_not_overlap_and_folds_swap_them(small_data):
     setting = prepare(cli.parse([*QUICK, "--folds", "2"]))
-    first, second = folds(setting.config, setting.images)
+    first, second = folds(setting)
     assert pictures(first.meta) == pictures(second.transfer)
     assert pictures(first.transfer) == pictures(second.meta)
     assert not pictures(first.meta) & pictures(first.transfer)
-    assert len(first.meta) == len(first.transfer) == len(setting.images.train) // 2
+    assert len(first.meta) == len(first.transfer) == len(setting.train) // 2
     assert not pictures(first.fit) & pictures(first.validation)
     assert pictures(first.fit) | pictures(first.validation) == pictures(first.meta)
-    test = pictures(setting.images.test)
+    test = pictures(setting.test)
     assert not test & (pictures(first.meta) | pictures(first.transfer))
 
 
 def test_methods_of_a_seed_share_theta0_and_batches(setting, monkeypatch):
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
     seen = []
 
     def spy(model, method, batches, **options):
@@ -75,8 +75,8 @@ def test_curves_are_those_of_the_paper():
     def curves(*arguments):
         c = cli.parse([*arguments])
         found = {}
-        for kind in protocol.kinds_of_phi(c):
-            for m in protocol.phi_methods(c, kind, 0.2, kind):
+        for kind in phis.kinds_of_phi(c):
+            for m in phis.phi_methods(c, kind, 0.2, kind):
                 assert m.label not in found and not m.cosine and m.l1 == 0
                 found[m.label] = m.optimizer, m.alpha, m.penalty, m.half
         return found
@@ -113,7 +113,7 @@ def test_curves_are_those_of_the_paper():
 
 def test_bad_ends_are_marked(setting):
     """A rate of 0 leaves θ₀ alone, one of infinity makes it nan; weights of 0 predict nothing."""
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
 
     def zeroing(model):
         optimizer = sgd(0.0, model)
@@ -129,7 +129,7 @@ def test_bad_ends_are_marked(setting):
 
 @pytest.mark.parametrize("half", ["meta", "transfer"])
 def test_each_method_trains_on_its_half(setting, monkeypatch, half):
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
     used = set()
     original = train
 
@@ -147,7 +147,7 @@ def test_each_method_trains_on_its_half(setting, monkeypatch, half):
 
 
 def test_tuning_never_sees_transfer_half_or_test_set(setting, monkeypatch):
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
     allowed = pictures(fold.meta)
     seen = set()
     original = type(fold.meta).batch
@@ -163,7 +163,7 @@ def test_tuning_never_sees_transfer_half_or_test_set(setting, monkeypatch):
 
 def test_transfer_not_meets_no_attack(setting, monkeypatch):
     """Its φ is meta-trained with α = 1: no attack is called, and ε changes nothing."""
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
     phis = [
         train_phi(setting, fold.meta, "not", eps, 0, 0, lambda *a: None)[0] for eps in (0.1, 0.3)
     ]
@@ -173,9 +173,9 @@ def test_transfer_not_meets_no_attack(setting, monkeypatch):
 
 
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
     phi, _ = train_phi(setting, fold.meta, NOMINAL, 0.1, 0, 0, lambda *a: None)
-    fresh = new_phi(setting, NOMINAL, 0, 0)
+    fresh = untrained(setting, NOMINAL, 0, 0)
     meta, start = phi["linear"], fresh["linear"]
     assert (meta.hidden_size, meta.num_layers) == (1, 1) and meta.nominal
     assert all(map(torch.equal, meta.weights(), start.weights()))
@@ -183,18 +183,18 @@ def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
     assert meta.log_eta != start.log_eta and meta.log_eta.requires_grad
     # what a run's own φ has does not reach it, nor does its seed
     robust = prepare(cli.parse([*QUICK, "--recipe", "robust"]))
-    assert new_phi(robust, NOMINAL, 0, 0)["linear"].settings == meta.settings
-    other = new_phi(setting, "transfer", 0, 0)["linear"]
+    assert untrained(robust, NOMINAL, 0, 0)["linear"].settings == meta.settings
+    other = untrained(setting, "transfer", 0, 0)["linear"]
     assert not other.nominal and other.hidden_size == 20
-    assert new_phi(robust, "transfer", 0, 0)["linear"].nominal
+    assert untrained(robust, "transfer", 0, 0)["linear"].nominal
 
 
 def drawn(setting, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
     """What `learn` hands to `meta_train`: the settings, and each episode that it draws."""
-    (fold,) = folds(setting.config, setting.images)
+    (fold,) = folds(setting)
     seen = []
 
-    def spy(problem, phi, settings, draw, **options):
+    def spy(phi, settings, draw, **options):
         seen.append((settings, [draw(number) for number in range(settings.episodes)]))
         return History()
 
@@ -258,9 +258,9 @@ def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, m
 def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, number):
     arguments = [*QUICK, "--folds", "2"]
     plain = prepare(cli.parse(arguments))
-    plain = folds(plain.config, plain.images)[number]
+    plain = folds(plain)[number]
     setting = prepare(cli.parse([*arguments, "--judge", "validation"]))
-    fold = folds(setting.config, setting.images)[number]
+    fold = folds(setting)[number]
     assert pictures(fold.meta) == pictures(fold.transfer) == pictures(plain.fit)
     assert pictures(fold.fit) == pictures(plain.fit)
     assert pictures(fold.test) == pictures(fold.validation) == pictures(plain.validation)
@@ -271,8 +271,8 @@ def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, numbe
 def test_images_bounds_what_optimizees_train_on(small_data, monkeypatch, half):
     """Those of tuning and of all that is compared; φ meta-trains on all."""
     setting = prepare(cli.parse([*QUICK, "--images", "40"]))
-    (fold,) = folds(setting.config, setting.images)
-    (whole,) = folds(prepare(cli.parse(QUICK)).config, setting.images)
+    (fold,) = folds(setting)
+    (whole,) = folds(prepare(cli.parse(QUICK)))
     assert all(len(getattr(fold, name)) == len(getattr(whole, name))
                for name in ("meta", "fit", "validation", "transfer", "test"))  # fmt: skip
     seen = []

@@ -179,7 +179,7 @@ class TestCandidates:
 
         monkeypatch.setattr(tuning, "validate", validate)
         setting = prepare(cli.parse(TINY))
-        (fold,) = folds(setting.config, setting.images)
+        (fold,) = folds(setting)
         grids = tuning.grids(setting, fold, 0.1)
         chosen = {grid.label: grid.chosen(computed(grid.pieces())) for grid in grids}
         assert chosen == {
@@ -198,7 +198,7 @@ class TestValidate:
     def test_ends_by_hand(self, small_data):
         """PGD's loss on the validation part; a diverged one has none, a constant one collapsed."""
         setting = prepare(cli.parse(TINY))
-        (fold,) = folds(setting.config, setting.images)
+        (fold,) = folds(setting)
         found = tuning.validate(setting, Method("", partial(sgd, 0.0)), fold, 0.1, 0)
         trial = Trial(setting, ("tune", 0, 0))
         model, _ = trial.train(Method("", partial(sgd, 0.0)), fold.fit, fold.validation, 0.1)
@@ -250,7 +250,7 @@ class TestSearch:
 
         monkeypatch.setattr(tuning, "train_phi", train_phi)
         monkeypatch.setattr(tuning, "validate", validate)
-        (fold0,) = folds(setting.config, setting.images)
+        (fold0,) = folds(setting)
         search = Search(setting, fold0, QUIET)
         parts = computed(search.pieces())
         every = [(p, a, eps) for p in (5, 10) for a in (0.25, 0.75) for eps in (0.1, 0.2)]
@@ -280,6 +280,6 @@ class TestSearch:
 
     def test_without_a_grid_the_task_is_itself(self, small_data):
         setting = prepare(cli.parse(TINY))
-        (fold,) = folds(setting.config, setting.images)
+        (fold,) = folds(setting)
         search = Search(setting, fold, QUIET)
         assert search.pieces() == [] and search.tried({}) == [] and search.best({}) is setting

@@ -1,12 +1,44 @@
-"""Labelled images on one device: a set, its halves, its batches."""
+"""Samples: what an experiment cuts, trains on and judges by. Labelled images are such."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from l2l_ref.errors import InputError
+
+
+class Samples(Protocol):
+    """What may be cut into parts and drawn from in batches."""
+
+    def __len__(self) -> int: ...
+
+    def halves(self, seed: int) -> tuple["Samples", "Samples"]:
+        """Two disjoint halves in the random order of `seed`."""
+        ...
+
+    def shuffled(self, generator: torch.Generator) -> "Samples":
+        """All, in an order drawn on the CPU."""
+        ...
+
+    def first(self, count: int | None) -> "Samples":
+        """The first `count`, or as many as there are; None is all."""
+        ...
+
+    def rest(self, count: int) -> "Samples":
+        """All but the first `count`."""
+        ...
+
+    def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (x, y) of `size`; with K > 1 generators, of K tasks as `problems.Stacked` takes
+        them."""
+        ...
+
+    def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(x, y) by which a curve is recorded; `generator` is that of the batches, at its start."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +65,36 @@ class ImageSet:
     def subset(self, index: Tensor) -> "ImageSet":
         """A copy of the samples at `index` (int64 [b]), in that order."""
         return ImageSet(self.images[index], self.labels[index])
+
+    def halves(self, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """Disjoint; an odd number loses the last of the shuffled order."""
+        first, second = halves(len(self), seed)
+        return self.subset(first), self.subset(second)
+
+    def shuffled(self, generator: torch.Generator) -> "ImageSet":
+        """A copy in random order."""
+        order = torch.randperm(len(self), generator=generator)
+        return self.subset(order.to(self.labels.device))
+
+    def first(self, count: int | None) -> "ImageSet":
+        """The first `count` (None: all), without a copy."""
+        return ImageSet(self.images[:count], self.labels[:count])
+
+    def rest(self, count: int) -> "ImageSet":
+        """All but the first `count`, without a copy."""
+        return ImageSet(self.images[count:], self.labels[count:])
+
+    def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `batches`."""
+        return batches(self, size, *generators)
+
+    def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The first `count`, or as many as there are."""
+        return self.first(count).all()
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """The whole set as a batch."""
+        return self.batch(torch.arange(len(self)))
 
 
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,73 +21,55 @@ def stream(*labels: Any, device: torch.device | str = "cpu") -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Fold:
-    """The data of one fold, and how often the halves have changed places (0 or 1)."""
-
-    number: int
-    meta: data.ImageSet | None  # meta-trains
-    fit: data.ImageSet | None  # the part of it that trains candidates
-    validation: data.ImageSet | None  # the part of it that chooses among them
-    transfer: data.ImageSet | None  # trains what is compared
-    test: data.ImageSet | None  # judges it
-
-
-def folds(config: Config, images: data.Data | None) -> list[Fold]:
-    """Cut the training set into halves by the seed, once, or twice with the halves swapped.
-
-    With `--judge validation` all is of the meta-training half: what the parts of it that train and
-    choose have in a run that touches the test set, they have here in place of the halves and test.
-    """
-    if images is None:  # quadratics are drawn, not split
-        return [Fold(number, *[None] * 5) for number in range(config.folds)]
-    halves = data.halves(len(images.train), config.seed)
-    # MNIST's own order will not do: its first thousands are by other writers than its last.
-    order = torch.randperm(len(images.test), generator=stream(config.seed, "test"))
-    test = images.test.subset(order.to(images.test.labels.device))
-    result = []
-    for number in range(config.folds):
-        meta, transfer = halves if number == 0 else halves[::-1]
-        count = len(meta) // VALIDATION
-        fit, validation = (images.train.subset(i) for i in (meta[count:], meta[:count]))
-        if config.judge == "validation":
-            sets = [fit, fit, validation, fit, validation]
-        else:
-            meta, transfer = images.train.subset(meta), images.train.subset(transfer)
-            sets = [meta, fit, validation, transfer, test]
-        result.append(Fold(number, *sets))
-    return result
-
-
-def few(images: data.ImageSet | None, count: int | None) -> data.ImageSet | None:
-    """The first `count` of a set in random order, or all of it."""
-    return images if images is None or count is None else images.subset(torch.arange(count))
-
-
-@dataclass(frozen=True)
 class Setting:
-    """What stays the same over a whole run: configuration, problem, data, device."""
+    """What stays the same over a whole run: configuration, problem, samples, device."""
 
     config: Config
     problem: problems.Problem
-    images: data.Data | None
+    train: data.Samples
+    test: data.Samples
+    source: str  # of the samples, in the words that every artefact carries
+    checksum: str | None  # of images
     device: torch.device
     origin: str | None = None  # of φ, where it is loaded: data, attack, ε
     given_up: dict[str, str] = field(default_factory=dict)  # of those: {name: why}
 
     @property
     def data(self) -> tuple[str, str | None]:
-        """Where the data came from, and its checksum."""
+        """Where the samples came from, and their checksum."""
         return self.source, self.checksum
 
-    @property
-    def checksum(self) -> str | None:
-        """Of the images; None for quadratics."""
-        return None if self.images is None else self.images.checksum
 
-    @property
-    def source(self) -> str:
-        """Where the data came from, in the words that every artefact carries."""
-        return "random quadratics" if self.images is None else self.images.source
+@dataclass(frozen=True)
+class Fold:
+    """The samples of one fold, and how often the halves have changed places (0 or 1)."""
+
+    number: int
+    meta: data.Samples  # meta-trains
+    fit: data.Samples  # the part of it that trains candidates
+    validation: data.Samples  # the part of it that chooses among them
+    transfer: data.Samples  # trains what is compared
+    test: data.Samples  # judges it
+
+
+def folds(setting: Setting) -> list[Fold]:
+    """Cut the training set into halves by the seed, once, or twice with the halves swapped.
+
+    With `--judge validation` all is of the meta-training half: what the parts of it that train and
+    choose have in a run that touches the test set, they have here in place of the halves and test.
+    """
+    config, result = setting.config, []
+    halves = setting.train.halves(config.seed)
+    # MNIST's own order will not do: its first thousands are by other writers than its last.
+    test = setting.test.shuffled(stream(config.seed, "test"))
+    for number in range(config.folds):
+        meta, transfer = halves if number == 0 else halves[::-1]
+        count = len(meta) // VALIDATION
+        fit, validation = meta.rest(count), meta.first(count)
+        if config.judge == "validation":
+            meta, transfer, test = fit, fit, validation
+        result.append(Fold(number, meta, fit, validation, transfer, test))
+    return result
 
 
 def prepare(config: Config, rank: int = 0) -> Setting:
@@ -105,17 +87,18 @@ def prepare(config: Config, rank: int = 0) -> Setting:
     resolve(config.backend, device)
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
-    images = None
-    if config.dataset != "quadratic":
-        images = data.load(
-            config.dataset, config.data_dir, device=device, strict=config.strict_data
-        )
-        half = len(images.train) // 2
-        smallest = half - half // VALIDATION
-        for name in ("batch_size", "images"):
-            if (getattr(config, name) or 0) > smallest:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {getattr(config, name)} but a candidate trains "
-                    f"on {smallest} images of {images.source}: choose a smaller one"
-                )
-    return Setting(config, problem, images, device)
+    if problem.classes is None:
+        drawn = problems.Quadratics(config.batch_size, device)
+        return Setting(config, problem, drawn, drawn, "random quadratics", None, device)
+    images = data.load(config.dataset, config.data_dir, device=device, strict=config.strict_data)
+    half = len(images.train) // 2
+    smallest = half - half // VALIDATION
+    for name in ("batch_size", "images"):
+        if (getattr(config, name) or 0) > smallest:
+            raise InputError(
+                f"--{name.replace('_', '-')} is {getattr(config, name)} but a candidate trains "
+                f"on {smallest} images of {images.source}: choose a smaller one"
+            )
+    return Setting(
+        config, problem, images.train, images.test, images.source, images.checksum, device
+    )

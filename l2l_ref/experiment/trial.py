@@ -5,7 +5,7 @@ all methods of a seed start from the same θ₀ and see the same batches, and no
 was computed before it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref import attacks, data, evaluate, problems
+from l2l_ref.episode import Episode, MetaSettings
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.setting import Setting, stream
-from l2l_ref.meta_training import Episode, MetaSettings, meta_train, new_meta_optimizers
+from l2l_ref.meta_optimizer import new_phi
+from l2l_ref.meta_training import meta_train
 from l2l_ref.transfer import Curve, Method, train
 
 PGD_STEPS = 7  # of the loss under attack
@@ -45,9 +47,9 @@ class Trial:
         """A fresh optimizee."""
         return self.setting.problem.draw(self.stream("theta"), self.setting.device)
 
-    def batches(self, images: data.ImageSet | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless batches: shuffled images, or one drawn set of quadratics."""
-        return batches_of([self], images)
+    def batches(self, samples: data.Samples) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless batches."""
+        return samples.batches(self.setting.config.batch_size, self.stream("batches"))
 
     def attack(self, eps: float) -> attacks.Attack:
         """The attack that trains and is recorded, its random starts from a stream of its own.
@@ -64,38 +66,28 @@ class Trial:
         )
 
     def probe(
-        self, images: data.ImageSet | None, eps: float
+        self, samples: data.Samples, eps: float
     ) -> Callable[[nn.Module], tuple[Tensor, Tensor]]:
-        """model -> (clean loss, attacked loss) on the first images of a set, always the same."""
-        if images is None:
-            x, y = next(self.batches(None))
-
-            @torch.no_grad()
-            def record(model: nn.Module) -> tuple[Tensor, Tensor]:
-                loss = self.setting.problem.loss(model, x, y)
-                return loss, loss
-
-            return record
-        count = min(self.setting.config.curve_samples, len(images))
-        x, y = images.batch(torch.arange(count))
+        """model -> (clean loss, attacked loss), always on the same samples."""
+        x, y = samples.probe(self.setting.config.curve_samples, self.stream("batches"))
         attack = Trial(self.setting, ("record", *self.labels)).attack(eps)
-        return partial(evaluate.losses, x=x, y=y, attack=attack)
+        return partial(evaluate.losses, x=x, y=y, attack=attack, loss=self.setting.problem.loss)
 
     def train(
         self,
         method: Method,
-        images: data.ImageSet | None,
-        probe: data.ImageSet | None,
+        samples: data.Samples,
+        probe: data.Samples,
         eps: float,
         *,
         every: int | None = None,
     ) -> tuple[nn.Module, Curve]:
-        """A fresh optimizee that `method` has trained on `images`, and its curve on `probe`."""
+        """A fresh optimizee that `method` has trained on `samples`, and its curve on `probe`."""
         c, model = self.setting.config, self.model()
         curve = train(
             model,
             method,
-            self.batches(images),
+            self.batches(samples),
             loss=self.setting.problem.loss,
             attack=self.attack(eps),
             steps=c.steps,
@@ -111,31 +103,19 @@ class Trial:
         PGD-7, whatever attack trains: FGSM alone is fooled by a model that hides its gradient.
         """
         c, generator = self.setting.config, self.stream("judge loss", self.setting.device)
-        x, y = images.batch(torch.arange(min(c.curve_samples, len(images))))
+        x, y = images.first(c.curve_samples).all()
         judges = {"pgd": {"steps": PGD_STEPS, "generator": generator}, "fgsm": {}}
         result = {}
         for name, options in judges.items():
             attack = attacks.make(name, eps=eps, **options)
             _, loss = evaluate.losses(model, x, y, attack)
             result[f"{name}_loss"] = loss.item()
-        sample = images.subset(torch.arange(min(c.eval_samples, len(images))))
+        sample = images.first(c.eval_samples)
         result["accuracy"] = evaluate.robust_accuracy(model, sample, attacks.none)
         return result
 
 
-def batches_of(trials: Sequence[Trial], images: data.ImageSet | None) -> Iterator:
-    """Endless batches for trials that train at once, each from its own stream.
-
-    Of several they are those of all, as `problems.Stacked` takes them.
-    """
-    setting, generators = trials[0].setting, [trial.stream("batches") for trial in trials]
-    size = setting.config.batch_size
-    if images is None:
-        return problems.quadratics(size, *generators, device=setting.device)
-    return data.batches(images, size, *generators)
-
-
-def new_phi(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
+def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
     """An untrained φ of a kind; NOMINAL's is as small as can be, and its update frozen at zero."""
     c = setting.config
     form: dict[str, Any] = {
@@ -146,7 +126,7 @@ def new_phi(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.Module
     if kind == NOMINAL:
         form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
     generator = stream(c.seed, "phi", fold, meta_seed)
-    phi = new_meta_optimizers(setting.problem, generator, setting.device, **form)
+    phi = new_phi(setting.problem.build().to(setting.device), generator=generator, **form)
     if kind == NOMINAL:
         for meta in phi.values():
             for weight in meta.weights():
@@ -174,7 +154,7 @@ def meta_settings(c: Config, kind: str, eps: float) -> MetaSettings:
 
 def train_phi(
     setting: Setting,
-    images: data.ImageSet | None,
+    samples: data.Samples,
     kind: str,
     eps: float,
     fold: int,
@@ -182,10 +162,10 @@ def train_phi(
     on_episode: Callable[[int, float], None],
     checkpoint: Path | None = None,
 ) -> tuple[nn.ModuleDict, dict[str, Any]]:
-    """Meta-train a φ of `kind` on `images`; returns it and its `History` as a dict."""
+    """Meta-train a φ of `kind` on `samples`; returns it and its `History` as a dict."""
     c = setting.config
     settings = meta_settings(c, kind, eps)
-    phi = new_phi(setting, kind, fold, meta_seed)
+    phi = untrained(setting, kind, fold, meta_seed)
     lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
 
     def draw(number: int) -> Episode:
@@ -193,13 +173,18 @@ def train_phi(
         numbers = range(number * c.tasks, (number + 1) * c.tasks)
         trials = [Trial(setting, ("meta", fold, meta_seed, n)) for n in numbers]
         models = [trial.model() for trial in trials]
-        model = models[0] if c.tasks == 1 else problems.Stacked(models)
         strength = settings.strength(number)
-        attack = trials[0].attack(eps * strength)
-        return Episode(model, batches_of(trials, images), attack, lengths[number], strength)
+        return Episode(
+            models[0] if c.tasks == 1 else problems.Stacked(models),
+            samples.batches(c.batch_size, *(trial.stream("batches") for trial in trials)),
+            trials[0].attack(eps * strength),
+            setting.problem.loss,
+            setting.problem.classes,
+            lengths[number],
+            strength,
+        )
 
     history = meta_train(
-        setting.problem,
         phi,
         settings,
         draw,

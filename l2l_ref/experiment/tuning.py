@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_ref import evaluate
+from l2l_ref import data, evaluate
 from l2l_ref.experiment.config import Config, grid_points, with_grid
 from l2l_ref.experiment.pieces import Piece
 from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.setting import Fold, Setting, few
+from l2l_ref.experiment.setting import Fold, Setting
 from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
 from l2l_ref.optimizer import LearnedOptimizer, flatten_
 from l2l_ref.transfer import Method
@@ -203,9 +203,9 @@ def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int
     It trains on one part of the meta-training half and is judged on the other.
     """
     trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
-    fit = few(fold.fit, setting.config.images)
+    fit = fold.fit.first(setting.config.images)
     model, curve = trial.train(method, fit, fold.validation, eps, every=steps)
-    if fold.validation is None:
+    if not isinstance(fold.validation, data.ImageSet):
         return {"collapsed": False, "loss": curve.attacked[-1]}
     judged = trial.judge(model, fold.validation, eps)
     loss = judged["pgd_loss"] if not curve.diverged else math.nan

@@ -9,7 +9,7 @@ from torch import nn
 
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint, replace_with
-from l2l_ref.optimizer import MetaOptimizer
+from l2l_ref.meta_optimizer import MetaOptimizer
 
 FORMAT = "l2l_ref φ 1"
 FOLDER = Path(__file__).parent  # of the φ that come with the package

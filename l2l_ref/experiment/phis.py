@@ -1,0 +1,116 @@
+"""The φ of a run: their names, what each of them is compared as, and those of a file."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from torch import nn
+
+from l2l_ref.errors import InputError
+from l2l_ref.experiment.config import Config, as_saved
+from l2l_ref.experiment.folder import describe
+from l2l_ref.experiment.options import names_of
+from l2l_ref.experiment.setting import Setting
+from l2l_ref.experiment.trial import CLEAN, NOMINAL, UNDER_ATTACK
+from l2l_ref.meta_optimizer import phi_groups
+from l2l_ref.pretrained import build, read
+from l2l_ref.transfer import Method
+
+
+def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
+    """The key of a φ. Transfer-NOT's has no eps: it never meets an attack."""
+    return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != CLEAN else "")
+
+
+def phis_of(config: Config) -> dict[str, tuple[str, int, int, float]]:
+    """Every φ of a run: {name: (kind, fold, meta-seed, ε)}; Transfer-NOT's once, whatever ε."""
+    folds, seeds = range(config.folds), range(config.meta_seeds)
+    result: dict[str, tuple[str, int, int, float]] = {}
+    for fold, kind, meta_seed, eps in product(folds, kinds_of_phi(config), seeds, config.eps):
+        key = kind, fold, meta_seed, eps
+        result.setdefault(phi_name(*key), key)
+    return result
+
+
+def kinds_of_phi(config: Config) -> tuple[str, ...]:
+    """Without an attack, that under attack and that on clean batches are one."""
+    return (UNDER_ATTACK, NOMINAL) if config.attack == "none" else (UNDER_ATTACK, CLEAN, NOMINAL)
+
+
+def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
+    """The curves of a φ of a kind (docs/decisions); `phi` makes it a model's optimizer."""
+    read = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
+    clean = {"penalty": c.penalty * eps}
+    if kind == NOMINAL:
+        return [Method("Nominal alone", phi, **read)]
+    if kind == CLEAN:
+        return [Method("Transfer-NOT", phi, alpha=0.0), Method("Transfer-NOT (clean)", phi)]
+    if c.dataset == "quadratic":  # has no halves
+        return [Method("L2L-Transfer", phi)]
+    if c.attack == "none":
+        return [Method("L2L", phi, half="meta", **read), Method("L2L-Transfer", phi, **clean)]
+    return [
+        Method("L2L", phi, half="meta", **read),
+        Method("L2L-Transfer (clean)", phi, **clean),
+        Method("L2L-Transfer (mixed)", phi, alpha=c.transfer_alpha, **clean),
+    ]
+
+
+def load_phis(path: Path, setting: Setting) -> tuple[Setting, dict[str, nn.ModuleDict]]:
+    """Every φ that a run needs, by name, from the `meta_optimizer.pt` of a run.
+
+    A φ of the same kind, fold and meta-seed that was trained for another ε will do where it is the
+    only one. The settings of φ in the setting's configuration become those of the file, and its
+    `origin` says where φ comes from.
+
+    Raises:
+        InputError: a file of another kind; φ that are missing or do not fit the problem's φ-groups;
+            φ meta-trained on a half which this run would transfer on.
+    """
+    value = read(path, setting.device)
+    c, before, saved = setting.config, value["config"], value["phis"]
+    if before["dataset"] == c.dataset and setting.checksum:  # images, cut into halves
+        if c.judge == "validation" != as_saved(before)["judge"]:
+            raise InputError(
+                f"--load {path} holds φ meta-trained on what --judge validation judges by: load "
+                "one that was trained with it, or judge by the test set"
+            )
+        if before["seed"] != c.seed:
+            raise InputError(
+                f"--load {path} holds φ meta-trained on another half of {c.dataset}: give --seed "
+                f"{before['seed']}, or transfer would train on what they have seen"
+            )
+        data, here = (value["data"], value["data_sha256"]), setting.data
+        if data != here and "stand-in" not in (data[0], here[0]):
+            raise InputError(
+                f"--load {path} holds φ meta-trained on {describe(data)}, whose halves are not "
+                f"those of {describe(here)}: give the same --data-dir"
+            )
+    phis, given_up, needed = {}, {}, phi_groups(setting.problem.build())
+    for name, (kind, fold, meta_seed, _) in phis_of(c).items():
+        if kind == NOMINAL and not any(key.startswith(NOMINAL) for key in saved):
+            continue  # a file from before there was this control: it is meta-trained
+        alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
+        if name not in saved and len(alike) != 1:
+            raise InputError(
+                f"--load {path} holds {', '.join(saved)} but this run needs {name}: change --eps, "
+                "--attack, --folds or --meta-seeds to what is there"
+            )
+        stored = name if name in saved else alike[0]
+        if stored in value.get("given_up", {}):
+            given_up[name] = value["given_up"][stored]
+        groups = saved[stored]
+        for group in needed:
+            if group not in groups:
+                raise InputError(
+                    f"--load {path} has no φ for {group} parameters, only for {', '.join(groups)}: "
+                    "load one that was meta-trained on an optimizee with such layers"
+                )
+        phis[name] = build({group: groups[group] for group in needed}, setting.device)
+    origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
+    settings = {name: as_saved(before)[name] for name in names_of("φ")}
+    for name in ("curriculum", "episode_steps"):
+        settings[name] = tuple(settings[name])
+    config = replace(c, **settings)
+    return replace(setting, config=config, origin=origin, given_up=given_up), phis

@@ -1,0 +1,196 @@
+"""The meta-optimizer φ, and which parameters of a model share one."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2l_ref.backend import operators
+from l2l_ref.equations import MAX_P, Form, adam_direction
+from l2l_ref.errors import InputError
+
+FIRST_ETA = 1e-3  # Adam's usual learning rate
+
+
+class MetaOptimizer(nn.Module):
+    """φ: an `nn.LSTM` on each gradient coordinate and an `nn.Linear` head that writes its update.
+
+    Plain PyTorch modules, so that φ is a plain state dict and `nn.LSTM` itself is an oracle for
+    every backend. All coordinates share the weights; each has a state of its own. The head starts
+    at zero, so an untrained φ changes nothing (paper, section 3; Andrychowicz et al. 2016).
+
+    Args:
+        hidden_size: units of each LSTM layer.
+        num_layers: LSTM layers.
+        p: in (0, 80], range of the logarithm in Eq. 5.
+        output_scale: > 0, multiplies the head's output.
+        theta_input: θ is a third input, clamp(10·θ, ±5).
+        odd: the update is m(x) - m(-x), so that u(-g) = -u(g).
+        nominal: θ ← θ + u - η·d, with Adam's direction d (`equations.adam_direction`) and
+            η = exp(`log_eta`), a parameter beside φ that starts at log 1e-3.
+        generator: draws the weights; uniform in ±1/√hidden_size as `nn.LSTM` does.
+
+    Raises:
+        InputError: a size below 1; p or output_scale out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        p: float = 10.0,
+        output_scale: float = 0.01,
+        theta_input: bool = False,
+        odd: bool = False,
+        nominal: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise InputError(f"{name} is {size}: it must be at least 1")
+        if not 0 < p <= MAX_P:
+            raise InputError(
+                f"p is {p}: it must be above 0 and at most {MAX_P} (e^p must be finite)"
+            )
+        if not 0 < output_scale < float("inf"):
+            raise InputError(f"output_scale is {output_scale}: it must be positive and finite")
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.form: Form = {
+            "p": p,
+            "output_scale": output_scale,
+            "theta_input": theta_input,
+            "odd": odd,
+        }
+        self.lstm = nn.LSTM(3 if theta_input else 2, hidden_size, num_layers)
+        self.head = nn.Linear(hidden_size, 1)
+        for weight in self.lstm.parameters():
+            nn.init.uniform_(weight, -(hidden_size**-0.5), hidden_size**-0.5, generator=generator)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.log_eta = nn.Parameter(torch.tensor(math.log(FIRST_ETA))) if nominal else None
+
+    @property
+    def nominal(self) -> bool:
+        """Whether an update has the nominal term, -η·d."""
+        return self.log_eta is not None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments: with the state dict, all that φ is."""
+        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
+        return {**sizes, **self.form, "nominal": self.nominal}
+
+    def weights(self) -> list[nn.Parameter]:
+        """The weights of φ: all parameters but `log_eta`."""
+        return [*self.lstm.parameters(), *self.head.parameters()]
+
+    def phi(self) -> Tensor:
+        """All weights as one vector [P], differentiable: what the operators take."""
+        return torch.cat([weight.reshape(-1) for weight in self.weights()])
+
+    def init_state(self, coordinates: int) -> Tensor:
+        """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
+        m = 2 * coordinates if self.form["odd"] else coordinates
+        return self.head.weight.new_zeros(self.num_layers, 2, self.hidden_size, m)
+
+    def init_moments(self, coordinates: int) -> Tensor | None:
+        """Zeros [3, coordinates], the moments of the nominal term; None without that term."""
+        return self.head.weight.new_zeros(3, coordinates) if self.nominal else None
+
+    def forward(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        state: Tensor,
+        moments: Tensor | None = None,
+        *,
+        backend: str = "auto",
+    ) -> tuple[Tensor, ...]:
+        """One differentiable step, Eq. 3-4: θ [N], ∇ [N], state -> θ + u [N] and the next state.
+
+        With the nominal term: moments [3, N] too -> θ + u - η·d, the next state, the next moments.
+
+        Raises:
+            InputError: a nominal term without moments, or moments without that term.
+        """
+        self._check_moments(moments)
+        step = operators(backend, state).theta_step
+        theta, state = step(theta, gradient, state, self.phi(), **self.form)
+        if moments is None:
+            return theta, state
+        direction, moments = adam_direction(gradient, moments)
+        return theta - self.log_eta.exp() * direction, state, moments
+
+    @torch.no_grad()
+    def step_(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        state: Tensor,
+        moments: Tensor | None = None,
+        *,
+        phi: Tensor | None = None,
+        backend: str = "auto",
+    ) -> Tensor | None:
+        """The same in place, without a graph: θ, state and moments become the next ones.
+
+        Args:
+            phi: [P], the weights, where the caller has packed them already.
+
+        Returns:
+            d [N]; None without the nominal term.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._check_moments(moments)
+        step = operators(backend, state).theta_step_
+        step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
+        if moments is None:
+            return None
+        direction, following = adam_direction(gradient, moments)
+        moments.copy_(following)
+        theta.sub_(direction * self.log_eta.exp())
+        return direction
+
+    def _check_moments(self, moments: Tensor | None) -> None:
+        if self.nominal != (moments is not None):
+            wrong = "moments are given" if moments is not None else "no moments are given"
+            raise InputError(
+                f"{wrong} to a meta-optimizer with nominal={self.nominal}: give what its "
+                "init_moments returns, and then what its steps make of it"
+            )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters that share a φ: "linear", "convolutional" (with batch-norm), or what a module
+    names itself, in an attribute `phi_group`.
+
+    The paper gives convolutional and linear layers a φ each (section 4.2); groups named by the
+    kind of layer let a φ move to any optimizee that has layers of its kind.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for module in model.modules():
+        kind = "linear" if isinstance(module, nn.Linear) else "convolutional"
+        if parameters := list(module.parameters(recurse=False)):
+            groups.setdefault(getattr(module, "phi_group", kind), []).extend(parameters)
+    return groups
+
+
+def new_phi(
+    model: nn.Module, *, generator: torch.Generator | None = None, **settings: Any
+) -> nn.ModuleDict:
+    """An untrained φ for the parameters of a model: {φ-group: MetaOptimizer}, on its device.
+
+    Args:
+        generator: draws the weights, on the CPU.
+        settings: those of `MetaOptimizer`, the same for each.
+    """
+    metas = {name: MetaOptimizer(**settings, generator=generator) for name in phi_groups(model)}
+    return nn.ModuleDict(metas).to(next(model.parameters()).device)
