@@ -4,6 +4,7 @@ has a meta-gradient."""
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Episode:
         batches: endless (x, y).
         attack: (model, x, y) -> x'.
         loss: of the model on a batch.
-        classes: of a classifier, whose collapse `meta_train` looks out for.
+        classes: of a classifier, whose collapse `meta_train` looks out for; 0 of anything else.
         steps: updates; None for the number of the settings.
         strength: in [0, 1]; α is 1 + strength·(α - 1), of both losses (`MetaSettings.strength`).
     """
@@ -82,7 +83,7 @@ class Episode:
     batches: Iterator[tuple[Tensor, Tensor]]
     attack: Attack
     loss: Loss = cross_entropy
-    classes: int | None = None
+    classes: int = 0
     steps: int | None = None
     strength: float = 1.0
 
@@ -112,12 +113,14 @@ class Coordinates:
     ):
         self.meta_optimizer, self.backend = meta_optimizer, backend
         self.theta = flatten_(params)
+        assert self.theta.grad is not None  # `flatten_` made it
+        self.gradient = self.theta.grad
         n = len(self.theta)
         self.state, self.moments = meta_optimizer.init_state(n), meta_optimizer.init_moments(n)
         self.phi = torch.empty_like(meta_optimizer.phi())
         self.read = self.theta.new_empty(rows, n)
         self.judged = torch.empty_like(self.read) if separate else self.read
-        self.judging = torch.empty_like(self.theta) if separate else None
+        self.judging = torch.empty_like(self.theta) if separate else self.gradient
         self.thetas = torch.empty_like(self.read) if meta_optimizer.form["theta_input"] else None
         self.directions = torch.empty_like(self.read) if meta_optimizer.nominal else None
         self.direction = torch.empty_like(self.theta)
@@ -131,7 +134,7 @@ class Coordinates:
     def step_(self) -> None:
         """One update of θ; every tensor stays in its place."""
         direction = self.meta_optimizer.step_(
-            self.theta, self.theta.grad, self.state, self.moments, phi=self.phi,
+            self.theta, self.gradient, self.state, self.moments, phi=self.phi,
             backend=self.backend,
         )  # fmt: skip
         if direction is not None:
@@ -139,12 +142,12 @@ class Coordinates:
 
     def keep_judging(self) -> None:
         """θ.grad is that of the loss that judges; the one that φ reads comes next."""
-        self.judging.copy_(self.theta.grad)
+        self.judging.copy_(self.gradient)
 
     def record(self, t: int) -> None:
         """Row t of all records."""
-        self.read[t] = self.theta.grad
-        if self.judging is not None:
+        self.read[t] = self.gradient
+        if self.judged is not self.read:
             self.judged[t] = self.judging
         if self.thetas is not None:
             self.thetas[t] = self.theta
@@ -168,7 +171,7 @@ class Coordinates:
                 None if self.thetas is None else self.thetas[:length],
                 **meta.form,
             )
-        if self.directions is None:
+        if self.directions is None or meta.log_eta is None:
             return dphi
         slope = (self.directions[1 : length + 1] * cotangents).sum()
         return torch.cat((-meta.log_eta.detach().exp() * slope[None], dphi))
@@ -212,10 +215,11 @@ def truncated_unrolls(
         1 + episode.strength * (alpha - 1) for alpha in (settings.alpha, settings.read_alpha)
     )
     separate = read_alpha != alpha or settings.penalty > 0
+    by_group: dict[str, Any] = dict(meta_optimizers.items())
     groups = {
         name: Coordinates(
             params,
-            meta_optimizers[name],
+            by_group[name],
             min(settings.unroll, steps) + 1,
             separate=separate,
             backend=backend,
@@ -227,7 +231,7 @@ def truncated_unrolls(
     def differentiate(x: Tensor, y: Tensor, alpha: float, penalty: float = 0.0) -> Tensor:
         """The loss of Eq. 6; leaves its gradient in θ.grad."""
         for group in coordinates:
-            group.theta.grad.zero_()
+            group.gradient.zero_()
         loss = robust_loss(
             episode.loss, episode.model, x, y, attack=episode.attack, alpha=alpha, penalty=penalty
         )

@@ -111,6 +111,7 @@ def update(
     """
     inputs = preprocess(gradient, p)  # [F, N]
     if theta_input:
+        assert theta is not None, "phi sees theta"
         seen = (THETA_SCALE * theta).clamp(-THETA_CLAMP, THETA_CLAMP)
         inputs = torch.cat((inputs, seen[None]))
     if odd:  # Eq. 5 of -g: the first number stays, the second flips; so does θ

@@ -119,7 +119,7 @@ class MetaOptimizer(nn.Module):
         self._check_moments(moments)
         step = operators(backend, state).theta_step
         theta, state = step(theta, gradient, state, self.phi(), **self.form)
-        if moments is None:
+        if moments is None or self.log_eta is None:
             return theta, state
         direction, moments = adam_direction(gradient, moments)
         return theta - self.log_eta.exp() * direction, state, moments
@@ -149,7 +149,7 @@ class MetaOptimizer(nn.Module):
         self._check_moments(moments)
         step = operators(backend, state).theta_step_
         step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
-        if moments is None:
+        if moments is None or self.log_eta is None:
             return None
         direction, following = adam_direction(gradient, moments)
         moments.copy_(following)

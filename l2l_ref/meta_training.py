@@ -139,7 +139,7 @@ def meta_adam(meta_optimizers: nn.ModuleDict, settings: MetaSettings) -> torch.o
 
 def parameter_groups(meta_optimizers: nn.ModuleDict) -> tuple[list[Tensor], list[Tensor]]:
     """The weights of all φ, and the log η of those that have a nominal term."""
-    metas = list(meta_optimizers.values())
+    metas: list[Any] = list(meta_optimizers.values())
     weights = [weight for meta in metas for weight in meta.weights()]
     return weights, [meta.log_eta for meta in metas if meta.nominal]
 

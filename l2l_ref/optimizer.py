@@ -45,7 +45,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, phi: Mapping[str, MetaOptimizer], *, backend: str = "auto"
+        cls,
+        model: nn.Module,
+        phi: nn.ModuleDict | Mapping[str, MetaOptimizer],
+        *,
+        backend: str = "auto",
     ) -> "LearnedOptimizer":
         """φ as the optimizer of a model: a group of parameters, on one vector, for each φ-group.
 
@@ -105,10 +109,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _step_group(self, index: int, group: dict[str, Any], params: list[Tensor]) -> None:
         """One call of the operator for all coordinates of a φ-group."""
-        if any(param.grad.is_sparse for param in params):
+        gradients = [param.grad for param in params if param.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
             raise InputError("a gradient is sparse: LearnedOptimizer takes dense gradients only")
         meta_optimizer = group["meta_optimizer"]
-        theta, gradient = joined(params), joined([param.grad for param in params])
+        theta, gradient = joined(params), joined(gradients)
         state, moments = self._joint_state(index, meta_optimizer, params)
         meta_optimizer.step_(theta, gradient, state, moments, backend=group["backend"])
         if theta is not params[0]:

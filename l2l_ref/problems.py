@@ -23,13 +23,13 @@ class Problem:
         name: as on the command line.
         build: () -> an untrained module; `draw` gives it its θ₀.
         loss: (model, x, y) -> 0-dim loss, averaged over the batch.
-        classes: how many, or None where there is nothing to classify.
+        classes: how many, or 0 where there is nothing to classify.
     """
 
     name: str
     build: Callable[[], nn.Module]
     loss: Loss
-    classes: int | None
+    classes: int
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> nn.Module:
         """A fresh optimizee in training mode, its θ₀ from `generator` (a CPU one)."""
@@ -219,7 +219,7 @@ def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> P
         InputError: an unknown data set, or an optimizee that does not go with it.
     """
     if dataset == "quadratic" and optimizee in (None, "quadratic"):
-        return Problem("quadratic", lambda: Quadratic(batch_size), squared_error, None)
+        return Problem("quadratic", lambda: Quadratic(batch_size), squared_error, classes=0)
     if dataset not in OPTIMIZEES and dataset != "quadratic":
         raise InputError(f"dataset '{dataset}' is unknown: choose mnist, cifar10 or quadratic")
     names = OPTIMIZEES.get(dataset, ("quadratic",))

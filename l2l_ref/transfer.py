@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +106,14 @@ def train(
         optimizer.step()
 
     drawn = attacks.generators(attack), attacks.generators(record)
-    update = Graphed(update, device, generators=drawn[0], capture=capture)
+    graphed = Graphed(update, device, generators=drawn[0], capture=capture)
     probe = Graphed(lambda: record(model), device, generators=drawn[1], capture=capture)
     recorded, recordings, marks = [0], [torch.stack(probe())], []
     for step in range(1, steps + 1):
         begin = mark(device)
         if method.cosine:
             set_rates(optimizer, rates, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
-        update(*next(batches))
+        graphed(*next(batches))
         marks.append((begin, mark(device)))
         if step % every == 0 or step == steps:
             recorded.append(step)
@@ -150,6 +151,6 @@ def mark(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def milliseconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    """Between two marks, both in the past."""
+def milliseconds(begin: Any, end: Any) -> float:
+    """Between two marks of a kind, both in the past."""
     return 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)

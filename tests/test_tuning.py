@@ -133,7 +133,7 @@ def test_costs_in_gradients():
 
     def cost(attack, **options):
         arguments = [*TINY, "--attack", attack, "--attack-steps", "5"]
-        return tuning.cost(cli.parse(arguments), Method("", None, **options)) / 4
+        return tuning.cost(cli.parse(arguments), **options) / 4
 
     assert [cost("pgd", alpha=alpha) for alpha in (1.0, 0.5, 0.0)] == [1, 7, 6]
     assert [cost("fgsm", alpha=alpha) for alpha in (1.0, 0.5, 0.0)] == [1, 3, 2]

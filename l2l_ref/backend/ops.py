@@ -7,6 +7,7 @@ a RuntimeError that says so. On a GPU they queue their work on the current strea
 nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -142,10 +143,11 @@ def _preprocess_double_backward(ctx, cotangent):
         return torch.autograd.grad(first, (gradient, d_result), cotangent)
 
 
-for _name, _rule in {
+_RULES: dict[str, Callable] = {
     "theta_step": _backward,
     "theta_step_backward": _double_backward,
     "preprocess": _preprocess_backward,
     "preprocess_backward": _preprocess_double_backward,
-}.items():
+}
+for _name, _rule in _RULES.items():
     torch.library.register_autograd(f"l2l_ref::{_name}", _rule, setup_context=_setup)

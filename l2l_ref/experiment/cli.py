@@ -83,7 +83,7 @@ def run_as_script(
 ) -> None:
     """Run `main` on the command line; an InputError is one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # φ and ε on a terminal that has no Greek
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -38,7 +38,7 @@ class Config:
     alpha: float  # Eq. 6 of the loss that judges φ
     read_alpha: float  # Eq. 6 of the loss whose gradient φ reads
     penalty: float  # λ/ε of that loss
-    curriculum: tuple[float, ...]  # shares of the episodes: clean up to one, full from the other
+    curriculum: tuple[float, float]  # shares of the episodes: clean up to one, full from the other
     episodes: int
     episode_steps: tuple[int, ...]  # updates of an episode; log-uniform from the first to the last
     tasks: int  # optimizees that an episode trains at once

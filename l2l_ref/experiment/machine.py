@@ -81,10 +81,12 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        git = ["git", "-C", str(root)]
-        run = {"capture_output": True, "text": True, "check": True, "timeout": 10}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout.strip()
+        commit, changed = (
+            subprocess.check_output(
+                ["git", "-C", str(root), *words], stderr=subprocess.DEVNULL, text=True, timeout=10
+            ).strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")

@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from l2l_ref.backend import BACKENDS
 
@@ -34,7 +35,8 @@ def grid_axis(text: str) -> tuple[str, tuple[float, ...]]:
     return name, tuple(number(value) for value in values.split(","))
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """An option.
 
     Attributes:
@@ -56,7 +58,7 @@ class Row(NamedTuple):
     group: str | None
     help: str
     default: Any = None
-    exceptions: dict[str, Any] = {}
+    exceptions: dict[str, Any] = field(default_factory=dict)
     kind: Callable[[str], Any] = int
     count: int | str | None = None
     choices: tuple[str, ...] | None = None

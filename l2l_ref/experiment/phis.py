@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -40,8 +41,8 @@ def kinds_of_phi(config: Config) -> tuple[str, ...]:
 
 def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
     """The curves of a φ of a kind (docs/decisions); `phi` makes it a model's optimizer."""
-    read = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
-    clean = {"penalty": c.penalty * eps}
+    read: dict[str, Any] = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
+    clean: dict[str, Any] = {"penalty": c.penalty * eps}
     if kind == NOMINAL:
         return [Method("Nominal alone", phi, **read)]
     if kind == CLEAN:

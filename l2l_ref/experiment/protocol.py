@@ -117,12 +117,8 @@ class Experiment:
             return history
 
         alphas = [1.0] if kind == CLEAN else {c.alpha, c.read_alpha}
-        losses = [
-            Method("", LearnedOptimizer.for_model, alpha=alpha, penalty=c.penalty)
-            for alpha in alphas
-        ]
         updates = c.episodes * c.tasks * sum(c.episode_steps) / len(c.episode_steps)
-        cost = updates / c.steps * sum(tuning.cost(c, loss) for loss in losses)
+        cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
         return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
 
     def phi(self, name: str, fold: Fold) -> nn.ModuleDict:
@@ -145,7 +141,7 @@ class Experiment:
         for fold, eps in product(self.folds, c.eps):
             contenders = self.contenders(fold, eps)
             for seed, contender in product(range(c.seeds), contenders):
-                key = {
+                key: dict[str, Any] = {
                     "eps": eps,
                     "method": contender.method.label,
                     "fold": fold.number,
@@ -154,7 +150,7 @@ class Experiment:
                 }
                 name = "-".join(["run", *(f"{k}{v}" for k, v in key.items() if v is not None)])
                 compute = partial(self.run_one, contender, fold, eps, seed)
-                cost = tuning.cost(c, contender.method)
+                cost = tuning.cost(c, contender.method.alpha, contender.method.penalty)
                 cost += c.steps * (contender.meta_seed is not None)  # the LSTM
                 result.append((key, Piece(name, compute, key["method"], cost, contender.needs)))
         return result
@@ -203,7 +199,7 @@ class Experiment:
             self.phi(name, self.folds[number])
             if name not in self.given:
                 histories[name] = parts[name]
-        if self.given == self.phis.keys():  # what they come from goes along unchanged
+        if c.load and self.given == self.phis.keys():  # what they come from goes along unchanged
             shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
         else:
             ended = {name: self.ended(name, parts) for name in self.phis}

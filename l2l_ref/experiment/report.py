@@ -104,7 +104,7 @@ def write(
     replace_with(out / "metrics.csv", lambda partial: partial.write_text(text))
     runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
             for run in results.runs]  # fmt: skip
-    value = {
+    value: dict[str, Any] = {
         "title": heading,
         "data": setting.source,
         "command": command,

@@ -87,7 +87,7 @@ def prepare(config: Config, rank: int = 0) -> Setting:
     resolve(config.backend, device)
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
-    if problem.classes is None:
+    if not problem.classes:
         drawn = problems.Quadratics(config.batch_size, device)
         return Setting(config, problem, drawn, drawn, "random quadratics", None, device)
     images = data.load(config.dataset, config.data_dir, device=device, strict=config.strict_data)

@@ -57,7 +57,7 @@ def summarise(results: Results) -> list[dict[str, Any]]:
     return summary
 
 
-def spread(values: list[float]) -> dict[str, float | None]:
+def spread(values: list[Any]) -> dict[str, float | None]:
     """Mean and sample deviation; None where a value is not finite."""
     finite = all(map(math.isfinite, values))
     return {
@@ -88,8 +88,9 @@ def differences(results: Results) -> list[dict[str, Any]]:
             for name in PAIRED:
                 pairs = [(mean(own[key], name), mean(theirs[key], name))
                          for key in sorted(own.keys() & theirs.keys())]  # fmt: skip
-                if pairs and None not in pairs[0]:
-                    row[name] = interval([a - b for a, b in pairs])
+                present = [a - b for a, b in pairs if a is not None and b is not None]
+                if pairs and len(present) == len(pairs):
+                    row[name] = interval(present)
             rows.append(row)
     return rows
 
@@ -123,7 +124,7 @@ def signed(value: dict[str, float | None] | None) -> str:
 
 
 def mean(runs: list[dict[str, Any]], name: str) -> float | None:
-    values = [run.get(name) for run in runs]
+    values: list[Any] = [run.get(name) for run in runs]
     return None if None in values else statistics.fmean(values)
 
 

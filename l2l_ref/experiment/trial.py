@@ -104,10 +104,9 @@ class Trial:
         """
         c, generator = self.setting.config, self.stream("judge loss", self.setting.device)
         x, y = images.first(c.curve_samples).all()
-        judges = {"pgd": {"steps": PGD_STEPS, "generator": generator}, "fgsm": {}}
         result = {}
-        for name, options in judges.items():
-            attack = attacks.make(name, eps=eps, **options)
+        for name in ("pgd", "fgsm"):
+            attack = attacks.make(name, eps=eps, steps=PGD_STEPS, generator=generator)
             _, loss = evaluate.losses(model, x, y, attack)
             result[f"{name}_loss"] = loss.item()
         sample = images.first(c.eval_samples)
@@ -129,8 +128,8 @@ def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.Modu
     phi = new_phi(setting.problem.build().to(setting.device), generator=generator, **form)
     if kind == NOMINAL:
         for meta in phi.values():
-            for weight in meta.weights():
-                weight.requires_grad_(False)
+            meta.requires_grad_(False)
+            meta.log_eta.requires_grad_(True)
     return phi
 
 

@@ -107,11 +107,11 @@ def image_grids(config: Config, eps: float) -> dict[str, list[tuple[dict[str, fl
     return grids
 
 
-def cost(config: Config, method: Method) -> float:
+def cost(config: Config, alpha: float = 1.0, penalty: float = 0.0) -> float:
     """Of training an optimizee, in gradients of a batch."""
     passes = {"none": 0, "fgsm": 1, "pgd": config.attack_steps}[config.attack]
-    attacked = 0 if method.alpha == 1 else 1 + passes
-    clean = 0 if method.alpha == 0 else 3 if method.penalty else 1
+    attacked = 0 if alpha == 1 else 1 + passes
+    clean = 0 if alpha == 0 else 3 if penalty else 1
     return config.steps * (attacked + clean)
 
 
@@ -145,10 +145,12 @@ class Grid:
         seeds = range(1, self.setting.config.tune_seeds)
         result = []
         for name, (settings, method) in zip(self.first(), self.methods.items(), strict=True):
-            result.append(Piece(name, partial(self.run, settings, 0), self.label,
-                                cost(self.setting.config, method)))  # fmt: skip
+            own = cost(self.setting.config, method.alpha, method.penalty)
+            result.append(Piece(name, partial(self.run, settings, 0), self.label, own))
         for place, seed in itertools.product(range(self.places), seeds):
-            dearest = max(cost(self.setting.config, method) for method in self.methods.values())
+            dearest = max(
+                cost(self.setting.config, m.alpha, m.penalty) for m in self.methods.values()
+            )
             result.append(Piece(self.name("place", place, f"seed{seed}"),
                                 partial(self.run_place, place, seed), self.label, dearest,
                                 tuple(self.first())))  # fmt: skip
