@@ -33,7 +33,7 @@ from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
-STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.textures}
+STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
 FORM = ("output_scale", "theta_input", "odd", "nominal")  # of φ, in a recipe
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 

@@ -28,8 +28,8 @@ def small_digits() -> data.Data:
 
 @pytest.fixture(scope="session")
 def small_textures() -> data.Data:
-    """600 + 200 stand-in textures."""
-    x, y, x_test, y_test = stand_in.textures(600, 200)
+    """600 + 200 stand-in pictures of CIFAR-10."""
+    x, y, x_test, y_test = stand_in.coloured_digits(600, 200)
     train, test = data.ImageSet(x, y), data.ImageSet(x_test, y_test)
     return data.Data("cifar10", "stand-in", train, test, "0" * 64)
 

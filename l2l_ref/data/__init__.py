@@ -90,7 +90,7 @@ def load(
         if strict:
             raise InputError(f"{missing}: {remedy}")
         _warn(kind.title, f"Because {missing}.", f"For the real ones, {remedy}.")
-        draw = stand_in.digits if name == "mnist" else stand_in.textures
+        draw = stand_in.digits if name == "mnist" else stand_in.coloured_digits
         found = sources.checked(name, "stand-in", "the stand-in", draw())
     tensors = [tensor.to(device) for tensor in found.tensors]
     train, test = ImageSet(*tensors[:2]), ImageSet(*tensors[2:])

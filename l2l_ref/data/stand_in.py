@@ -1,9 +1,9 @@
 """Made-up pictures in the shape of MNIST and CIFAR-10, for a machine that has neither.
 
-`digits` draws handwriting from the strokes of the ten digits, `textures` paints ten kinds of
-coloured shapes and patterns. Both are learnable without being trivial: a linear model stays well
-below a small network. They stand in for the real sets so that everything runs; no result on them
-is a result on MNIST or CIFAR-10.
+`digits` draws handwriting from the strokes of the ten digits, `coloured_digits` the same in one
+colour on another. Both are learnable without being trivial: a linear model stays well below a small
+network. They stand in for the real sets so that everything runs; no result on them is a result on
+MNIST or CIFAR-10.
 
 The same seed is meant to give the same bytes on every machine. So the pictures are made of uniform
 draws from a CPU generator, in float32, with elementwise + - * / sqrt and floor alone: IEEE 754
@@ -38,11 +38,10 @@ def digits(n_train: int = 60_000, n_test: int = 10_000, seed: int = 0) -> tuple[
     return _two_sets(n_train, n_test, seed, _draw_digits)
 
 
-def textures(n_train: int = 50_000, n_test: int = 10_000, seed: int = 0) -> tuple[Tensor, ...]:
-    """Paint a stand-in for CIFAR-10: shapes and patterns in random colours, places and sizes.
-
-    The classes, 0 to 9: disc, ring, square, triangle, cross, horizontal, vertical and diagonal
-    stripes, checkerboard, dots.
+def coloured_digits(
+    n_train: int = 50_000, n_test: int = 10_000, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Paint a stand-in for CIFAR-10: the ten digits in random colours, with noise.
 
     Args:
         n_train, n_test: pictures in each set; every class has its tenth, up to rounding.
@@ -52,7 +51,7 @@ def textures(n_train: int = 50_000, n_test: int = 10_000, seed: int = 0) -> tupl
         (train_images, train_labels, test_images, test_labels): uint8 [n, 3, 32, 32] and
         int64 [n] in 0..9, on the CPU.
     """
-    return _two_sets(n_train, n_test, seed, _paint_textures)
+    return _two_sets(n_train, n_test, seed, _paint_digits)
 
 
 def _two_sets(n_train: int, n_test: int, seed: int, draw: Draw) -> tuple[Tensor, ...]:
@@ -81,9 +80,6 @@ def _grid(side: int) -> tuple[Tensor, Tensor]:
     """Pixel centres in [-1, 1]: (x, y), each float32 [side * side], row by row."""
     centres = (torch.arange(side, dtype=torch.float32) * 2 + 1) / side - 1
     return centres.repeat(side), centres.repeat_interleave(side)
-
-
-# ---- digits -----------------------------------------------------------------------------------
 
 
 def _arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float) -> Stroke:
@@ -155,7 +151,8 @@ def _distance_table() -> Tensor:
     return torch.cat(fields)
 
 
-def _draw_digits(labels: Tensor, generator: Generator) -> Tensor:
+def _distances(labels: Tensor, generator: Generator, side: int) -> Tensor:
+    """Of each pixel from the strokes of a digit, jittered: [n, side²]."""
     n = len(labels)
 
     def draw(low: float, high: float) -> Tensor:
@@ -164,7 +161,7 @@ def _draw_digits(labels: Tensor, generator: Generator) -> Tensor:
     # Every pixel asks where in the glyph it lies, so these are the inverse of the jitter: a larger
     # width here makes a narrower digit.
     width, height, slant, turn = draw(1.1, 1.8), draw(1.1, 1.6), draw(-0.2, 0.5), draw(-0.3, 0.3)
-    x, y = _grid(28)
+    x, y = _grid(side)
     x, y = x + draw(-0.13, 0.13), y + draw(-0.13, 0.13)
     u, v = (x + turn * y) * width, (y - turn * x) * height
     u = u + slant * v + draw(-0.3, 0.3) * v * v  # italics, and a bend of the whole digit
@@ -172,71 +169,32 @@ def _draw_digits(labels: Tensor, generator: Generator) -> Tensor:
     column = ((u + 1) * (TABLE / 2)).clamp(0, TABLE - 1).long()
     row = ((v + 1) * (TABLE / 2)).clamp(0, TABLE - 1).long()
     glyph = labels[:, None] * 2 + torch.randint(2, (n, 1), generator=generator)
-    distance = _distance_table()[(glyph * TABLE + row) * TABLE + column]
+    return _distance_table()[(glyph * TABLE + row) * TABLE + column]
 
+
+def _covered(distance: Tensor, generator: Generator) -> Tensor:
+    """How much of each pixel a pen of random width covers, in [0, 1]."""
+    pen = _uniform((len(distance), 1), generator, 0.08, 0.2)
+    return ((pen - distance) * 10 + 0.5).clamp(0, 1)
+
+
+def _draw_digits(labels: Tensor, generator: Generator) -> Tensor:
+    n = len(labels)
+    distance = _distances(labels, generator, 28)
     noise = _uniform((n, 28 * 28), generator, 0, 1)
-    ink = ((draw(0.08, 0.2) - distance) * 10 + 0.5).clamp(0, 1) * draw(0.7, 1.1)
+    ink = _covered(distance, generator) * _uniform((n, 1), generator, 0.7, 1.1)
     # Dirt stays near the pen: as in MNIST, the border is black in almost every picture.
     dirt = (noise - 0.8).clamp(min=0) * (0.4 - distance).clamp(min=0) * 2
     picture = (ink * (1 - 0.25 * noise) + dirt) * 255
     return picture.clamp(0, 255).to(torch.uint8).view(n, 1, 28, 28)
 
 
-# ---- textures ---------------------------------------------------------------------------------
-
-
-def _wave(z: Tensor) -> Tensor:
-    """Triangle wave of period 1 between -0.25 and 0.25."""
-    return (z - z.floor() - 0.5).abs() - 0.25
-
-
-def _dots(u: Tensor, v: Tensor) -> Tensor:
-    u, v = u - u.floor() - 0.5, v - v.floor() - 0.5
-    return 0.32 - (u * u + v * v).sqrt()
-
-
-# One for each class, by label: how deep (u, v) lies inside the figure, negative outside.
-FIGURES: list[Callable[[Tensor, Tensor], Tensor]] = [
-    lambda u, v: 1 - (u * u + v * v).sqrt(),  # disc
-    lambda u, v: 0.2 - ((u * u + v * v).sqrt() - 0.8).abs(),  # ring
-    lambda u, v: 0.88 - torch.maximum(u.abs(), v.abs()),  # square
-    lambda u, v: 0.6 - torch.maximum(v, u.abs() * 0.866 - v * 0.5),  # triangle
-    lambda u, v: torch.minimum(  # cross
-        0.3 - torch.minimum(u.abs(), v.abs()), 1 - torch.maximum(u.abs(), v.abs())
-    ),
-    lambda u, v: _wave(v),  # horizontal stripes
-    lambda u, v: _wave(u),  # vertical stripes
-    lambda u, v: _wave((u + v) * 0.707),  # diagonal stripes
-    lambda u, v: _wave(u) * _wave(v) * 8,  # checkerboard
-    _dots,
-]
-
-
-def _paint_textures(labels: Tensor, generator: Generator) -> Tensor:
+def _paint_digits(labels: Tensor, generator: Generator) -> Tensor:
     n = len(labels)
-
-    def draw(low: float, high: float, *shape: int) -> Tensor:
-        return _uniform((n, *shape, 1), generator, low, high)
-
-    is_shape = labels[:, None] < 5  # the others are patterns, which have no middle to keep in view
-    shift_x = torch.where(is_shape, draw(-0.35, 0.35), draw(-1, 1))
-    shift_y = torch.where(is_shape, draw(-0.35, 0.35), draw(-1, 1))
-    size = torch.where(is_shape, draw(0.4, 0.75), draw(0.35, 0.8))
-    tilt = draw(-0.3, 0.3)  # a tangent, 17 degrees at most: horizontal never becomes diagonal
-    scale = size * (1 + tilt * tilt).sqrt()
-    x, y = _grid(32)
-    x, y = x - shift_x, y - shift_y
-    u, v = (x + tilt * y) / scale, (y - tilt * x) / scale
-
-    depth = torch.empty_like(u)
-    for label, inside in enumerate(FIGURES):
-        members = (labels == label).nonzero()[:, 0]
-        depth[members] = inside(u[members], v[members])
-    coverage = (depth * size * 16 + 0.5).clamp(0, 1)[:, None]  # a pixel is 1/16: soft edges
-
-    ground = draw(0, 1, 3)
-    figure = ground + draw(0.2, 0.8, 3)
-    figure = figure - figure.floor()  # modulo 1: every channel differs from the ground's by >= 0.2
-    noise = _uniform((n, 3, 32 * 32), generator, -0.3 * 255, 0.3 * 255)
+    coverage = _covered(_distances(labels, generator, 32), generator)[:, None]
+    ground = _uniform((n, 3, 1), generator, 0, 1)
+    figure = ground + _uniform((n, 3, 1), generator, 0.35, 0.65)
+    figure = figure - figure.floor()  # modulo 1: every channel differs from the ground's by >= 0.35
+    noise = _uniform((n, 3, 32 * 32), generator, -0.15 * 255, 0.15 * 255)
     picture = ground * 255 + (figure - ground) * 255 * coverage + noise
     return picture.clamp(0, 255).to(torch.uint8).view(n, 3, 32, 32)
