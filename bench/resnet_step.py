@@ -27,9 +27,8 @@ from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import complete
+from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.machine import keep_freed_memory
-from l2l_ref.experiment.options import RECIPES
 from l2l_ref.meta_optimizer import MetaOptimizer
 from l2l_ref.optimizer import LearnedOptimizer, flatten_
 

@@ -24,9 +24,8 @@ from l2l_ref.data import stand_in
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import complete
+from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.machine import keep_freed_memory
-from l2l_ref.experiment.options import RECIPES
 from l2l_ref.experiment.tuning import adam
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.optimizer import LearnedOptimizer

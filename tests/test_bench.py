@@ -13,8 +13,7 @@ from bench.case import flops, make_case
 from l2l_ref.backend import built
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
-from l2l_ref.experiment.config import complete
-from l2l_ref.experiment.options import RECIPES
+from l2l_ref.experiment.config import RECIPES, complete
 
 ROOT = Path(__file__).parents[1]
 FORMS = [{}, {"odd": True, "theta_input": True}]

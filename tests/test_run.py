@@ -16,9 +16,8 @@ from l2l_ref import data
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, machine, protocol, report, summary, tuning
-from l2l_ref.experiment.config import complete
+from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.folder import write_json
-from l2l_ref.experiment.options import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 # A run in seconds; φ that is loaded has its own episodes and unrolls.

@@ -3,10 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, complete, grid_points, require, with_grid
-from l2l_ref.experiment.options import META, OPTIONS, RUN, TRANSFER, WHAT, names_of
+from l2l_ref.experiment.config import (
+    OPTIONS,
+    Config,
+    complete,
+    grid_points,
+    names_of,
+    require,
+    with_grid,
+)
+from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +33,7 @@ class Help(argparse.HelpFormatter):
 
 
 def parser() -> Parser:
-    """The command line, made of `options.OPTIONS`."""
+    """The command line, made of the fields of `Config`."""
     top = Parser(
         prog="run.py",
         usage="run.py [options]",
@@ -36,23 +45,11 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     groups = {title: top.add_argument_group(title) for title in (WHAT, META, TRANSFER, RUN)}
-    for row in OPTIONS:
-        if row.group is None:
-            continue
-        flag, text = "--" + row.name.replace("_", "-"), row.sentence().replace("%", "%%")
-        if row.kind is bool:
-            both = argparse.BooleanOptionalAction if row.said != "" else "store_true"
-            groups[row.group].add_argument(flag, action=both, help=text)
-        else:
-            metavar = row.metavar or (None if row.choices else "N" if row.kind is int else "X")
-            groups[row.group].add_argument(
-                flag,
-                type=row.kind,
-                nargs=row.count,
-                choices=row.choices,
-                metavar=metavar,
-                help=text,
-            )
+    for one in fields(Config):
+        chosen = OPTIONS[one.name]
+        if chosen.group is not None:
+            flag = "--" + one.name.replace("_", "-")
+            groups[chosen.group].add_argument(flag, **chosen.arguments(one.type))
     return top
 
 

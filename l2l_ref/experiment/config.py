@@ -1,81 +1,133 @@
-"""The configuration: one frozen dataclass, and how it is stored."""
+"""The configuration: one frozen dataclass, whose fields are the options, and how it is stored."""
 
+import argparse
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.options import JUDGES, defaults
+from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option
+
+DATASETS = ("mnist", "cifar10", "quadratic")
+ATTACKS = ("fgsm", "pgd", "none")
+RECIPES = ("paper", "robust", "penalty")
+JUDGES = ("test", "validation")
+GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
 
 
-@dataclass(frozen=True)
+def grid_axis(text: str) -> tuple[str, tuple[float, ...]]:
+    """`name=value,value` -> (name, values)."""
+    name, _, values = text.partition("=")
+    if name not in GRID_NAMES or not values:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not name=value,value with a name among {', '.join(GRID_NAMES)}"
+        )
+    return name, tuple(number(value) for value in values.split(","))
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a run. The comments give units; `complete` fills in the defaults.
+    """Every setting of a run; `complete` fills in the defaults.
 
     Raises:
         InputError: a value outside its range.
     """
 
-    # what
-    dataset: str
-    attack: str
-    eps: tuple[float, ...]  # l∞ radius in pixel values [0, 1]; one panel each
-    recipe: str
-    optimizee: str
-    attack_steps: int  # of PGD
-    attack_step_size: float | None  # pixel values; None: 2.5·eps/steps
-    # φ
-    p: float
-    output_scale: float
-    theta_input: bool
-    odd: bool
-    nominal: bool  # θ ← θ + u - η·d, with Adam's direction d
-    hidden_size: int
-    num_layers: int
-    # meta-training
-    alpha: float  # Eq. 6 of the loss that judges φ
-    read_alpha: float  # Eq. 6 of the loss whose gradient φ reads
-    penalty: float  # λ/ε of that loss
-    curriculum: tuple[float, float]  # shares of the episodes: clean up to one, full from the other
-    episodes: int
-    episode_steps: tuple[int, ...]  # updates of an episode; log-uniform from the first to the last
-    tasks: int  # optimizees that an episode trains at once
-    unroll: int  # updates
-    meta_lr: float
-    meta_schedule: str
-    clip: float
-    meta_seeds: int  # how many φ
-    grid: dict[str, tuple[float, ...]]  # candidates by name; empty: no search
-    # transfer
-    steps: int  # updates of an optimizee
-    images: int | None  # that an optimizee trains on; None: all of its half
-    batch_size: int
-    seeds: int  # how many runs of each method
-    folds: int  # 1, or 2: the halves change places
-    transfer_alpha: float  # Eq. 6 of L2L-Transfer (mixed)
-    attacked_alpha: float  # Eq. 6 of Adam on attacked batches
-    tune_seeds: int  # runs of each candidate of a baseline's grid
-    tune_every: int  # take every k-th candidate of the baselines' grids
-    # evaluation
-    eval_samples: int  # test images for accuracies
-    curve_samples: int  # test images for the curves
-    record_every: int  # updates between two points of a curve
-    judge_steps: int  # of the PGD of the accuracies, each 2.5·eps/steps long
-    restarts: int  # of that PGD, on each of its losses
-    judge: str  # "test", or "validation": the meta-training half alone
-    # the run
-    seed: int
-    device: str
-    backend: str
-    graphs: bool  # on a GPU, updates are CUDA graphs
-    data_dir: str
-    strict_data: bool
-    out: str | None
-    resume: bool
-    load: str | None
-    quick: bool
+    dataset: str = option(WHAT, "of images, or Andrychowicz et al.'s quadratics", "mnist",
+        choices=DATASETS)
+    attack: str = option(WHAT, "that meta-trains and judges", "fgsm", {"quadratic": "none"},
+        choices=ATTACKS)
+    eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
+        "one panel each", (0.1,), {"cifar10": (0.03,), "quadratic": (0.0,)})
+    recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
+        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: the same, "
+        "reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
+    optimizee: str = option(WHAT, "the network that is trained", "mlp",
+        {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
+    attack_steps: int = option(WHAT, "PGD steps", 7)
+    attack_step_size: float | None = option(WHAT, "pixel values", said="2.5·eps/steps")
+
+    # On CIFAR-10 φ takes some 100 unrolls of clean episodes until it begins to learn, and under PGD
+    # one of 100-step episodes collapses. With its lengths the robust φ holds to 3,000 steps
+    # (docs/trials).
+    episodes: int = option(META, "each trains fresh optimizees", 70,
+        {"cifar10": 50, "robust": 30, "quadratic": 100,
+         "mnist quick": 15, "cifar10 quick": 1, "quadratic quick": 10}, of="φ")
+    episode_steps: tuple[int, ...] = option(META, "updates of an episode, or smallest and largest",
+        (100,), {"cifar10": (100, 300), "robust": (100, 1000), "quadratic": (100,),
+         "mnist quick": (60,), "cifar10 quick": (10,), "quadratic quick": (40,)}, of="φ")
+    tasks: int = option(META, "optimizees an episode trains at once", 1, of="φ")
+    unroll: int = option(META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ")
+    meta_lr: float = option(META, "Adam's on φ", 3e-3,
+        {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2}, of="φ")
+    meta_schedule: str = option(default="cosine", of="φ")
+    clip: float = option(default=1.0, of="φ")  # of the meta-gradient's norm
+    # The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that φ
+    # collapses, so some of the clean one stays.
+    alpha: float = option(META, "clean share of Eq. 6", 0.5,
+        {"pgd": 0.2, "none": 1.0, "robust": 0.0, "robust none": 1.0}, of="φ")
+    read_alpha: float = option(  # that of the loss whose gradient φ reads
+        default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
+    penalty: float = option(META, "λ/eps of the loss that φ reads", 0.0,
+        {"penalty": 1.0, "quadratic": 0.0}, of="φ")
+    # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
+    curriculum: tuple[float, float] = option(META, "shares of the episodes: clean up to one, as "
+        "set from the other on", (0.0, 0.5),
+        {"cifar10": (0.5, 0.75), "robust": (0.0, 0.0), "quadratic": (0.0, 0.0)}, of="φ")
+    p: float = option(META, "log range of Eq. 5", 10.0, of="φ")
+    nominal: bool = option(META, "θ ← θ + u - η·d, Adam's direction d", False,
+        {"robust": True, "quadratic": False}, of="φ", said="robust", opposite=True)
+    # θ of a quadratic travels much farther than a network's.
+    output_scale: float = option(default=0.01, exceptions={"robust": 0.1, "quadratic": 0.1}, of="φ")
+    theta_input: bool = option(default=False, exceptions={"robust": True}, of="φ")
+    odd: bool = option(default=False, exceptions={"robust": True}, of="φ")
+    hidden_size: int = option(default=20, of="φ")
+    num_layers: int = option(default=2, of="φ")
+    meta_seeds: int = option(META, "φ meta-trained", 1)
+    grid: dict[str, tuple[float, ...]] = option(META, "search on the meta-training half, such as "
+        "p=5,10 meta-lr=1e-4,1e-3", {}, metavar="NAME=X,X", said=", ".join(GRID_NAMES),
+        kind=grid_axis)
+    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead", metavar="FILE")
+
+    steps: int = option(TRANSFER, "updates of an optimizee", 100,
+        {"cifar10": 1000, "mnist quick": 40, "cifar10 quick": 10, "quadratic quick": 40})
+    images: int | None = option(TRANSFER, "that an optimizee trains on", said="all of its half")
+    batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 32})
+    seeds: int = option(TRANSFER, "transfer runs of each method", 5,
+        {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
+    folds: int = option(TRANSFER, "2: the halves change places too", 1)
+    transfer_alpha: float = option(TRANSFER, "clean share in L2L-Transfer (mixed)", 0.5)
+    attacked_alpha: float = option(  # that of Adam on attacked batches
+        default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
+    tune_seeds: int = option(default=2, exceptions={"cifar10": 1, "quick": 1})
+    tune_every: int = option(default=1, exceptions={"quick": 2})  # of a grid's candidates
+    eval_samples: int = option(TRANSFER, "test images for the accuracies", 2000,
+        {"quick": 500, "cifar10 quick": 100})
+    curve_samples: int = option(default=1000, exceptions={"cifar10": 256, "quadratic": 1,
+        "quick": 100, "cifar10 quick": 32})  # for the losses
+    record_every: int = option(TRANSFER, "updates between points of a curve", said="steps/100")
+    judge_steps: int = option(TRANSFER, "of the PGD that judges", 20)
+    restarts: int = option(TRANSFER, "of that, on each of its two losses", 2, {"quick": 1})
+    judge: str = option(TRANSFER, "test, or validation: the meta half only", "test",
+        choices=JUDGES)
+
+    quick: bool = option(RUN, "a miniature of all of it", False)
+    seed: int = option(RUN, "base of all randomness", 0)
+    device: str = option(RUN, "cpu, cuda, cuda:1, …", "auto", metavar="D", of="place")
+    backend: str = option(RUN, "who runs the LSTM", "auto", choices=BACKENDS, of="place")
+    graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place",
+        opposite=True)
+    data_dir: str = option(RUN, "where data is or is downloaded to", "data", metavar="DIR",
+        of="place")
+    strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
+    out: str | None = option(RUN, "results", metavar="DIR", of="place",
+        said="runs/<dataset>-<attack>-<recipe>")
+    resume: bool = option(RUN, "continue what is in --out", False, of="place")
+    # fmt: on
 
     def __post_init__(self):
         for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "tasks", "unroll",
@@ -125,7 +177,24 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
 
 
+OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
 POINTS = 100  # of a curve
+
+
+def names_of(of: str) -> set[str]:
+    """The options that a loaded φ brings along ("φ"), or that may change ("place")."""
+    return {name for name, option in OPTIONS.items() if option.of == of}
+
+
+def defaults(dataset: str, attack: str | None, recipe: str, quick: bool) -> dict[str, Any]:
+    """Every option's default; `attack` None is that of the data set."""
+    words = {dataset, recipe}
+    if recipe == "penalty":
+        words.add("robust")
+    if quick:
+        words.add("quick")
+    words.add(attack or OPTIONS["attack"].value(words))
+    return {name: option.value(words) for name, option in OPTIONS.items()}
 
 
 def complete(given: dict[str, Any]) -> Config:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, as_saved
-from l2l_ref.experiment.options import names_of
+from l2l_ref.experiment.config import Config, as_saved, names_of
 from l2l_ref.files import replace_with
 
 

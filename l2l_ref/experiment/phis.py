@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, as_saved
+from l2l_ref.experiment.config import Config, as_saved, names_of
 from l2l_ref.experiment.folder import describe
-from l2l_ref.experiment.options import names_of
 from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.trial import CLEAN, NOMINAL, UNDER_ATTACK
 from l2l_ref.meta_optimizer import phi_groups
