@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.device import CPU, free_bytes
+from bench.measure import CPU, free_bytes
+from l2l_ref import equations
 from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
 from l2l_ref.meta_optimizer import MetaOptimizer
 
@@ -138,3 +139,17 @@ def must_fit(case: Case) -> None:
     if overfills(needed, device):
         free = free_bytes(device) / 1e9
         raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free:.0f} GB are free")
+
+
+def step_with(theta_step_: Callable, case: Case) -> Peer:
+    """T calls of an operator with the signature of `equations.theta_step_`."""
+    if theta_step_ is equations.theta_step_:
+        must_fit(case)
+    theta, state = case.theta.clone(), case.state.clone()
+
+    def run() -> Tensor:
+        for gradient in case.gradients:
+            theta_step_(theta, gradient, state, case.phi, **case.meta.form)
+        return theta
+
+    return Peer(run, ns(case))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.output import command, count, machine, write_json
+from bench.measure import count, machine, write_json
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import report
 from l2l_ref.experiment.cli import Parser, run_as_script
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
             worst = max(worst, abs(run["attacked_loss"] - parts[piece.name]["attacked_loss"]))
             runs.append({**key, **run})
     results = Results(runs, {}, [], {})
-    about = {**machine(setting.config.backend), "command": command("judge.py", arguments)}
+    about = machine("judge", arguments, setting.config.backend)
     rows = summarise(results)
     footer = f"losses differ from the run's by at most {worst:.3g}\n{about['command']}"
     print("\n" + report.table(rows, setting.config, report.title(setting), footer))

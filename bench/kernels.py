@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Runs the engine's operators on a GPU, for a profiler or a sanitizer to look at.
 
 compute-sanitizer --tool memcheck python -m bench.kernels --every-form
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import device as seams
+from bench import measure
 from bench.case import Case, make_case
-from bench.output import count
-from l2l_ref.backend import BACKENDS, operators, resolve, use_tensor_cores
-from l2l_ref.experiment.cli import Parser, run_as_script
+from bench.measure import count
+from l2l_ref.backend import operators, use_tensor_cores
+from l2l_ref.experiment.cli import run_as_script
 
 OPERATORS = ("step", "meta_gradient", "differentiable_step")
 SMALL = (1, 31, 33, 257, 1000)  # coordinates of --every-form
@@ -31,9 +30,7 @@ SHAPES = ((1, 20), (2, 20), (3, 20), (2, 1), (2, 33))  # layers and units, at SM
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
-    top = Parser(prog="kernels.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    top.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:1, …, cpu (cuda)")
-    top.add_argument("--backend", choices=BACKENDS, default="fused", help="(fused)")
+    top = measure.parser("kernels", __doc__, device="cuda", backend="fused")
     top.add_argument("--operators", choices=OPERATORS, nargs="+",
                      help="(step and meta_gradient; with --every-form all)")  # fmt: skip
     top.add_argument("--sizes", type=count, nargs="+", default=[1_000_000], metavar="N")
@@ -42,9 +39,7 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--every-form", action="store_true", help="small cases of every kind")
     top.add_argument("--times", action="store_true", help="print what PyTorch's profiler sees")
     top.add_argument("--tensor-cores", action="store_true", help="in the steps that they serve")
-    options = top.parse_args(arguments)
-    options.device = seams.chosen(options.device)
-    resolve(options.backend, options.device)
+    options = measure.parse(top, arguments)
     if options.tensor_cores:
         use_tensor_cores(True)
     return options
@@ -92,7 +87,7 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
 def watched(options: Any) -> Iterator[None]:
     """Where the profilers look: a CUDA profiler's range, and PyTorch's for `--times`."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu := seams.kind(options.device) == "cuda":
+    if on_gpu := measure.kind(options.device) == "cuda":
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         kinds = [torch.profiler.ProfilerActivity.CUDA]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How fast the engine's operators are, beside other ways to do the same.
 
 python -m bench.operators --threads 1 --sizes 16384
@@ -7,26 +6,22 @@ python -m bench.operators --device cuda
 Prints one table: each peer's time over ours, then ns per coordinate-step with quartiles. Writes
 operators.json and operators.png into --out. The sgemm floor is the time that the operations of an
 update (meta-gradient: three times as many) take in one large float32 matrix product. On a GPU a
-second table has the floors of `bench/floors.py` and the share of the larger one in our time.
+second table has the floors of `bench/gpu.py` and the share of the larger one in our time.
 """
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import device as seams
-from bench import floors, memory, peers, plot
+from bench import gpu, measure, memory, peers, plot
 from bench.case import Peer, Unavailable, flops, make_case
-from bench.output import command, count, machine, where, write_json
+from bench.measure import count, write_json
 from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
-from bench.timing import interleave, summary
-from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
-from l2l_ref.experiment.cli import Parser, run_as_script
+from l2l_ref.experiment.cli import run_as_script
 
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
 SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
@@ -42,51 +37,46 @@ MOST = {"cpu": 2_000_000, "cuda": 100_000_000}
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
-    top = Parser(prog="operators.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    quick = "--quick" in arguments
+    top = measure.parser("operators", __doc__, device="cpu")
     top.add_argument("--sizes", type=count, nargs="+", metavar="N",
                      help="coordinates (1e3 1e4 16384 1e5 1e6; on a GPU 1e4 to 1e8)")  # fmt: skip
     top.add_argument("--unroll", type=count, nargs="+", metavar="T",
                      help="steps (1 20; on a GPU a step 1, a meta-gradient 20)")  # fmt: skip
     top.add_argument("--most", type=count, metavar="K",
                      help="no row of more coordinate-steps, N·T (2e6; on a GPU 1e8)")  # fmt: skip
-    top.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, … (cpu)")
     top.add_argument("--threads", type=count, nargs="+", metavar="K",
                      help="threads (1 2; on a GPU 1)")  # fmt: skip
-    top.add_argument("--backend", choices=BACKENDS, default="auto", help="ours (auto)")
     top.add_argument("--odd", action="store_true", help="the odd form of φ")
     top.add_argument("--theta-input", action="store_true", help="φ that sees θ")
     top.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    top.add_argument("--seconds", type=float, metavar="S", help="clocked for each row (10)")
     top.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    top.add_argument("--whole-unroll", action="store_true",
-                     help="torch.compile all T steps as one graph (a minute for 20)")  # fmt: skip
     top.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
-    options = top.parse_args(arguments)
-    cores = os.cpu_count() or 1
-    options.device = seams.chosen(options.device)
-    kind = seams.kind(options.device)
+    measure.add_clock(top, 0.1 if quick else 10.0, "row")
+    options = measure.parse(top, arguments)
+    kind, cores = measure.kind(options.device), os.cpu_count() or 1
     for name in ("sizes", "unroll", "threads"):
         setattr(options, name, sorted(set(getattr(options, name) or ())))
-    options.sizes = options.sizes or ([256, 1000] if options.quick else SIZES[kind])
-    given = options.unroll or ([1, 3] if options.quick else None)
-    options.unroll = dict.fromkeys(peers.OPERATORS, given) if given else UNROLLS[kind]
+    options.sizes = options.sizes or ([256, 1000] if quick else SIZES[kind])
+    steps = options.unroll or ([1, 3] if quick else None)
+    options.unroll = dict.fromkeys(peers.OPERATORS, steps) if steps else UNROLLS[kind]
     options.most = options.most or MOST[kind]
     options.threads = options.threads or [k for k in (1, 2) if k <= cores and kind == "cpu"] or [1]
-    if options.seconds is None:
-        options.seconds = 0.1 if options.quick else 10.0
     if max(options.threads) > cores:
         raise InputError(f"--threads {max(options.threads)} is more than the {cores} cores here")
-    if not 0 <= options.seconds < float("inf"):
-        raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
-    resolve(options.backend, options.device)
+    options.form = {"odd": options.odd, "theta_input": options.theta_input}
     return options
+
+
+def builders(operator: str, options: Any) -> dict[str, Any]:
+    """Those of `peers`, as the options want them."""
+    compiled = not options.no_compile
+    return peers.builders(operator, options.backend, device=options.device, compiled=compiled)
 
 
 def ready(operator: str, case: Any, options: Any) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that run here, each checked against the reference, and why the others do not."""
-    table = peers.builders(operator, options.backend, device=options.device,
-                           compiled=not options.no_compile, whole=options.whole_unroll)  # fmt: skip
+    table = builders(operator, options)
     order = list(table)
     if operator == "meta_gradient":  # the reference says what the others must return
         order.sort(key=lambda name: name != "reference")
@@ -117,39 +107,37 @@ def reason(error: RuntimeError) -> str:
     return f"fails here: {'. '.join(first.split('. ')[:2])}"
 
 
-def measure(
-    operator: str, n: int, steps: int, threads: int, options: Any, limits: floors.Ceilings | None
+def measured(
+    operator: str, n: int, steps: int, threads: int, options: Any, limits: gpu.Ceilings | None
 ) -> dict[str, Any]:
     """One row: check every peer against the reference, then clock them all.
 
     Returns:
         operator, n, unroll, threads; "peers": name -> median and quartiles in ns per
         coordinate-step, with a note; "unavailable": name -> why; "ratios": name -> its median
-        over ours; with `limits`, "floors": see `floors.floors`, and the share "reached".
+        over ours; with `limits`, "floors": see `gpu.floors`, and the share that ours "reached".
     """
     torch.set_num_threads(threads)
     row = {"operator": operator, "n": n, "unroll": steps, "threads": threads}
-    form = {"odd": options.odd, "theta_input": options.theta_input}
     try:
-        case = make_case(n, steps, device=options.device, **form)
+        case = make_case(n, steps, device=options.device, **options.form)
     except torch.OutOfMemoryError as error:
-        why = {"all": reason(error)}
-        return {**row, "peers": {}, "unavailable": why, "ratios": {}}
+        return {**row, "peers": {}, "unavailable": {"all": reason(error)}, "ratios": {}}
     built, unavailable = ready(operator, case, options)
     runs = {name: peer.run for name, peer in built.items()}
-    samples = interleave(runs, options.seconds, device=options.device)
+    samples = measure.interleave(runs, options.seconds, device=options.device)
     times = {
-        name: {**summary(samples[name], peer.scale), "note": peer.note}
+        name: {**measure.summary(samples[name], peer.scale), "note": peer.note}
         for name, peer in built.items()
     }
-    ratios = {}
-    if OURS in times:
-        ours = times[OURS]["median"]
-        ratios = {name: row["median"] / ours for name, row in times.items() if name != OURS}
+    medians = {name: found["median"] for name, found in times.items()}
+    ours = medians.get(OURS)
+    ratios = {name: x / ours for name, x in medians.items() if ours and name != OURS}
     row |= {"peers": times, "unavailable": unavailable, "ratios": ratios}
     if limits:
-        found = floors.floors(operator, case, limits)
-        row["floors"] = found | {"reached": floors.reached(found, times, (OURS, GRAPH, TENSOR))}
+        found = gpu.floors(operator, case, limits)
+        reached = {n: found["floor"] / medians[n] for n in (OURS, GRAPH, TENSOR) if n in medians}
+        row["floors"] = found | {"reached": reached}
     return row
 
 
@@ -163,41 +151,31 @@ def header(columns: tuple[str, ...]) -> str:
     return f"{first}\n{'operator':<14}{'N':>9}{'T':>4}{'thr':>5}{ratios}  {times}"
 
 
-def short(x: float) -> str:
-    """A time, to about three digits."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def line(row: dict[str, Any], columns: tuple[str, ...]) -> str:
     """One row of the table, and a line for each peer that says something of itself."""
-    ratios = "".join(
-        f"{row['ratios'][name]:>9.2f}×" if name in row["ratios"] else f"{'–':>10}"
-        for name in columns
-    )
-    times = ""
-    for name in (OURS, *columns):
-        if found := row["peers"].get(name):
-            low, high = map(short, found["quartiles"])
-            times += f" {short(found['median'])} [{low}, {high}]".rjust(19)
-        else:
-            times += f"{'–':>19}"
-    notes = [f"\n    {name}: {why}" for name, why in row["unavailable"].items()]
-    notes += [f"\n    {name}: {peer['note']}" for name, peer in row["peers"].items()
-              if "blocks" in peer["note"]]  # fmt: skip
+    found = row["peers"]
+    ratios = {name: f"{ratio:.2f}×" for name, ratio in row["ratios"].items()}
+    times = {name: f" {measure.spread(peer)}" for name, peer in found.items()}
+    cells = "".join(f"{ratios.get(name, '–'):>10}" for name in columns) + "  "
+    cells += "".join(f"{times.get(name, '–'):>19}" for name in (OURS, *columns))
+    notes = row["unavailable"] | {
+        name: peer["note"] for name, peer in found.items() if "blocks" in peer["note"]
+    }
     head = f"{row['operator']:<14}{row['n']:>9}{row['unroll']:>4}{row['threads']:>5}"
-    return f"{head}{ratios}  {times}{''.join(notes)}"
+    return head + cells + "".join(f"\n    {name}: {note}" for name, note in notes.items())
 
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Time of ours on the fewest threads over that on each other number of threads."""
-    fewest = min(row["threads"] for row in rows)
-    keys = ("operator", "n", "unroll")
-    base = {tuple(row[k] for k in keys): row for row in rows if row["threads"] == fewest}
+    fewest, keys = min(row["threads"] for row in rows), ("operator", "n", "unroll")
+    ours = [row for row in rows if OURS in row["peers"]]
+    base = {tuple(row[k] for k in keys): row["peers"][OURS]["median"]
+            for row in ours if row["threads"] == fewest}  # fmt: skip
     result = []
-    for row in rows:
-        one = base[tuple(row[k] for k in keys)]
-        if row["threads"] != fewest and OURS in row["peers"] and OURS in one["peers"]:
-            ratio = one["peers"][OURS]["median"] / row["peers"][OURS]["median"]
+    for row in ours:
+        one = base.get(tuple(row[k] for k in keys))
+        if one and row["threads"] != fewest:
+            ratio = one / row["peers"][OURS]["median"]
             result.append({**{k: row[k] for k in keys}, "threads": row["threads"],
                            "over": fewest, "speedup": ratio})  # fmt: skip
     return result
@@ -207,14 +185,11 @@ def peak_memory(options: Any) -> dict[str, Any]:
     """Peak extra memory of a meta-gradient, for each peer: see `memory.peak_extra`."""
     smallest = options.sizes[0], options.unroll["meta_gradient"][-1]
     n, steps = smallest if options.quick else MEMORY_CASE
-    choice = {"compiled": not options.no_compile, "whole": options.whole_unroll}
-    form = {"odd": options.odd, "theta_input": options.theta_input}
-    table = peers.builders("meta_gradient", options.backend, device=options.device, **choice)
+    request = {"operator": "meta_gradient", "n": n, "steps": steps,
+               "backend": options.backend, "form": options.form}  # fmt: skip
     found = {
-        name: memory.peak_extra(
-            name, "meta_gradient", n, steps, options.backend, form, options.device, **choice
-        )
-        for name in table
+        name: memory.peak_extra({**request, "name": name}, options.device)
+        for name in builders("meta_gradient", options)
         if name not in peers.YARDSTICKS
     }
     print(f"\npeak extra memory of a meta-gradient, N = {n}, T = {steps}, one thread:")
@@ -228,24 +203,23 @@ def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
     folder.make(options.out)
-    limits = floors.ceilings_of(options.device)
-    about = machine(options.backend, options.device)
-    meta = make_case(1, 1, odd=options.odd, theta_input=options.theta_input).meta
-    about |= {"command": command("operators.py", arguments),
-              "threads": options.threads, "phi": meta.settings,
-              "flops_per_coordinate_step": flops(meta)}  # fmt: skip
+    limits = gpu.ceilings_of(options.device)
+    meta = make_case(1, 1, **options.form).meta
+    report = measure.machine("operators", arguments, options.backend, options.device)
+    report |= {"threads": options.threads, "phi": meta.settings,
+               "flops_per_coordinate_step": flops(meta)}  # fmt: skip
     if limits:
-        about["ceilings"] = asdict(limits)
-    columns = COLUMNS[seams.kind(options.device)]
-    print(f"{where(about)}, torch {about['torch']}, ours = {about['backend']} backend, "
-          f"{flops(meta)} operations a coordinate-step\n\n{header(columns)}")  # fmt: skip
-    report = {**about, "rows": [], "speedups": [], "memory": None}
+        report["ceilings"] = asdict(limits)
+    report |= {"rows": [], "speedups": [], "memory": None}
+    columns = COLUMNS[measure.kind(options.device)]
+    print(f"{measure.where(report)}, {flops(meta)} operations a coordinate-step\n\n"
+          f"{header(columns)}")  # fmt: skip
     for threads in options.threads:
         for operator in peers.OPERATORS:
             for steps in options.unroll[operator]:
                 for n in (n for n in options.sizes if n * steps <= options.most):
-                    row = measure(operator, n, steps, threads, options, limits)
-                    seams.give_back(options.device)
+                    row = measured(operator, n, steps, threads, options, limits)
+                    measure.give_back(options.device)
                     print(line(row, columns), flush=True)
                     report["rows"].append(row)
                     write_json(options.out / "operators.json", report)  # in case it is stopped
@@ -254,7 +228,7 @@ def main(arguments: list[str]) -> None:
         print(f"{s['threads']} threads over {s['over']}: {s['speedup']:.2f}× "
               f"({s['operator']}, N = {s['n']}, T = {s['unroll']})")  # fmt: skip
     if limits:
-        print(f"\n{floors.title(limits)}\n{floors.table(report['rows'])}", flush=True)
+        print(f"\n{gpu.title(limits)}\n{gpu.table(report['rows'])}", flush=True)
     report["memory"] = None if options.no_memory else peak_memory(options)
     write_json(options.out / "operators.json", report)
     plot.draw(options.out / "operators.png", report)

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bench import gpu, measure
 from bench.case import (
     Case,
     Peer,
@@ -25,9 +26,9 @@ from bench.case import (
     must_fit,
     ns,
     overfills,
+    step_with,
 )
-from bench.cuda_peers import adam, copy, step_in_graph, step_on_tensor_cores
-from bench.device import CPU, kind
+from bench.measure import CPU
 from l2l_ref import equations
 from l2l_ref.backend import operators
 
@@ -43,22 +44,16 @@ TOLERANCE = 1e-3  # relative difference, in the 2-norm
 
 
 def builders(
-    operator: str,
-    backend: str,
-    *,
-    device: torch.device = CPU,
-    compiled: bool = True,
-    whole: bool = False,
+    operator: str, backend: str, *, device: torch.device = CPU, compiled: bool = True
 ) -> dict[str, Callable[[Case], Peer]]:
     """Name -> case -> peer, ours first, for one of OPERATORS.
 
     Args:
         device: where the cases are.
         compiled: with `torch.compile`.
-        whole: it compiles the graph of a whole unroll instead of one update.
     """
     ours = operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
-    on_gpu = kind(device) == "cuda"
+    on_gpu = measure.kind(device) == "cuda"
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),
@@ -71,10 +66,10 @@ def builders(
         if on_gpu:
             del table["nn.LSTMCell"]
             table |= {
-                GRAPH: partial(step_in_graph, ours.theta_step_),
-                TENSOR: partial(step_on_tensor_cores, ours.theta_step_),
-                ADAM: adam,
-                COPY: copy,
+                GRAPH: partial(gpu.step_in_graph, ours.theta_step_),
+                TENSOR: partial(gpu.step_on_tensor_cores, ours.theta_step_),
+                ADAM: gpu.adam,
+                COPY: gpu.copy,
             }
     else:
         eager = partial(meta_gradient_with, equations.unroll_meta_gradient)
@@ -83,7 +78,7 @@ def builders(
         table = {
             OURS: partial(meta_gradient_with, ours.unroll_meta_gradient),
             "nn.LSTM": meta_gradient_lstm,
-            "torch.compile": partial(meta_gradient_compiled, whole=whole),
+            "torch.compile": meta_gradient_compiled,
             "reference": eager,
             FLOOR: partial(floor, factor=3),
         }
@@ -115,26 +110,12 @@ def check(operator: str, case: Case, name: str, peer: Peer, expected: Tensor | N
 def floor(case: Case, factor: int) -> Peer:
     """`factor` times the operations of an update, in one large float32 matrix product."""
     device = case.theta.device
-    columns = COLUMNS * WIDER if kind(device) == "cuda" else COLUMNS
+    columns = COLUMNS * WIDER if measure.kind(device) == "cuda" else COLUMNS
     a, b = torch.randn(SIDE, SIDE, device=device), torch.randn(SIDE, columns, device=device)
     out = torch.empty(SIDE, columns, device=device)
     operations = factor * flops(case.meta)
     scale = 1e9 * operations / (2 * SIDE * SIDE * columns)
     return Peer(lambda: torch.mm(a, b, out=out), scale, f"{operations} operations")
-
-
-def step_with(theta_step_: Callable, case: Case) -> Peer:
-    """T calls of an operator with the signature of `equations.theta_step_`."""
-    if theta_step_ is equations.theta_step_:
-        must_fit(case)
-    theta, state = case.theta.clone(), case.state.clone()
-
-    def run() -> Tensor:
-        for gradient in case.gradients:
-            theta_step_(theta, gradient, state, case.phi, **case.meta.form)
-        return theta
-
-    return Peer(run, ns(case))
 
 
 def step_lstm_cells(case: Case) -> Peer:
@@ -216,23 +197,20 @@ def meta_gradient_autograd(unroll: Callable, case: Case, note: str = "") -> Peer
     return in_blocks(case, gradient, note)
 
 
-def meta_gradient_compiled(case: Case, whole: bool) -> Peer:
-    """Autograd through the compiled reference: the graph of all T steps, or T times that of one.
+def meta_gradient_compiled(case: Case) -> Peer:
+    """Autograd through T times the compiled update: the graph of all steps takes a minute to
+    compile for T = 20, and then runs no faster."""
+    update = fresh_compile(equations.update)
 
-    The whole graph of 20 steps takes a minute to compile and then runs no faster.
-    """
-    forward = fresh_compile(equations.unroll if whole else equations.update)
-
-    def step_by_step(gradients: Tensor, state: Tensor, phi: Tensor, thetas: Tensor | None, **form):
+    def unroll(gradients: Tensor, state: Tensor, phi: Tensor, thetas: Tensor | None, **form):
         updates = []
-        for t, g in enumerate(gradients):
+        for t, gradient in enumerate(gradients):
             theta = None if thetas is None else thetas[t]
-            update, state = forward(theta, g, state, phi, **form)
-            updates.append(update)
+            u, state = update(theta, gradient, state, phi, **form)
+            updates.append(u)
         return torch.stack(updates), state
 
-    note = "all steps in one graph" if whole else "one step a graph"
-    peer = meta_gradient_autograd(forward if whole else step_by_step, case, note)
+    peer = meta_gradient_autograd(unroll, case, "one step a graph")
     attempt(peer.run)
     return peer
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What a step of the learned optimizer costs on a ResNet-18, beside one of fused Adam.
 
 python -m bench.resnet_step --device cuda
@@ -10,56 +9,41 @@ a trained one. Each optimizer is clocked alone, for the robust φ keeps 640 B a 
 resnet_step.json into --out.
 """
 
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import device as seams
+from bench import measure
 from bench.case import STEP_BYTES, Unavailable
-from bench.output import command, count, machine, where, write_json
-from bench.timing import interleave, summary
-from bench.transfer_step import FORM
-from l2l_ref.backend import BACKENDS, resolve
-from l2l_ref.errors import InputError
+from bench.transfer_step import form_of
+from l2l_ref.backend import resolve
 from l2l_ref.experiment import folder
-from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import RECIPES, complete
+from l2l_ref.experiment.cli import run_as_script
+from l2l_ref.experiment.config import RECIPES
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.meta_optimizer import MetaOptimizer
 from l2l_ref.optimizer import LearnedOptimizer, flatten_
 
 ADAM = "Adam (fused)"  # the ratios are over its time
+CLASSES = 10
 
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
-    top = Parser(prog="resnet_step.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    top.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, … (cpu)")
-    top.add_argument("--threads", type=count, default=1, metavar="K", help="threads (1)")
-    top.add_argument("--backend", choices=BACKENDS, default="auto", help="φ's (auto)")
-    top.add_argument("--classes", type=count, default=10, metavar="N",
-                     help="of the head: 10, CIFAR-10's, or 1000, ImageNet's (10)")  # fmt: skip
-    top.add_argument("--seconds", type=float, default=5.0, metavar="S",
-                     help="clocked for each optimizer, three steps at least (5)")  # fmt: skip
-    top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
-    options = top.parse_args(arguments)
-    if not 0 <= options.seconds < float("inf"):
-        raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
-    options.device = seams.chosen(options.device)
-    resolve(options.backend, options.device)
-    return options
+    top = measure.parser("resnet_step", __doc__, device="cpu")
+    top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="threads (1)")
+    measure.add_clock(top, 5.0, "optimizer")
+    return measure.parse(top, arguments)
 
 
-def resnet(classes: int, device: torch.device) -> list[Tensor]:
+def resnet(device: torch.device) -> list[Tensor]:
     """The parameters of a ResNet-18, with random gradients."""
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
-    params = list(resnet18(num_classes=classes).to(device).parameters())
+    params = list(resnet18(num_classes=CLASSES).to(device).parameters())
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
     return params
@@ -79,54 +63,45 @@ def learned(recipe: str, flat: bool, options: Any, params: list[Tensor]) -> torc
     Raises:
         Unavailable: its states, or the reference's activations, do not fit.
     """
-    settings = complete({"recipe": recipe})
-    form = {name: getattr(settings, name) for name in FORM}
-    meta = MetaOptimizer(**form).to(options.device)
-    columns = sum(param.numel() for param in params) * (2 if form["odd"] else 1)
+    meta = MetaOptimizer(**form_of(recipe)).to(options.device)
+    columns = sum(param.numel() for param in params) * (2 if meta.form["odd"] else 1)
     needed = 2 * 4 * meta.num_layers * 2 * meta.hidden_size * columns  # gathered at the first step
     if resolve(options.backend, options.device) == "reference":
         needed = max(needed, STEP_BYTES * columns)
-    free = seams.free_bytes(options.device)
+    free = measure.free_bytes(options.device)
     if needed > free:
         raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
     params = one_vector(params) if flat else params
     return LearnedOptimizer(params, meta, backend=options.backend)
 
 
-def optimizers(options: Any) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """Label -> parameters -> optimizer."""
-    table = {ADAM: partial(torch.optim.Adam, fused=True)}
-    for recipe in RECIPES:
-        table[f"φ, {recipe}"] = partial(learned, recipe, False, options)
-        table[f"φ, {recipe}, one vector"] = partial(learned, recipe, True, options)
-    return table
-
-
-def measure(options: Any) -> dict[str, Any]:
+def measured(options: Any) -> dict[str, Any]:
     """Label -> milliseconds a step, median and quartiles, or {"unavailable": why}; prints each."""
+    optimizers = {ADAM: partial(torch.optim.Adam, fused=True)}
+    for recipe in RECIPES:
+        optimizers[f"φ, {recipe}"] = partial(learned, recipe, False, options)
+        optimizers[f"φ, {recipe}, one vector"] = partial(learned, recipe, True, options)
     rows: dict[str, Any] = {}
-    for label, build in optimizers(options).items():
-        params = resnet(options.classes, options.device)
+    for label, build in optimizers.items():
+        params = resnet(options.device)
         parameters = sum(param.numel() for param in params)
         try:
             step = build(params).step
             step()
             step()  # what is allocated but once has been
-            samples = interleave({label: step}, options.seconds, device=options.device)
+            samples = measure.interleave({label: step}, options.seconds, device=options.device)
         except (Unavailable, torch.OutOfMemoryError) as error:
             rows[label] = {"unavailable": str(error).splitlines()[0]}
             print(f"{label:<24}{rows[label]['unavailable']}", flush=True)
             continue
         finally:
             step = None
-            seams.give_back(options.device)
-        found = rows[label] = summary(samples[label], 1e3)
+            measure.give_back(options.device)
+        found = rows[label] = measure.summary(samples[label], 1e3)
         found["ns_per_parameter"] = 1e6 * found["median"] / parameters
         found["over_adam"] = found["median"] / rows[ADAM]["median"]
-        low, high = found["quartiles"]
-        times = f"{found['median']:.3f} [{low:.3f}, {high:.3f}]"
         over = f"{found['ns_per_parameter']:>12.3f}{found['over_adam']:>10.1f}×"
-        print(f"{label:<24}{times:>32}{over}", flush=True)
+        print(f"{label:<24}{measure.spread(found):>32}{over}", flush=True)
     return rows
 
 
@@ -136,15 +111,13 @@ def main(arguments: list[str]) -> None:
     folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
-    parameters = sum(param.numel() for param in resnet(options.classes, options.device))
-    about = machine(options.backend, options.device)
-    print(f"{where(about)}, torch {about['torch']}, {about['backend']} backend; resnet18, "
-          f"{options.classes} classes, {parameters:,} parameters\n")  # fmt: skip
+    parameters = sum(param.numel() for param in resnet(options.device))
+    report = measure.machine("resnet_step", arguments, options.backend, options.device)
+    print(f"{measure.where(report)}; resnet18, {CLASSES} classes, {parameters:,} parameters\n")
     print(f"{'optimizer':<24}{'ms per step [quartiles]':>32}{'ns/param.':>12}{'over Adam':>11}")
-    about |= {"command": command("resnet_step.py", arguments), "threads": options.threads,
-              "model": "torchvision resnet18", "classes": options.classes,
-              "parameters": parameters, "optimizers": measure(options)}  # fmt: skip
-    write_json(options.out / "resnet_step.json", about)
+    report |= {"threads": options.threads, "model": "torchvision resnet18", "classes": CLASSES,
+               "parameters": parameters, "optimizers": measured(options)}  # fmt: skip
+    measure.write_json(options.out / "resnet_step.json", report)
     print(f"\n{options.out}: resnet_step.json")
 
 

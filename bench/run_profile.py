@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Where the time of a run goes: a tenth of one, or less, under a clock.
 
 python -m bench.run_profile --recipe robust --attack pgd
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.output import command, write_json
+from bench.measure import command, write_json
 from l2l_ref import attacks, data, episode, evaluate, meta_optimizer
 from l2l_ref.backend import cuda_graphs, operators, resolve
 from l2l_ref.data import images
@@ -156,7 +155,7 @@ def main(arguments: list[str]) -> None:
         whole = protocol.Experiment(instrument(clock, setting), Path(scratch), quiet)
         compute_all(whole.pieces(), whole.parts, Ranks(), quiet.say)
     clock.lap()
-    line = command("run_profile.py", arguments)
+    line = command("run_profile", arguments)
     total = sum(clock.seconds.values())
     print(f"{line}: {total:.1f} s, backend {backend}, {environment['device']}\n")
     print(table(clock.seconds))

@@ -1,29 +1,24 @@
-#!/usr/bin/env python
 """What a step of clean transfer costs, beside a step of adversarial training with Adam.
 
 python -m bench.transfer_step
 
-Clocks calls of `transfer.train` without recordings, batches and attack included, for the MNIST MLP
-(the paper's form of φ, and the robust one: odd, sees θ) and the CIFAR-10 convnet. The opponents
-train the same model with Adam, on clean batches and on batches under PGD-7. An untrained φ does the
-work of a trained one. Writes transfer_step.json into --out.
+Clocks calls of `transfer.train` without recordings, batches of the stand-in and attack included,
+for the MNIST MLP and the CIFAR-10 convnet, with φ in the form of each recipe (the robust one is
+odd and sees θ). The opponents train the same model with Adam, on clean batches and on batches under
+PGD-7. An untrained φ does the work of a trained one. Writes transfer_step.json into --out.
 """
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.output import command, count, machine, write_json
-from bench.timing import interleave, summary
+from bench import measure
 from l2l_ref import attacks, data, problems
-from l2l_ref.backend import BACKENDS, resolve
 from l2l_ref.data import stand_in
-from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
-from l2l_ref.experiment.cli import Parser, run_as_script
+from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.tuning import adam
@@ -33,56 +28,43 @@ from l2l_ref.transfer import Method, train
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
-FORM = ("output_scale", "theta_input", "odd", "nominal")  # of φ, in a recipe
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
-    top = Parser(prog="transfer_step.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    quick = "--quick" in arguments
+    top = measure.parser("transfer_step", __doc__)
     top.add_argument("--dataset", choices=tuple(EPS), nargs="+", default=list(EPS))
-    top.add_argument("--threads", type=count, default=1, metavar="K", help="threads (1)")
-    top.add_argument("--backend", choices=BACKENDS, default="auto", help="φ's (auto)")
-    top.add_argument("--steps", type=count, metavar="N", help="a call of `train` (100)")
-    top.add_argument("--batch-size", type=count, default=128, metavar="N", help="samples (128)")
-    top.add_argument("--seconds", type=float, metavar="S", help="clocked for each model (20)")
+    top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="threads (1)")
+    top.add_argument("--steps", type=measure.count, default=3 if quick else 100, metavar="N",
+                     help="a call of `train` (100)")  # fmt: skip
+    top.add_argument("--batch-size", type=measure.count, default=128, metavar="N",
+                     help="samples (128)")  # fmt: skip
     top.add_argument("--quick", action="store_true", help="few steps, few rounds")
-    top.add_argument("--data-dir", metavar="DIR", help="real images; without it, the stand-in")
-    top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
-    options = top.parse_args(arguments)
-    options.steps = options.steps or (3 if options.quick else 100)
-    if options.seconds is None:
-        options.seconds = 0.1 if options.quick else 20.0
-    if not 0 <= options.seconds < float("inf"):
-        raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
-    resolve(options.backend)
-    return options
+    measure.add_clock(top, 0.1 if quick else 20.0, "model")
+    return measure.parse(top, arguments)
 
 
-def images(dataset: str, options: Any) -> tuple[data.ImageSet, str]:
-    """Training images and where they are from."""
-    if options.data_dir:
-        found = data.load(dataset, options.data_dir, strict=True, download=False)
-        return found.train, found.source
-    x, y, *_ = STAND_INS[dataset](20 * options.batch_size, options.batch_size)
-    return data.ImageSet(x, y), "stand-in"
+def form_of(recipe: str) -> dict[str, Any]:
+    """How φ is built in a recipe: the options of `MetaOptimizer` that recipes set."""
+    settings = complete({"recipe": recipe})
+    names = ("output_scale", "theta_input", "odd", "nominal")
+    return {name: getattr(settings, name) for name in names}
 
 
 def methods(problem: problems.Problem, backend: str, eps: float) -> dict[str, Method]:
     """Label -> method: φ in the form of each recipe, and Adam with and without an attack."""
-    result = {}
+    result = []
     for recipe in RECIPES:
-        settings = complete({"recipe": recipe})
-        form = {name: getattr(settings, name) for name in FORM}
-        phi = new_phi(problem.build(), generator=torch.Generator().manual_seed(0), **form)
-        label = f"L2L-Transfer ({recipe})"
-        penalty = settings.penalty * eps
-        result[label] = Method(
-            label, partial(LearnedOptimizer.for_model, phi=phi, backend=backend), penalty=penalty
-        )
-    result["Adam (clean)"] = Method("Adam (clean)", partial(adam, 1e-3))
-    result[OPPONENT] = Method(OPPONENT, partial(adam, 1e-3), alpha=0.0)
-    return result
+        generator = torch.Generator().manual_seed(0)
+        phi = new_phi(problem.build(), generator=generator, **form_of(recipe))
+        optimizer = partial(LearnedOptimizer.for_model, phi=phi, backend=backend)
+        penalty = complete({"recipe": recipe}).penalty * eps
+        result.append(Method(f"L2L-Transfer ({recipe})", optimizer, penalty=penalty))
+    result.append(Method("Adam (clean)", partial(adam, 1e-3)))
+    result.append(Method(OPPONENT, partial(adam, 1e-3), alpha=0.0))
+    return {method.label: method for method in result}
 
 
 def runner(
@@ -106,22 +88,21 @@ def runner(
     return run
 
 
-def measure(dataset: str, options: Any) -> dict[str, Any]:
+def measured(dataset: str, options: Any) -> dict[str, Any]:
     """One model: milliseconds a step of every method, and OPPONENT's time over each."""
-    problem = problems.make(dataset)
-    train_set, source = images(dataset, options)
-    runs = {}
-    for name, method in methods(problem, options.backend, EPS[dataset]).items():
-        generator = torch.Generator().manual_seed(0)
-        batches = data.batches(train_set, options.batch_size, generator)
-        runs[name] = runner(problem, method, batches, EPS[dataset], options.steps)
+    problem, eps, size = problems.make(dataset), EPS[dataset], options.batch_size
+    x, y, *_ = STAND_INS[dataset](20 * size, size)
+    images, runs = data.ImageSet(x, y), {}
+    for name, method in methods(problem, options.backend, eps).items():
+        batches = data.batches(images, size, torch.Generator().manual_seed(0))
+        runs[name] = runner(problem, method, batches, eps, options.steps)
         runs[name]()
-    samples = interleave(runs, options.seconds)
-    times = {name: summary(values, 1e3 / options.steps) for name, values in samples.items()}
+    samples = measure.interleave(runs, options.seconds)
+    times = {name: measure.summary(s, 1e3 / options.steps) for name, s in samples.items()}
     opponent = times[OPPONENT]["median"]
     return {
         "dataset": dataset,
-        "data": source,
+        "data": "stand-in",
         "optimizee": problem.name,
         "parameters": sum(p.numel() for p in problem.build().parameters()),
         "methods": times,
@@ -135,22 +116,20 @@ def main(arguments: list[str]) -> None:
     folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
-    about = machine(options.backend)
-    print(f"{about['cpu']}, torch {about['torch']}, {about['backend']} backend, threads: "
-          f"{options.threads}, batches of {options.batch_size}\n")  # fmt: skip
+    report = measure.machine("transfer_step", arguments, options.backend)
+    print(f"{measure.where(report)}, threads: {options.threads}, "
+          f"batches of {options.batch_size}\n")  # fmt: skip
     print(f"{'model':<20}{'method':<24}{f'{OPPONENT} / it':>18}   ms per step [quartiles]")
     rows = []
     for dataset in options.dataset:
-        row = measure(dataset, options)
+        row = measured(dataset, options)
         rows.append(row)
         model = f"{dataset} {row['optimizee']}"
         for name, found in row["methods"].items():
-            low, high = found["quartiles"]
-            times = f"{found['median']:.3g} [{low:.3g}, {high:.3g}]"
-            print(f"{model:<20}{name:<24}{row['ratios'][name]:>17.2f}×   {times}", flush=True)
-    settings = {name: getattr(options, name) for name in ("threads", "steps", "batch_size")}
-    about["command"] = command("transfer_step.py", arguments)
-    write_json(options.out / "transfer_step.json", {**about, **settings, "eps": EPS, "rows": rows})
+            times = f"{row['ratios'][name]:>17.2f}×   {measure.spread(found)}"
+            print(f"{model:<20}{name:<24}{times}", flush=True)
+    report |= {name: getattr(options, name) for name in ("threads", "steps", "batch_size")}
+    measure.write_json(options.out / "transfer_step.json", {**report, "eps": EPS, "rows": rows})
     print(f"\n{options.out}: transfer_step.json")
 
 

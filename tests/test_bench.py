@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, operators, peers, resnet_step, timing, transfer_step
+from bench import measure, memory, operators, peers, resnet_step, transfer_step
 from bench.case import flops, make_case
 from l2l_ref.backend import built
 from l2l_ref.errors import InputError
@@ -73,15 +73,16 @@ def test_blocks_add_up(monkeypatch):
 
 
 def test_memory_of_a_peer():
-    found = memory.peak_extra("nn.LSTM", "meta_gradient", 5000, 5, "reference", {})
+    case = {"n": 5000, "steps": 5, "backend": "reference", "form": {}}
+    found = memory.peak_extra({"name": "nn.LSTM", "operator": "meta_gradient", **case})
     assert 10e6 < found["bytes"] < 200e6  # about 2 kB for each of 25,000 coordinate-steps
 
 
 def test_interleaved_rounds():
     calls = []
-    samples = timing.interleave({"a": lambda: calls.append("a"), "b": lambda: None}, seconds=0)
+    samples = measure.interleave({"a": lambda: calls.append("a"), "b": lambda: None}, seconds=0)
     assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3} and calls
-    assert timing.summary([1.0, 2.0, 4.0], 10)["median"] == 20
+    assert measure.summary([1.0, 2.0, 4.0], 10)["median"] == 20
 
 
 def test_transfer_step_in_miniature(tmp_path):
@@ -100,8 +101,8 @@ def test_transfer_step_in_miniature(tmp_path):
 def small_net(monkeypatch):
     """The "ResNet" has 1,005 parameters."""
 
-    def params(classes, device):
-        found = [torch.randn(classes, 100, device=device), torch.randn(5, device=device)]
+    def params(device):
+        found = [torch.randn(10, 100, device=device), torch.randn(5, device=device)]
         for param in found:
             param.grad = torch.randn_like(param)
         return found
@@ -126,7 +127,7 @@ def test_resnet_step_in_miniature(tmp_path, capsys, small_net):
 
 
 def test_a_state_that_does_not_fit_is_a_line(tmp_path, capsys, small_net, monkeypatch):
-    monkeypatch.setattr(resnet_step.seams, "free_bytes", lambda device: 2 * 320 * 1005)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 2 * 320 * 1005)
     resnet_step.main(["--seconds", "0", "--backend", "auto", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "resnet_step.json").read_text())["optimizers"]
     assert [label for label, row in rows.items() if "unavailable" in row] == (

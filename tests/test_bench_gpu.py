@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch._dynamo  # takes stock of torch.cuda at its import: before anything there is faked
 
-from bench import cuda_peers, device, floors, memory, operators, peers
+from bench import gpu, measure, operators, peers
 from bench.case import make_case
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
 
-H200 = device.Gpu("NVIDIA H200", (9, 0), 132, 150 << 30, 60 << 20, "580.1", 1980.0, 1755.0)
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+H200 = measure.Gpu("NVIDIA H200", (9, 0), 132, 150 << 30, 60 << 20, "580.1", 1980.0, 1755.0)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -41,11 +41,8 @@ def no_graphs():
 @pytest.fixture
 def pretended(monkeypatch):
     """The CPU passes for an H200 that cannot record graphs."""
-    for module in (device, floors, memory, peers):
-        monkeypatch.setattr(module, "kind", lambda device: "cuda")
-    for module in (device, floors):
-        monkeypatch.setattr(module, "about", lambda device: H200)
-    monkeypatch.setattr("bench.output.about", lambda device: H200)
+    monkeypatch.setattr(measure, "kind", lambda device: "cuda")
+    monkeypatch.setattr(measure, "about", lambda device: H200)
     nothing = {"set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"}
     fakes = dict.fromkeys(nothing, lambda *args: None)
     fakes |= dict.fromkeys(("memory_reserved", "memory_allocated"), lambda device: 1000)
@@ -53,74 +50,71 @@ def pretended(monkeypatch):
     fakes |= {"mem_get_info": lambda device: (8 << 30, 8 << 30), "Stream": no_graphs}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(floors, "COPIED", 1 << 20)
-    monkeypatch.setattr(cuda_peers, "COPIED", 1 << 20)
+    monkeypatch.setattr(gpu, "COPIED", 1 << 20)
     monkeypatch.setattr(peers, "SIDE", 64)
 
 
 def test_the_clock_of_a_gpu(pretended):
     calls = []
-    found = device.clock(lambda: calls.append(time.sleep(0.01)), 5)
+    found = measure.clock(lambda: calls.append(time.sleep(0.01)), 5)
     assert len(calls) == 5 and 0.01 <= found < 0.03
 
 
 def test_bytes_of_a_step():
-    one, two = (floors.traffic("step", make_case(n, 1)) for n in (1, 2))
+    one, two = (gpu.traffic("step", make_case(n, 1)) for n in (1, 2))
     assert two - one == 2 * 2 * 2 * 20 * 4 + 8 + 4 == 652  # h and c of two layers; θ; ∇
     assert one == 652 + 4 * 5301  # φ
-    assert floors.traffic("step", make_case(3, 7)) == 7 * floors.traffic("step", make_case(3, 1))
-    odd = floors.traffic("step", make_case(2, 1, odd=True))
-    assert odd - floors.traffic("step", make_case(1, 1, odd=True)) == 1292
+    assert gpu.traffic("step", make_case(3, 7)) == 7 * gpu.traffic("step", make_case(3, 1))
+    odd = gpu.traffic("step", make_case(2, 1, odd=True))
+    assert odd - gpu.traffic("step", make_case(1, 1, odd=True)) == 1292
 
 
 def test_bytes_of_a_meta_gradient():
-    one, two = (floors.traffic("meta_gradient", make_case(n, 20)) for n in (1, 2))
+    one, two = (gpu.traffic("meta_gradient", make_case(n, 20)) for n in (1, 2))
     assert two - one == 320 + 2 * 20 * 4  # the first state, ∇ and cotangents
     assert one - (two - one) == 2 * 4 * 5301  # φ is read, dφ is written
-    one, two = (floors.traffic("meta_gradient", make_case(n, 20, theta_input=True)) for n in (1, 2))
+    one, two = (gpu.traffic("meta_gradient", make_case(n, 20, theta_input=True)) for n in (1, 2))
     assert two - one == 320 + 3 * 20 * 4  # and θ
 
 
 def test_ceilings_of_an_h200():
-    found = floors.ceilings(H200, 4.3e12)
+    found = gpu.ceilings(H200, 4.3e12)
     assert found.nominal == 4.8e12 and found.measured == 4.3e12
     assert found.flops == pytest.approx(132 * 128 * 2 * 1.98e9)
     assert found.formula == "132 multiprocessors × 128 lanes × 2 × 1.98 GHz"
-    assert "4.3 TB/s" in floors.title(found) and "66.9 TFLOP/s" in floors.title(found)
+    assert "4.3 TB/s" in gpu.title(found) and "66.9 TFLOP/s" in gpu.title(found)
 
 
 def test_ceilings_of_others():
-    a100 = device.Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 80 << 30, 40 << 20, max_mhz=1410.0)
-    found = floors.ceilings(a100, 1.7e12)
+    a100 = measure.Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 80 << 30, 40 << 20, max_mhz=1410.0)
+    found = gpu.ceilings(a100, 1.7e12)
     assert found.nominal is None and found.flops == pytest.approx(19.5e12, rel=1e-2)
-    silent = floors.ceilings(device.Gpu("NVIDIA H200 NVL", (9, 0), 132, 1, 1), 4e12)
-    assert silent.nominal == 4.8e12 and silent.flops is None and "unknown" in floors.title(silent)
+    silent = gpu.ceilings(measure.Gpu("NVIDIA H200 NVL", (9, 0), 132, 1, 1), 4e12)
+    assert silent.nominal == 4.8e12 and silent.flops is None and "unknown" in gpu.title(silent)
 
 
 def test_floors_of_an_h200():
-    case, limits = make_case(1_000_000, 1), floors.ceilings(H200, 4.0e12)
-    found = floors.floors("step", case, limits)
+    case, limits = make_case(1_000_000, 1), gpu.ceilings(H200, 4.0e12)
+    found = gpu.floors("step", case, limits)
     assert found["ns"]["nominal"] == pytest.approx(0.136, abs=5e-4)
     assert found["ns"]["measured"] == pytest.approx(0.163, abs=5e-4) == found["floor"]
     assert found["ns"]["flops"] == pytest.approx(0.149, abs=5e-4)
-    meta = floors.floors("meta_gradient", make_case(1000, 20), limits)
+    meta = gpu.floors("meta_gradient", make_case(1000, 20), limits)
     assert meta["floor"] == meta["ns"]["flops"] == pytest.approx(3 * found["ns"]["flops"])
-    times = {"ours": {"median": 0.326}, "copy": {"median": 0.17}}
-    assert floors.reached(found, times, ("ours", "graph")) == {"ours": pytest.approx(0.5, abs=2e-3)}
 
 
 def test_floors_without_a_clock():
-    silent = floors.ceilings(device.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)
-    found = floors.floors("step", make_case(1000, 1), silent)
+    silent = gpu.ceilings(measure.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)
+    found = gpu.floors("step", make_case(1000, 1), silent)
     assert found["ns"]["flops"] is None and found["floor"] == found["ns"]["measured"]
 
 
 def test_table_of_floors():
-    found = floors.floors("step", make_case(1000, 1), floors.ceilings(H200, 4.0e12))
+    found = gpu.floors("step", make_case(1000, 1), gpu.ceilings(H200, 4.0e12))
     row = {"operator": "step", "n": 1000, "unroll": 1, "floors": found | {"reached": {"ours": 0.5}}}
-    silent = floors.ceilings(device.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)
-    other = {**row, "floors": floors.floors("step", make_case(1000, 1), silent) | {"reached": {}}}
-    head, line, unknown = floors.table([row, {"operator": "step"}, other]).splitlines()
+    silent = gpu.ceilings(measure.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)
+    other = {**row, "floors": gpu.floors("step", make_case(1000, 1), silent) | {"reached": {}}}
+    head, line, unknown = gpu.table([row, {"operator": "step"}, other]).splitlines()
     assert line.split() == "step 1000 1 673.2 9960 0.168 0.140 0.149 ours 50%".split()
     assert unknown.split()[-2:] == ["–", "–"]
     assert head.index("bytes/nominal") < head.index("FLOP/rate") < head.index("of the larger")
@@ -153,14 +147,14 @@ def test_no_memory_is_a_line_not_an_end(tmp_path, capsys, pretended, monkeypatch
     def too_large(case):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30 GiB. GPU 0 has 1.")
 
-    monkeypatch.setattr(peers, "adam", too_large)
+    monkeypatch.setattr(gpu, "adam", too_large)
     monkeypatch.setattr(peers, "step_lstm", too_large)
     arguments = ["--sizes", "50", "--most", "50", "--seconds", "0", "--no-compile", "--no-memory"]
     operators.main([*arguments, "--backend", "reference", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "nn.LSTM: fails here: CUDA out of memory. Tried to allocate 30 GiB\n" in printed
     monkeypatch.setattr(operators, "make_case", lambda *args, device=None, **form: too_large(None))
-    row = operators.measure("step", 50, 1, 1, operators.parse(arguments), None)
+    row = operators.measured("step", 50, 1, 1, operators.parse(arguments), None)
     assert not row["peers"] and "30 GiB" in operators.line(row, operators.COLUMNS["cuda"])
 
 
@@ -172,26 +166,26 @@ def test_a_broken_engine_is_no_missing_peer(pretended, monkeypatch):
     monkeypatch.setattr(peers, "operators", lambda *args: ours)
     options = operators.parse(["--no-compile"])
     with pytest.raises(RuntimeError, match="illegal"):
-        operators.measure("step", 50, 1, 1, options, None)
+        operators.measured("step", 50, 1, 1, options, None)
 
 
 def test_yardsticks_move_and_count():
     case = make_case(1000, 1)
-    moved = floors.traffic("step", case)
-    peer = cuda_peers.copy(case)
+    moved = gpu.traffic("step", case)
+    peer = gpu.copy(case)
     out = peer.run()
     assert 2 * out.nbytes == moved // 8 * 8 and peer.scale == pytest.approx(1e9 / 1000, rel=1e-4)
-    adam = cuda_peers.adam(case)
+    adam = gpu.adam(case)
     adam.run()
     assert adam.scale == 1e6
 
 
 def test_a_long_copy_is_scaled(monkeypatch):
-    monkeypatch.setattr(cuda_peers, "COPIED", 8000)
+    monkeypatch.setattr(gpu, "COPIED", 8000)
     case = make_case(1000, 1)
-    peer = cuda_peers.copy(case)
+    peer = gpu.copy(case)
     assert 2 * peer.run().nbytes == 8000
-    assert peer.scale == pytest.approx(1e6 * floors.traffic("step", case) / 8000)
+    assert peer.scale == pytest.approx(1e6 * gpu.traffic("step", case) / 8000)
 
 
 def test_what_the_driver_says(tmp_path, monkeypatch):
@@ -199,12 +193,12 @@ def test_what_the_driver_says(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ntest $1 = --id=GPU-1 && echo '{told}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = device.ask_driver("GPU-1")
-    assert found["driver_version"] == "580.1" and device.number(found["clocks.max.sm"]) == 1980
-    assert device.number(found["clocks.sm"]) is None
-    assert set(device.ask_driver("GPU-2").values()) == {None}
+    found = measure.ask_driver("GPU-1")
+    assert found["driver_version"] == "580.1" and measure.number(found["clocks.max.sm"]) == 1980
+    assert measure.number(found["clocks.sm"]) is None
+    assert set(measure.ask_driver("GPU-2").values()) == {None}
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert set(device.ask_driver("GPU-1").values()) == {None}
+    assert set(measure.ask_driver("GPU-1").values()) == {None}
 
 
 @no_gpu
@@ -221,10 +215,10 @@ def test_cuda_where_there_is_none(name, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99"])
 def test_other_devices(name):
     with pytest.raises(InputError, match=f"--device {name} is not available"):
-        device.chosen(name)
+        measure.chosen(name)
 
 
-@gpu
+@on_gpu
 def test_operators_on_the_gpu(tmp_path, capsys):
     arguments = "--device cuda --sizes 300 5e3 --seconds 0.1 --no-compile"
     operators.main([*arguments.split(), "--out", str(tmp_path)])
@@ -237,9 +231,9 @@ def test_operators_on_the_gpu(tmp_path, capsys):
     assert report["memory"]["peers"]["reference"]["bytes"] > 0
 
 
-@gpu
+@on_gpu
 def test_the_clock_waits_for_the_gpu():
     a = torch.randn(4096, 4096, device="cuda")
     a @ a
-    found = device.clock(lambda: a @ a, 10, device.chosen("cuda"))
+    found = measure.clock(lambda: a @ a, 10, measure.chosen("cuda"))
     assert found > 2 * 4096**3 / 1e15  # faster than any GPU, were the launch alone clocked

@@ -1,4 +1,5 @@
-"""The least time that an operator can take on a GPU: what it must move, what it must compute.
+"""What an operator is measured against on a GPU: the least time that it can take there, and other
+work on as many bytes.
 
 bytes   each input read once and each output written once, over the bandwidth of memory.
         A state smaller than the L2 cache can stay there from step to step, and beat this one
@@ -6,19 +7,23 @@ FLOP    the matrix products of an update, three times as many for a meta-gradien
         dx, dφ), over what the float32 lanes do: multiprocessors × lanes × 2 × highest clock
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench.case import Case, flops
-from bench.device import Gpu, about, clock, free_bytes, kind
-from bench.timing import summary
+from bench import measure
+from bench.case import Case, Peer, Unavailable, flops, ns, step_with
+from bench.measure import Gpu, clock, free_bytes, summary
+from l2l_ref.backend import operators, use_tensor_cores
 
 NOMINAL = {"NVIDIA H200": 4.8e12}  # bytes a second, by the vendor's data sheet; start of the name
 LANES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}  # float32, if not 128
 PASSES = {"step": 1, "meta_gradient": 3}  # matrix products, in those of an update
 COPIED = 2 << 30  # bytes of the copy that tells the bandwidth: far beyond any L2 cache
+GRAPH_MOST = 1_000_000  # coordinates; beyond, a launch takes no time beside the step
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,6 @@ def traffic(operator: str, case: Case) -> int:
     return len(case.gradients) * (2 * (case.theta.nbytes + case.state.nbytes) + gradient + once)
 
 
-def operations(operator: str, case: Case) -> int:
-    """FLOP of the matrix products of an operator for a case."""
-    return PASSES[operator] * flops(case.meta) * case.gradients.numel()
-
-
 def ceilings(gpu: Gpu, measured: float) -> Ceilings:
     """The ceilings of a GPU whose copies moved `measured` bytes a second."""
     nominal = [rate for name, rate in NOMINAL.items() if gpu.name.startswith(name)]
@@ -59,21 +59,16 @@ def ceilings(gpu: Gpu, measured: float) -> Ceilings:
     return Ceilings(measured, nominal[0] if nominal else None, rate, formula)
 
 
-def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
-    """Bytes a second, read and written, of a large copy on the device; the median."""
+def ceilings_of(device: torch.device, rounds: int = 9) -> Ceilings | None:
+    """The ceilings of a device, where bytes a second, read and written, are those of a large copy,
+    the median; None for a CPU."""
+    if measure.kind(device) == "cpu":
+        return None
     elements = int(min(COPIED, free_bytes(device) / 8)) // 4
     source = torch.rand(elements, device=device)  # zeros could be faster than data
     target = torch.empty_like(source)
     samples = [clock(lambda: target.copy_(source), 5, device) for _ in range(rounds)]
-    return 2 * source.nbytes / summary(samples[1:])["median"]
-
-
-def ceilings_of(device: torch.device) -> Ceilings | None:
-    """The ceilings of a device, its bandwidth measured first; None for a CPU."""
-    if kind(device) == "cpu":
-        return None
-    measured = copy_bandwidth(device)
-    return ceilings(about(device), measured)
+    return ceilings(measure.about(device), 2 * source.nbytes / summary(samples[1:])["median"])
 
 
 def floors(operator: str, case: Case, limits: Ceilings) -> dict[str, Any]:
@@ -83,23 +78,18 @@ def floors(operator: str, case: Case, limits: Ceilings) -> dict[str, Any]:
         "bytes" and "flops" of a call; "ns", per coordinate-step: "measured" and "nominal"
         bandwidth, and "flops", None where not known; "floor": the larger of "measured" and "flops".
     """
-    moved, computed = traffic(operator, case), operations(operator, case)
-
-    def ns(amount: int, rate: float | None) -> float | None:
-        return 1e9 * amount / rate / case.gradients.numel() if rate else None
-
+    moved = traffic(operator, case)
+    computed = PASSES[operator] * flops(case.meta) * case.gradients.numel()
+    amounts = {
+        "measured": (moved, limits.measured),
+        "nominal": (moved, limits.nominal),
+        "flops": (computed, limits.flops),
+    }
     times = {
-        "measured": ns(moved, limits.measured),
-        "nominal": ns(moved, limits.nominal),
-        "flops": ns(computed, limits.flops),
+        name: ns(case) * amount / rate if rate else None for name, (amount, rate) in amounts.items()
     }
     floor = max(times["measured"], times["flops"] or 0.0)
     return {"bytes": moved, "flops": computed, "ns": times, "floor": floor}
-
-
-def reached(found: dict[str, Any], peers: dict[str, Any], names: tuple[str, ...]) -> dict:
-    """name -> the share of the larger floor in the median of each of `names` that was clocked."""
-    return {name: found["floor"] / peers[name]["median"] for name in names if name in peers}
 
 
 def title(limits: Ceilings) -> str:
@@ -126,3 +116,57 @@ def table(rows: list[dict[str, Any]]) -> str:
                      f"{found['bytes'] / steps:>8.1f}{found['flops'] / steps:>8.0f}"
                      f"{cells}  {shares}")  # fmt: skip
     return "\n".join(lines)
+
+
+def step_in_graph(theta_step_: Callable, case: Case) -> Peer:
+    """T steps recorded in one CUDA graph: without Python, and with one launch."""
+    if len(case.theta) > GRAPH_MOST:
+        raise Unavailable(f"is for small N, up to {GRAPH_MOST:.0e}")
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # what is loaded or allocated at a first call is not recorded
+        step_with(theta_step_, case).run()
+    torch.cuda.current_stream().wait_stream(beside)
+    steps, graph = step_with(theta_step_, case).run, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        theta = steps()
+
+    def run(recorded: Callable = steps) -> Tensor:  # the graph knows addresses; this keeps tensors
+        graph.replay()
+        return theta
+
+    return Peer(run, ns(case))
+
+
+def step_on_tensor_cores(theta_step_: Callable, case: Case) -> Peer:
+    """T steps whose products are three of TF32 each (`use_tensor_cores`)."""
+    if operators("auto", case.state).theta_step_ is not theta_step_:
+        raise Unavailable("needs the fused engine")
+    if torch.cuda.get_device_capability()[0] < 8:
+        raise Unavailable("needs an Ampere GPU or a later one")
+    steps = step_with(theta_step_, case).run
+
+    def run() -> Tensor:
+        use_tensor_cores(True)
+        theta = steps()
+        use_tensor_cores(False)
+        return theta
+
+    return Peer(run, ns(case))
+
+
+def adam(case: Case) -> Peer:
+    """One step of `torch.optim.Adam(fused=True)` on as many parameters."""
+    theta = case.theta.clone()
+    theta.grad = case.gradients[0].clone()
+    return Peer(torch.optim.Adam([theta], fused=True).step, 1e9 / len(theta))
+
+
+def copy(case: Case) -> Peer:
+    """A copy that reads and writes as many bytes as the steps do, or COPIED of them if fewer."""
+    moved = traffic("step", case)
+    floats = min(moved, COPIED) // 8  # half of the bytes are read, half are written
+    source = torch.rand(floats, device=case.theta.device)
+    target = torch.empty_like(source)
+    scale = ns(case) * moved / (2 * source.nbytes)
+    return Peer(lambda: target.copy_(source), scale, f"{2 * source.nbytes} bytes a call")

@@ -1,0 +1,289 @@
+"""What the commands share: options, a device under a clock, interleaved rounds, their files."""
+
+import argparse
+import gc
+import json
+import math
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2l_ref.backend import BACKENDS, available_device, build_info, resolve
+from l2l_ref.errors import InputError
+from l2l_ref.experiment.cli import Parser
+from l2l_ref.experiment.machine import processor
+from l2l_ref.files import replace_with
+
+CPU = torch.device("cpu")
+ASKED = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit")  # of nvidia-smi
+SAMPLE = 0.005  # seconds that one sample lasts at least
+WARM = 0.1  # a run shorter than this is repeated once, unclocked, before each sample
+
+# ------------------------------------------------------------------------------------- options
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, also as 1e6."""
+    try:
+        value = float(text)
+        if value >= 1 and value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+
+
+def parser(script: str, doc: str, *, device: str = "", backend: str = "auto") -> Parser:
+    """A parser with `--backend`, and with `--device` where the command serves more than a CPU."""
+    top = Parser(prog=f"{script}.py", description=doc.splitlines()[0], allow_abbrev=False)
+    top.add_argument("--backend", choices=BACKENDS, default=backend, help=f"ours ({backend})")
+    if device:
+        top.add_argument("--device", default=device, metavar="D",
+                         help=f"cpu, cuda, cuda:1, … ({device})")  # fmt: skip
+    else:
+        top.set_defaults(device="cpu")
+    return top
+
+
+def add_clock(top: Parser, seconds: float, what: str) -> None:
+    """The options of a command that clocks, for so long each, and writes what it found."""
+    top.add_argument("--seconds", type=float, default=seconds, metavar="S",
+                     help=f"clocked for each {what} ({seconds:g})")  # fmt: skip
+    top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
+
+
+def parse(top: Parser, arguments: list[str]) -> argparse.Namespace:
+    """The options; their device is ready to be measured.
+
+    Raises:
+        InputError: any that are wrong, or that cannot be had here.
+    """
+    options = top.parse_args(arguments)
+    options.device = chosen(options.device)
+    resolve(options.backend, options.device)
+    if "seconds" in options and not 0 <= options.seconds < float("inf"):
+        raise InputError(f"--seconds is {options.seconds}: it must be at least 0 and finite")
+    return options
+
+
+# -------------------------------------------------------- what differs where tensors are on a GPU
+
+
+def chosen(name: str) -> torch.device:
+    """The device `name`, with its number, ready to be measured: float32 is float32 on it.
+
+    Raises:
+        InputError: a device that is not there, or neither a CPU nor a GPU with CUDA.
+    """
+    device = torch.empty(0, device=available_device(name)).device
+    if kind(device) == "cuda":
+        torch.cuda.set_device(device)  # streams and events are the current device's
+        torch.backends.cudnn.allow_tf32 = False  # cuDNN's LSTM would round to 10 bits
+    return device
+
+
+def kind(device: torch.device) -> str:
+    """ "cpu" or "cuda": which side of the seams a device is on."""
+    return device.type
+
+
+def clock(run: Callable[[], Any], calls: int, device: torch.device = CPU) -> float:
+    """Seconds a call, of `calls` in a row: on a GPU from when the first begins there to when the
+    last has ended, so the time to launch them counts where the GPU waits for it."""
+    if kind(device) == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free now; infinite where the system does not say."""
+    if kind(device) == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return 1024.0 * int(line.split()[1])
+    except OSError:
+        pass  # not Linux
+    return float("inf")
+
+
+def give_back(device: torch.device) -> None:
+    """Free what nothing refers to, on a GPU for the other programs too."""
+    gc.collect()
+    if kind(device) == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU and its driver say of themselves; None where they do not.
+
+    Attributes:
+        capability: (major, minor).
+        max_mhz, mhz: clock of the multiprocessors, the highest and that of the moment.
+        watts: the limit on its power.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    l2_bytes: int
+    driver: str | None = None
+    max_mhz: float | None = None
+    mhz: float | None = None
+    watts: float | None = None
+    cuda: str | None = torch.version.cuda
+
+
+def about(device: torch.device) -> Gpu | None:
+    """What a GPU is; None for a CPU."""
+    if kind(device) == "cpu":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    told = ask_driver(f"GPU-{found.uuid}")
+    kilohertz = getattr(found, "clock_rate", 0)
+    return Gpu(
+        name=found.name,
+        capability=(found.major, found.minor),
+        multiprocessors=found.multi_processor_count,
+        memory_bytes=found.total_memory,
+        l2_bytes=found.L2_cache_size,
+        driver=told["driver_version"],
+        max_mhz=number(told["clocks.max.sm"]) or kilohertz / 1e3 or None,
+        mhz=number(told["clocks.sm"]),
+        watts=number(told["power.limit"]),
+    )
+
+
+def ask_driver(identity: str) -> dict[str, str | None]:
+    """ASKED -> what nvidia-smi says of the GPU `identity`; None for all where it says nothing."""
+    query = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(ASKED)}"]
+    command = [*query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+        return dict(zip(ASKED, values, strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return dict.fromkeys(ASKED)
+
+
+def number(text: str | None) -> float | None:
+    """A number of nvidia-smi, which says "[N/A]" where it has none."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
+# ------------------------------------- clocks that noise on a shared machine disturbs little
+
+
+def interleave(
+    runs: dict[str, Callable[[], Any]],
+    seconds: float,
+    least: int = 3,
+    most: int = 15,
+    device: torch.device = CPU,
+) -> dict[str, list[float]]:
+    """Clock `runs` in turn, each once a round, in an order drawn anew for each round.
+
+    Args:
+        runs: name -> what to clock; each has been called before, so that it is warm.
+        seconds: the rounds together take about this long.
+        least, most: bounds on the number of rounds.
+        device: where they run.
+
+    Returns:
+        name -> seconds a call, one number a round.
+    """
+    gc.collect()
+    first = {name: clock(run, 1, device) for name, run in runs.items()}
+    calls = {name: max(1, math.ceil(SAMPLE / max(t, 1e-9))) for name, t in first.items()}
+    round_time = sum(t * (calls[name] + (t < WARM)) for name, t in first.items())
+    rounds = min(most, max(least, int(seconds / round_time)))
+    order, samples = list(runs), {name: [] for name in runs}
+    if round_time * rounds > seconds > 0:  # long runs: what told how long they are is a round too
+        samples = {name: [t] for name, t in first.items()}
+    draw = random.Random(0)
+    for _ in range(rounds - len(samples[order[0]])):
+        draw.shuffle(order)
+        for name in order:
+            if first[name] < WARM:
+                runs[name]()
+            samples[name].append(clock(runs[name], calls[name], device))
+    return samples
+
+
+def summary(samples: list[float], scale: float = 1.0) -> dict[str, Any]:
+    """{"median": x, "quartiles": [x, x], "rounds": n} of the samples times `scale`."""
+    scaled = [scale * sample for sample in samples]
+    low, _, high = statistics.quantiles(scaled, n=4, method="inclusive")
+    return {"median": statistics.median(scaled), "quartiles": [low, high], "rounds": len(scaled)}
+
+
+def spread(found: dict[str, Any]) -> str:
+    """Median and quartiles of a `summary`, to about three digits."""
+    three = found["median"], *found["quartiles"]
+    middle, low, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in three)
+    return f"{middle} [{low}, {high}]"
+
+
+# ------------------------------------------------------------------------ what a command leaves
+
+
+def machine(
+    script: str, arguments: list[str], backend: str, device: torch.device = CPU
+) -> dict[str, Any]:
+    """Date, hardware, versions, the backend with what it says of its build, and the command."""
+    gpu, ours = about(device), resolve(backend, device)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": ours,
+        "build": build_info() if ours == "fused" else None,
+        **({"gpu": asdict(gpu)} if gpu else {}),
+        "command": command(script, arguments),
+    }
+
+
+def where(found: dict[str, Any]) -> str:
+    """What `machine` is about, in a line: the GPU or the CPU, PyTorch and the backend."""
+    name = found["gpu"]["name"] if "gpu" in found else found["cpu"]
+    return f"{name}, torch {found['torch']}, {found['backend']} backend"
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write `report`, whole or not at all."""
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    replace_with(path, lambda partial: partial.write_text(text))
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """The command line that made a result, without the folders of this machine."""
+    shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    return shlex.join(["python", "-m", f"bench.{script}", *shown])
