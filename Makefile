@@ -19,7 +19,7 @@ EMPTY  :=
 SPACE  := $(EMPTY) $(EMPTY)
 GOALS  := $(filter setup run test lint sanitize,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-NEEDS  := $(if $(filter test sanitize,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy)
+NEEDS  := $(if $(filter test sanitize,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
   ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
   ifneq ($(ACTIVE_PY),)
@@ -43,10 +43,11 @@ run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="...", p
 test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,test adds the optional ones
 	"$(PY)" -m pytest $(ARGS)
 
-lint: $(SETUP) ## ruff: faults and format; mypy: types
+lint: $(SETUP) ## ruff: faults and format; mypy: types; clang-format: csrc
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 	"$(PY)" -m mypy
+	"$$(dirname "$(PY)")/clang-format" --dry-run -Werror $(ENGINE)
 
 sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
 	L2L_SANITIZE=1 USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -1,5 +1,5 @@
-// The module l2l_ref.backend._C: importing it registers the operators; what it binds itself says how
-// it was built.
+// The module l2l_ref.backend._C: importing it registers the operators; what it binds itself says
+// how it was built.
 //
 //   import l2l_ref.backend._C
 //     +-- torch.ops.l2l_ref.*            defined here; run by cpu/cpu.cpp and cuda/cuda.cpp
