@@ -24,10 +24,10 @@ from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
-SHORT = {"nn.LSTMCell": "LSTMCell", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
+SHORT = {"nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
          GRAPH: "graph", TENSOR: "tensor", ADAM: "Adam"}  # fmt: skip
-COLUMNS = {"cpu": ("nn.LSTMCell", "nn.LSTM", "torch.compile", "reference", FLOOR)}
-COLUMNS["cuda"] = (GRAPH, TENSOR, *COLUMNS["cpu"][1:], ADAM, COPY)
+COLUMNS = {"cpu": ("nn.LSTM", "torch.compile", "reference", FLOOR)}
+COLUMNS["cuda"] = (GRAPH, TENSOR, *COLUMNS["cpu"], ADAM, COPY)
 SIZES = {"cpu": [1000, 10_000, 16_384, 100_000, 1_000_000],
          "cuda": [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]}  # fmt: skip
 UNROLLS = {"cpu": dict.fromkeys(peers.OPERATORS, [1, 20]),

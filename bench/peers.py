@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import gpu, measure
 from bench.case import (
@@ -57,14 +57,12 @@ def builders(
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),
-            "nn.LSTMCell": step_lstm_cells,
             "nn.LSTM": step_lstm,
             "torch.compile": step_compiled,
             "reference": partial(step_with, equations.theta_step_),
             FLOOR: partial(floor, factor=1),
         }
         if on_gpu:
-            del table["nn.LSTMCell"]
             table |= {
                 GRAPH: partial(gpu.step_in_graph, ours.theta_step_),
                 TENSOR: partial(gpu.step_on_tensor_cores, ours.theta_step_),
@@ -116,30 +114,6 @@ def floor(case: Case, factor: int) -> Peer:
     operations = factor * flops(case.meta)
     scale = 1e9 * operations / (2 * SIDE * SIDE * columns)
     return Peer(lambda: torch.mm(a, b, out=out), scale, f"{operations} operations")
-
-
-def step_lstm_cells(case: Case) -> Peer:
-    """Eager `nn.LSTMCell`s, one a layer, with the coordinates as batch."""
-    must_fit(case)
-    lstm, theta = case.meta.lstm, case.theta.clone()
-    cells, states = [], []
-    for layer, weights in enumerate(lstm.all_weights):
-        cell = nn.LSTMCell(lstm.hidden_size if layer else lstm.input_size, lstm.hidden_size)
-        cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh = weights
-        cells.append(cell)
-        states.append(tuple(s.T.contiguous() for s in case.state[layer]))  # h and c, [M, H]
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        for gradient in case.gradients:
-            below = inputs(case, theta, gradient)
-            for layer, cell in enumerate(cells):
-                states[layer] = cell(below, states[layer])
-                below = states[layer][0]
-            theta.add_(head(case, below))
-        return theta
-
-    return Peer(run, ns(case))
 
 
 def step_lstm(case: Case) -> Peer:

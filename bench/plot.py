@@ -10,7 +10,6 @@ from l2l_ref.files import replace_with
 # Okabe & Ito's colour-blind-safe palette; a marker each, so that grey print will do too.
 STYLES = {
     OURS: ("#D55E00", "o-"),
-    "nn.LSTMCell": ("#009E73", "v-."),
     "nn.LSTM": ("#0072B2", "s-"),
     "torch.compile": ("#CC79A7", "^--"),
     "reference": ("#000000", "x:"),

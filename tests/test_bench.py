@@ -36,7 +36,6 @@ def test_operators_in_miniature(tmp_path, capsys, monkeypatch, form):
     assert len(report["rows"]) == 2 * 2 * 2  # operators, sizes, unrolls
     for row in report["rows"]:
         expected = {"ours", "nn.LSTM", "reference", "sgemm floor"}
-        expected |= {"nn.LSTMCell"} if row["operator"] == "step" else set()
         assert row["peers"].keys() == expected and not row["unavailable"]
         for peer in row["peers"].values():
             low, high = peer["quartiles"]
