@@ -17,7 +17,7 @@ from l2l_ref.errors import InputError
 pytest.importorskip("pytest_benchmark")
 
 SIZES, UNROLLS = (1000, 10_000, 100_000), (1, 20)
-OTHERS = ("nn.LSTMCell", "nn.LSTM", "torch.compile", peers.FLOOR)
+OTHERS = ("nn.LSTM", "torch.compile", peers.FLOOR)
 
 
 def backends() -> list[str]:
