@@ -21,6 +21,7 @@ STYLES = {
     "Adam": ("#000000", "-"),
     "Adam (attacked)": ("#009E73", ":"),
     "Adam + L1": ("#999999", "--"),
+    "Adam + penalty + L1": ("#8B4513", "-."),
     "Nominal alone": ("#56B4E9", "-."),
 }
 

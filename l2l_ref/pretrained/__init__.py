@@ -44,8 +44,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     value = read_checkpoint(path, device)
     if value.get("format") != FORMAT:
         raise InputError(
-            f"--load {path} is not a meta_optimizer.pt of this version: name the file of a "
-            "finished run"
+            f"{path} is not a meta_optimizer.pt of this version: name the file of a finished run"
         )
     return value
 
