@@ -23,7 +23,6 @@ from torch import nn
 from bench.measure import command, write_json
 from l2l_ref import attacks, data, episode, evaluate, meta_optimizer
 from l2l_ref.backend import cuda_graphs, operators, resolve
-from l2l_ref.data import images
 from l2l_ref.experiment import cli, folder, machine, protocol, tuning
 from l2l_ref.experiment.pieces import Ranks, compute_all
 from l2l_ref.experiment.progress import Progress
@@ -104,8 +103,8 @@ def instrument(clock: Clock, setting: Setting) -> Setting:
     for kind in (torch.optim.Adam, torch.optim.SGD, LearnedOptimizer):
         patch(kind, "step", "zero_grad", what=OPTIMIZERS)
 
-    endless = images.batches
-    images.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
+    endless = data.ImageSet.batches
+    data.ImageSet.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
 
     @cache
     def timed_operators(module: ModuleType) -> SimpleNamespace:

@@ -94,7 +94,7 @@ def measured(dataset: str, options: Any) -> dict[str, Any]:
     x, y, *_ = STAND_INS[dataset](20 * size, size)
     images, runs = data.ImageSet(x, y), {}
     for name, method in methods(problem, options.backend, eps).items():
-        batches = data.batches(images, size, torch.Generator().manual_seed(0))
+        batches = images.batches(size, torch.Generator().manual_seed(0))
         runs[name] = runner(problem, method, batches, eps, options.steps)
         runs[name]()
     samples = measure.interleave(runs, options.seconds)

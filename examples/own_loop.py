@@ -17,7 +17,7 @@ from l2l_ref.attacks import none
 def main(phi_file: str, data_dir: str = "data", steps: int = 100) -> dict[str, float]:
     torch.manual_seed(0)
     mnist = data.load("mnist", data_dir)
-    batches = data.batches(mnist.train, 128, torch.Generator().manual_seed(0))
+    batches = mnist.train.batches(128, torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.ReLU(), nn.Linear(40, 10))
 
     phi = l2l_ref.load(phi_file)

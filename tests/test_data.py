@@ -108,15 +108,16 @@ def files_below(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("n", [2, 10, 1001, 60_000])
 def test_halves_are_disjoint_equal_and_shuffled_by_the_seed(n):
-    a, b = data.halves(n, seed=3)
-    assert len(a) == len(b) == n // 2 and a.dtype == b.dtype == torch.int64
+    whole = ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n))
+    a, b = (half.labels for half in whole.halves(seed=3))
+    assert len(a) == len(b) == n // 2
     both = torch.cat([a, b]).sort().values
     assert len(both.unique()) == n // 2 * 2 and 0 <= both[0] and both[-1] < n
     if n % 2 == 0:
         assert torch.equal(both, torch.arange(n))
-    assert torch.equal(a, data.halves(n, seed=3)[0])
+    assert torch.equal(a, whole.halves(seed=3)[0].labels)
     if n > 2:
-        assert not torch.equal(a, data.halves(n, seed=4)[0])
+        assert not torch.equal(a, whole.halves(seed=4)[0].labels)
         assert not torch.equal(a, a.sort().values)
 
 
@@ -146,7 +147,7 @@ def numbered(n: int) -> ImageSet:
 
 @pytest.mark.parametrize("n, batch_size", [(12, 4), (11, 4), (5, 5), (7, 1)])
 def test_batches_see_each_sample_once_an_epoch_and_reshuffle(n, batch_size):
-    stream = data.batches(numbered(n), batch_size, torch.Generator().manual_seed(0))
+    stream = numbered(n).batches(batch_size, torch.Generator().manual_seed(0))
     epochs = []
     for _ in range(6):
         labels = []
@@ -162,7 +163,7 @@ def test_batches_see_each_sample_once_an_epoch_and_reshuffle(n, batch_size):
 
 def test_batches_are_a_function_of_the_generator():
     def first_labels(seed):
-        stream = data.batches(numbered(50), 8, torch.Generator().manual_seed(seed))
+        stream = numbered(50).batches(8, torch.Generator().manual_seed(seed))
         return torch.stack([y for _, y in islice(stream, 20)])
 
     torch.manual_seed(0)
@@ -175,7 +176,7 @@ def test_batches_are_a_function_of_the_generator():
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
 def test_batches_refuse_a_size_that_no_epoch_holds(batch_size):
     with pytest.raises(InputError, match=rf"batch size {batch_size} .* 10 images"):
-        data.batches(numbered(10), batch_size, torch.Generator())  # at the call, before next()
+        numbered(10).batches(batch_size, torch.Generator())  # at the call, before next()
 
 
 # ---- real data --------------------------------------------------------------------------------
@@ -687,7 +688,7 @@ def accuracy_after(model: nn.Module, parts, steps: int, lr: float) -> float:
     """Test accuracy of `model` after `steps` of Adam on batches of 128."""
     train, test = ImageSet(*parts[:2]), ImageSet(*parts[2:])
     optimizer = torch.optim.Adam(model.parameters(), lr)
-    stream = data.batches(train, 128, torch.Generator().manual_seed(0))
+    stream = train.batches(128, torch.Generator().manual_seed(0))
     for x, y in islice(stream, steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()

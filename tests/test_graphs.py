@@ -160,7 +160,7 @@ def cases(device=CPU):
                 images = torch.randint(256, (40, *shapes[name]), generator=generator(3))
                 labels = torch.arange(40) % 10
                 images = data.ImageSet(images.byte().to(device), labels.to(device))
-                batches = data.batches(images, 8, *streams)
+                batches = images.batches(8, *streams)
             noise = generator(5, device)
             chosen = attacks.make(attack, eps=0.1, steps=2, generator=noise)
             model = models[0] if tasks == 1 else problems.Stacked(models)
@@ -227,7 +227,7 @@ def transfer_run(
     curve = train(
         model,
         Method("", optimizer, alpha=alpha, l1=l1, penalty=penalty),
-        data.batches(images, 8, generator(6)),
+        images.batches(8, generator(6)),
         loss=problem.loss,
         attack=pgd[0],
         steps=10,

@@ -434,10 +434,10 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         return {row.numpy().tobytes() for row in of}
 
     seen = pictures(torch.cat(images))
-    meta, transfer = data.halves(len(small_digits.train), 0)
+    meta, transfer = small_digits.train.halves(0)
     test = pictures(small_digits.test.images)
-    assert not seen & test and not seen & pictures(small_digits.train.images[transfer])
-    assert seen <= pictures(small_digits.train.images[meta])
+    assert not seen & test and not seen & pictures(transfer.images)
+    assert seen <= pictures(meta.images)
     assert len(seen) > 100
     summary, _ = read(workdir / "r")
     assert all("pgd_accuracy" in row for row in summary["table"])

@@ -195,8 +195,8 @@ def test_the_model_must_hold_as_many_tasks_as_the_settings_say():
 
 def test_batches_of_several_streams_are_those_of_each():
     images = data.ImageSet(torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1), torch.arange(20))
-    together = data.batches(images, 6, *map(generator, range(K)))
-    each = [data.batches(images, 6, generator(k)) for k in range(K)]
+    together = images.batches(6, *map(generator, range(K)))
+    each = [images.batches(6, generator(k)) for k in range(K)]
     for _ in range(7):  # over the end of an epoch
         x, y = next(together)
         xs, ys = zip(*map(next, each), strict=True)
@@ -237,7 +237,7 @@ class TestRuns:
             labels = ("meta", 0, 0, number)
             model = setting.problem.draw(stream(0, "theta", *labels))
             assert all(map(torch.equal, theta, model.parameters()))
-            own = next(data.batches(fold.meta, 32, stream(0, "batches", *labels)))
+            own = next(fold.meta.batches(32, stream(0, "batches", *labels)))
             assert torch.equal(x, own[0]) and torch.equal(y, own[1])
 
     @pytest.mark.usefixtures("few_candidates")

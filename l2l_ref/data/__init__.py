@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from l2l_ref.data import sources, stand_in
-from l2l_ref.data.images import ImageSet, Samples, batches, halves
+from l2l_ref.data.images import ImageSet, Samples
 from l2l_ref.errors import InputError
 
-__all__ = ["Data", "ImageSet", "Samples", "batches", "halves", "load"]
+__all__ = ["Data", "ImageSet", "Samples", "load"]
 
 
 @dataclass(frozen=True)

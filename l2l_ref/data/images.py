@@ -68,8 +68,9 @@ class ImageSet:
 
     def halves(self, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """Disjoint; an odd number loses the last of the shuffled order."""
-        first, second = halves(len(self), seed)
-        return self.subset(first), self.subset(second)
+        n = len(self)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[: n // 2]), self.subset(order[n // 2 : n // 2 * 2])
 
     def shuffled(self, generator: torch.Generator) -> "ImageSet":
         """A copy in random order."""
@@ -85,8 +86,37 @@ class ImageSet:
         return ImageSet(self.images[count:], self.labels[count:])
 
     def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `batches`."""
-        return batches(self, size, *generators)
+        """Batches without end: every epoch in a new order, drawn from each of K `generators`.
+
+        The ragged last batch of an epoch is dropped, so that all have the same size. The device
+        waits for the host once an epoch, when it gets the orders.
+
+        Args:
+            generators: on the CPU, one for each optimizee that trains at the same time.
+
+        Yields:
+            x: float32 [size, c, h, w] in [0, 1]; y: int64 [size]. For K > 1, as
+            `problems.Stacked` takes them, x: [K, size, c, h, w] and y: [K·size].
+
+        Raises:
+            InputError: at the call, unless 1 <= size <= len(self).
+        """
+        if not 1 <= size <= len(self):
+            raise InputError(
+                f"batch size {size} does not go with {len(self)} images: "
+                f"choose one from 1 to {len(self)}, or give more data"
+            )
+        tasks = len(generators)
+
+        def endless() -> Iterator[tuple[Tensor, Tensor]]:
+            while True:
+                orders = [torch.randperm(len(self), generator=one) for one in generators]
+                indices = torch.stack(orders).to(self.labels.device).split(size, dim=1)
+                for index in indices[: len(self) // size]:  # [K, size]
+                    x, y = self.batch(index.flatten())
+                    yield x.unflatten(0, (tasks, -1)) if tasks > 1 else x, y
+
+        return endless()
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The first `count`, or as many as there are."""
@@ -95,48 +125,3 @@ class ImageSet:
     def all(self) -> tuple[Tensor, Tensor]:
         """The whole set as a batch."""
         return self.batch(torch.arange(len(self)))
-
-
-def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Cut range(n), shuffled by `seed`, into two disjoint halves: int64 [n // 2] each.
-
-    An odd `n` loses the last of the shuffled order.
-    """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[: n // 2], order[n // 2 : n // 2 * 2]
-
-
-def batches(
-    images: ImageSet, batch_size: int, *generators: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end: every epoch in a new order, drawn from each of K `generators`.
-
-    The ragged last batch of an epoch is dropped, so that all have the same size. The device waits
-    for the host once an epoch, when it gets the orders.
-
-    Args:
-        generators: on the CPU, one for each optimizee that trains at the same time.
-
-    Yields:
-        x: float32 [batch_size, c, h, w] in [0, 1]; y: int64 [batch_size]. For K > 1, as
-        `problems.Stacked` takes them, x: [K, batch_size, c, h, w] and y: [K·batch_size].
-
-    Raises:
-        InputError: at the call, unless 1 <= batch_size <= len(images).
-    """
-    if not 1 <= batch_size <= len(images):
-        raise InputError(
-            f"batch size {batch_size} does not go with {len(images)} images: "
-            f"choose one from 1 to {len(images)}, or give more data"
-        )
-    tasks = len(generators)
-
-    def endless() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            orders = [torch.randperm(len(images), generator=generator) for generator in generators]
-            indices = torch.stack(orders).to(images.labels.device).split(batch_size, dim=1)
-            for index in indices[: len(images) // batch_size]:  # [K, batch_size]
-                x, y = images.batch(index.flatten())
-                yield x.unflatten(0, (tasks, -1)) if tasks > 1 else x, y
-
-    return endless()
