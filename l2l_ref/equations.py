@@ -119,9 +119,8 @@ def update(
         inputs = torch.cat((inputs, mirrored), dim=1)  # [F, 2N]
 
     num_layers, _, hidden_size, _ = state.shape
-    *weights, head_weight, head_bias = unpack(
-        phi, phi_shapes(num_layers, hidden_size, inputs.shape[0])
-    )
+    shapes = phi_shapes(num_layers, hidden_size, inputs.shape[0])
+    *weights, head_weight, head_bias = unpack(phi, shapes)
     below, next_state = inputs, []
     for layer in range(num_layers):
         h, c = lstm_cell(below, *state[layer], *weights[4 * layer : 4 * layer + 4])
@@ -129,8 +128,7 @@ def update(
         below = h
     out = (head_weight @ below).squeeze(0) + head_bias
     if odd:
-        plus, minus = out.chunk(2)
-        out = plus - minus
+        out = torch.sub(*out.chunk(2))
     return output_scale * out, torch.stack(next_state)
 
 
@@ -155,8 +153,9 @@ def theta_step_(
 def check_thetas(thetas: Tensor | None, gradients: Tensor, theta_input: bool) -> None:
     """Raise a RuntimeError unless there is a θ for each of the gradients [T, N], if φ sees θ."""
     if thetas is not None and thetas.shape != gradients.shape:
-        shapes = f"{list(thetas.shape)}, expected {list(gradients.shape)}"
-        raise RuntimeError(f"thetas has shape {shapes}")
+        raise RuntimeError(
+            f"thetas has shape {list(thetas.shape)}, expected {list(gradients.shape)}"
+        )
     if thetas is None and theta_input:
         raise RuntimeError(
             "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
@@ -216,14 +215,10 @@ def unroll_meta_gradient(
     total = torch.zeros_like(phi)
     for start in range(0, n, BLOCK):
         part = slice(start, start + BLOCK)
+        seen = None if thetas is None else thetas[:, part]
         with torch.enable_grad():
-            updates, _ = unroll(
-                gradients[:, part],
-                by_sign[..., part].flatten(3),
-                phi,
-                None if thetas is None else thetas[:, part],
-                **form,
-            )
+            own_state = by_sign[..., part].flatten(3)
+            updates, _ = unroll(gradients[:, part], own_state, phi, seen, **form)
         total += torch.autograd.grad(updates, phi, cotangents[:, part])[0]
     return total
 
@@ -250,10 +245,9 @@ def adam_direction(gradient: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         d [N] and the next moments [3, N].
     """
-    first, second, count = moments
+    first, second, count = *moments[:2], moments[2] + 1
     first = torch.lerp(first, gradient, 1 - BETAS[0])
     second = torch.lerp(second, gradient.square(), 1 - BETAS[1])
-    count = count + 1
     weights = [-torch.expm1(math.log(beta) * count) for beta in BETAS]  # 1 - βᵗ
     seen = second > 0  # a root's slope at 0 is infinite; there d is 0 anyway
     root = torch.where(seen, second / weights[1], 1.0).sqrt()
