@@ -27,7 +27,7 @@ def test_freed_memory_stays():
     def given_back(how: str) -> float:
         """The share of freed memory that goes back to the system."""
         command = [sys.executable, "-c", GIVEN_BACK, how]
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
         return float(done.stdout)
 

@@ -15,7 +15,7 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES, complete
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FORMS = [{}, {"odd": True, "theta_input": True}]
 
 

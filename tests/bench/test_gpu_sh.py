@@ -37,7 +37,7 @@ def test_kernel_times(capsys):
 
 
 def gpu_sh(**variables):
-    script = Path(__file__).parents[1] / "bench" / "gpu.sh"
+    script = Path(__file__).parents[2] / "bench" / "gpu.sh"
     environment = {**os.environ, "PYTHON": sys.executable, **variables}
     return subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
 

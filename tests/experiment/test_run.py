@@ -19,7 +19,7 @@ from l2l_ref.experiment import cli, machine, protocol, report, summary, tuning
 from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.folder import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # A run in seconds; φ that is loaded has its own episodes and unrolls.
 LOADING = ["--quick", "--steps", "4", "--seeds", "2", "--eval-samples", "40", "--batch-size", "32"]
 TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]

@@ -17,7 +17,7 @@ from l2l_ref.experiment import pieces
 from l2l_ref.experiment.pieces import Clock, Parts, Piece, Ranks, compute_all
 from l2l_ref.experiment.progress import duration
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Graph:
