@@ -1,4 +1,4 @@
-"""Shared fixtures: small data, and where the real data is."""
+"""What the tests share: small data and where the real data is, small models, chosen kernels."""
 
 import itertools
 import os
@@ -9,13 +9,68 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from l2l_ref import data
+from l2l_ref import data, problems
 from l2l_ref.backend import BUILD, BUILD_CUDA, built
 from l2l_ref.data import stand_in
 from l2l_ref.experiment import tuning
 
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
+
+FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
+every_form = pytest.mark.parametrize("theta_input, odd", FORMS)
+# Inputs [b, 5], three classes.
+SMALL = problems.Problem(
+    "small",
+    lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)),
+    problems.cross_entropy,
+    3,
+)
+
+
+def generator(seed=0, device="cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def weights(model: nn.Module) -> Tensor:
+    """A copy of all parameters on one axis."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def small_batch(seed=0, b=4) -> tuple[Tensor, Tensor]:
+    """For `SMALL`, in float64."""
+    noise = generator(100 + seed)
+    x = torch.rand(b, 5, generator=noise, dtype=torch.float64)
+    return x, torch.randint(3, (b,), generator=noise)
+
+
+def derivative(model: nn.Module, value: Tensor) -> Tensor:
+    """Of a value by all parameters, on one axis."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+
+def wild(steps, n, dtype=torch.float64, seed=0) -> Tensor:
+    """Gradients from 1e-12 to 1e4 of any sign, some of them zero. [steps, n]"""
+    noise = generator(seed)
+    size = 10 ** (16 * torch.rand(steps, n, generator=noise, dtype=torch.float64) - 12)
+    gradients = size * torch.randn(steps, n, generator=noise, dtype=torch.float64)
+    return (gradients * (torch.rand(steps, n, generator=noise) > 0.1)).to(dtype)
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(params=["reference", "fused"])
+def backend(request):
+    """Either; the test skips where the extension is not built."""
+    if request.param == "fused":
+        request.getfixturevalue("fused")
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -1,34 +1,40 @@
-"""Eq. 3-6 against numbers worked by hand, `torch.nn.LSTM`, and autograd through everything."""
+"""Eq. 3-6, the nominal term and the penalty: by hand, against PyTorch's own, and autograd."""
 
-import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+from conftest import FORMS, SMALL, derivative, generator, small_batch, wild
 from torch import nn
 
-from l2l_ref import equations
-from l2l_ref.equations import preprocess, theta_step, theta_step_, unroll_meta_gradient
+from l2l_ref import attacks, equations
+from l2l_ref.equations import (
+    adam_direction,
+    penalised,
+    preprocess,
+    robust_loss,
+    theta_step,
+    theta_step_,
+    unroll_meta_gradient,
+)
 from l2l_ref.meta_optimizer import MetaOptimizer
-from l2l_ref.optimizer import flatten_
 
-FORMS = [
-    dict(theta_input=theta_input, odd=odd)
-    for theta_input, odd in itertools.product((False, True), repeat=2)
-]
+FORMS = [dict(theta_input=theta_input, odd=odd) for theta_input, odd in FORMS]
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 
 
 def random_phi(seed=0, dtype=torch.float64, **settings) -> MetaOptimizer:
     """A φ whose head is not zero, so that every weight matters."""
-    generator = torch.Generator().manual_seed(seed)
-    meta = MetaOptimizer(generator=generator, **settings).to(dtype)
+    noise = generator(seed)
+    meta = MetaOptimizer(generator=noise, **settings).to(dtype)
     for weight in meta.head.parameters():
-        nn.init.normal_(weight, generator=generator)
+        nn.init.normal_(weight, generator=noise)
     return meta
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
 
 
 class TestPreprocess:
@@ -277,20 +283,119 @@ class TestRobustLoss:
         return value.item(), len(calls)
 
     def test_weights_the_clean_loss_by_alpha(self):
+        """For α = 1 nothing is crafted."""
         assert self.at(0.25) == (0.25 * 4 + 0.75 * 104, 1)
-
-    def test_alpha_one_is_clean_and_crafts_nothing(self):
         assert self.at(1) == (4.0, 0)
-
-    def test_alpha_zero_is_adversarial_alone(self):
         assert self.at(0) == (104.0, 1)
 
 
-def test_flatten_makes_parameters_views_of_one_vector():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    before = [p.detach().clone() for p in model.parameters()]
-    theta = flatten_(model.parameters())
-    assert all(map(torch.equal, model.parameters(), before))
-    theta += 1
-    for param, old in zip(model.parameters(), before, strict=True):
-        assert torch.equal(param, old + 1)
+class TestDirection:
+    """Adam's, of the nominal term."""
+
+    def test_is_adams_over_200_steps_of_wild_gradients(self):
+        n = 50
+        gradients = wild(200, n)
+        theta = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+        adam = torch.optim.Adam([theta], lr=1.0)
+        moments = torch.zeros(3, n, dtype=torch.float64)
+        for t, gradient in enumerate(gradients):
+            with torch.no_grad():
+                theta.zero_()  # Adam reads no θ, so -θ is its direction
+            theta.grad = gradient.clone()
+            adam.step()
+            before = moments.clone()
+            d, following = adam_direction(gradient, moments)
+            assert torch.equal(moments, before)  # nothing in place
+            moments = following
+            torch.testing.assert_close(d, -theta.detach(), rtol=1e-12, atol=0)
+            assert (moments[2] == t + 1).all()
+
+    def test_coordinates_count_their_own_steps(self):
+        """Two histories side by side are each alone."""
+        a, b = wild(6, 2), wild(3, 2, seed=1)
+        moments = [torch.zeros(3, 2, dtype=torch.float64) for _ in range(2)]
+        for gradient in a[:3]:
+            _, moments[0] = adam_direction(gradient, moments[0])
+        for late, early in zip(a[3:], b, strict=True):
+            d, joint = adam_direction(torch.cat((late, early)), torch.cat(moments, dim=1))
+            single = [adam_direction(g, m) for g, m in zip((late, early), moments, strict=True)]
+            assert torch.equal(d, torch.cat([direction for direction, _ in single]))
+            moments = [m for _, m in single]
+            assert torch.equal(joint, torch.cat(moments, dim=1))
+
+    def test_a_zero_gradient_at_the_start_is_no_step(self):
+        d, moments = adam_direction(torch.zeros(2), torch.zeros(3, 2))
+        assert (d == 0).all() and moments.tolist() == [[0, 0], [0, 0], [1, 1]]
+
+    def test_is_differentiable_in_the_gradient(self):
+        moments = torch.rand(3, 4, generator=generator(), dtype=torch.float64)
+        moments[2] = 5
+        gradient = torch.randn(4, generator=generator(), dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda g: adam_direction(g, moments), gradient)
+
+    def test_has_a_derivative_where_no_gradient_was_ever_seen(self):
+        """As of pixels that are always black: a root's slope at 0 would make a second order NaN."""
+        gradient = torch.tensor([0.0, 0.25], dtype=torch.float64, requires_grad=True)
+        moments = torch.zeros(3, 2, dtype=torch.float64)
+        direction, following = adam_direction(gradient, moments)
+        assert direction[0] == 0 and following[2].tolist() == [1, 1]
+        (slope,) = torch.autograd.grad(direction.sum(), gradient)
+        assert slope.isfinite().all() and slope[0] == 0
+
+        def twice(second):
+            _, seen = adam_direction(torch.tensor([0.5, -0.25], dtype=torch.float64), moments)
+            return adam_direction(second, seen)[0]
+
+        assert torch.autograd.gradcheck(twice, gradient)
+
+
+class TestPenalty:
+    """l + λ·Σ|∂l/∂x|."""
+
+    def test_of_a_linear_model_by_hand(self):
+        """Logits wx and 0, label 0: l = log(1 + e^-wx), ∂l/∂x = -w·σ(-wx); a batch has the mean."""
+        w = torch.tensor([1.5, -2.0], dtype=torch.float64, requires_grad=True)
+        x = torch.tensor([[0.2, 0.5], [0.9, 0.1]], dtype=torch.float64)
+        logits = lambda x: torch.stack((x @ w, torch.zeros(len(x))), dim=1)  # noqa: E731
+        value = penalised(equations.cross_entropy, logits, x, torch.zeros(2, dtype=torch.long), 0.7)
+        at = x @ w
+        slopes = torch.sigmoid(-at)[:, None] * w.abs() / 2  # |∂l/∂x|, l being a mean of two
+        by_hand = torch.log1p(torch.exp(-at)).mean() + 0.7 * slopes.sum()
+        close(value, by_hand)
+        close(torch.autograd.grad(value, w)[0], torch.autograd.grad(by_hand, w)[0])
+        assert x.grad is None and not x.requires_grad
+
+    def test_is_to_first_order_the_loss_under_attack(self):
+        model, (x, y) = SMALL.draw(generator()).double(), small_batch()
+        eps = 1e-6
+        attacked = SMALL.loss(model, attacks.fgsm(model, x + 0.0, y, eps=eps), y)
+        clean = SMALL.loss(model, x, y)
+        slope = (penalised(SMALL.loss, model, x, y, eps) - clean) / eps
+        assert slope > 0.01
+        # a sum over a batch whose loss is a mean: each sample that fgsm moves has its part of that
+        torch.testing.assert_close((attacked - clean) / eps, slope, rtol=1e-4, atol=0)
+
+    def test_gradient_equals_finite_differences(self):
+        model, (x, y) = SMALL.draw(generator()).double(), small_batch()
+        found = derivative(model, penalised(SMALL.loss, model, x, y, 0.7))
+        theta = nn.utils.parameters_to_vector(model.parameters()).detach()
+        plain = derivative(model, SMALL.loss(model, x, y))
+        assert (found - plain).norm() > 0.1 * plain.norm()  # the penalty has a share in it
+
+        def value(theta):
+            nn.utils.vector_to_parameters(theta, model.parameters())
+            return penalised(SMALL.loss, model, x, y, 0.7).item()
+
+        step = 1e-6 * torch.eye(len(theta), dtype=torch.float64)
+        differences = torch.tensor([(value(theta + s) - value(theta - s)) / 2e-6 for s in step])
+        torch.testing.assert_close(found, differences.double(), rtol=1e-6, atol=1e-9)
+
+    def test_in_the_loss_of_eq_6_it_takes_the_place_of_the_clean_one(self):
+        model, (x, y) = SMALL.draw(generator()).double(), small_batch()
+        shift = lambda model, x, y: 1 - x  # noqa: E731
+        pure, other = penalised(SMALL.loss, model, x, y, 0.7), SMALL.loss(model, 1 - x, y)
+        loss = partial(robust_loss, SMALL.loss, model, x, y, attack=shift)
+        close(loss(alpha=1.0, penalty=0.7), pure)
+        close(loss(alpha=0.25, penalty=0.7), 0.25 * pure + 0.75 * other)
+        close(loss(alpha=0.0, penalty=0.7), other)
+        close(loss(alpha=1.0), SMALL.loss(model, x, y))

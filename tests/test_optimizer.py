@@ -1,12 +1,16 @@
 """LearnedOptimizer as PyTorch users know optimizers, and MetaOptimizer as a module."""
 
 import copy
+import math
+from functools import partial
 
 import pytest
 import torch
+from conftest import SMALL, every_form, generator, weights, wild
 from torch import nn
 
 from l2l_ref import equations
+from l2l_ref.equations import adam_direction
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
 from l2l_ref.optimizer import LearnedOptimizer, flatten_
@@ -14,23 +18,31 @@ from l2l_ref.problems import make as make_problem
 
 
 def phi(seed=0, **settings) -> MetaOptimizer:
-    generator = torch.Generator().manual_seed(seed)
-    meta = MetaOptimizer(generator=generator, **settings)
-    nn.init.normal_(meta.head.weight, generator=generator)
+    """One whose head is not zero, with η, if any, far from where it begins."""
+    noise = generator(seed)
+    meta = MetaOptimizer(generator=noise, **settings)
+    nn.init.normal_(meta.head.weight, generator=noise)
+    if meta.nominal:
+        nn.init.constant_(meta.log_eta, math.log(0.02))
     return meta
 
 
 def net() -> nn.Module:
-    return make_problem("mnist").draw(torch.Generator().manual_seed(1))
+    return make_problem("mnist").draw(generator(1))
 
 
 def backward(model, seed=0):
-    x = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    x = torch.rand(4, 1, 28, 28, generator=generator(seed))
     nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
 
 
-def weights(model):
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def steps(model, optimizer, seeds):
+    """Trains on a batch of each seed; returns the model."""
+    for seed in seeds:
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+    return model
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -75,43 +87,58 @@ def test_one_vector_trains_like_the_parameters(make):
     assert torch.equal(theta.grad, torch.cat([p.grad.flatten() for p in flat.parameters()]))
 
 
+def test_flatten_makes_parameters_views_of_one_vector():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = [p.detach().clone() for p in model.parameters()]
+    theta = flatten_(model.parameters())
+    assert all(map(torch.equal, model.parameters(), before))
+    theta += 1
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(param, old + 1)
+
+
 def test_phi_zeroed_leaves_theta_unchanged():
     model = net()
-    before = weights(model)
     optimizer = LearnedOptimizer(model.parameters(), MetaOptimizer())
-    backward(model)
-    optimizer.step()
-    assert torch.equal(weights(model), before)
+    assert torch.equal(weights(steps(model, optimizer, [0])), weights(net()))
 
 
-def test_parameters_without_a_gradient_are_skipped_with_their_state():
-    meta, model = phi(), net()
+@pytest.mark.parametrize("nominal", [False, True])
+def test_parameters_without_a_gradient_are_skipped_with_their_state(nominal):
+    meta, model = phi(nominal=nominal), net()
     alone = copy.deepcopy(model)
     optimizer = LearnedOptimizer(model.parameters(), meta)
     expected = LearnedOptimizer([alone[3].weight], meta)  # sees only the steps that count
-    for t, frozen in enumerate([False, True, False, True]):
+    last = model[3].weight
+    for t, frozen in enumerate([False, True, False, True, False]):
         optimizer.zero_grad()
         backward(model, seed=t)
-        before, state = model[3].weight.detach().clone(), optimizer.state[model[3].weight]
-        state = state.get("lstm", torch.zeros(1)).clone()
         if frozen:
-            model[3].weight.grad = None
+            last.grad = None
         else:
-            alone[3].weight.grad = model[3].weight.grad.clone()
+            alone[3].weight.grad = last.grad.clone()
+        before = {key: value.clone() for key, value in optimizer.state[last].items()}
+        value = last.detach().clone()
         optimizer.step()
         if frozen:
-            assert torch.equal(model[3].weight, before)
-            assert torch.equal(optimizer.state[model[3].weight]["lstm"], state)
+            assert torch.equal(last, value)
+            assert before.keys() == {"lstm"} | ({"moments"} if nominal else set())
+            assert all(
+                torch.equal(optimizer.state[last][key], kept) for key, kept in before.items()
+            )
         else:
             expected.step()
-            torch.testing.assert_close(model[3].weight, alone[3].weight)
+            torch.testing.assert_close(last, alone[3].weight)
+    if nominal:
+        counts = [optimizer.state[p]["moments"][2].unique().tolist() for p in model.parameters()]
+        assert counts == [[5], [5], [3], [5]]
     assert LearnedOptimizer(net().parameters(), meta).step() is None  # no gradients at all
 
 
 def test_groups_bring_their_own_phi():
     a, b = phi(1), phi(2, odd=True)
     problem = make_problem("cifar10")
-    model = problem.draw(torch.Generator().manual_seed(0))
+    model = problem.draw(generator(0))
     groups = phi_groups(model)
     assert list(groups) == ["convolutional", "linear"]
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
@@ -132,28 +159,28 @@ def test_groups_bring_their_own_phi():
     assert torch.equal(weights(model), weights(apart))
 
 
-def test_state_dict_round_trip_continues_to_the_same_bits(tmp_path):
-    meta, model = phi(odd=True), net()
+@pytest.mark.parametrize("nominal", [False, True])
+def test_state_dict_round_trip_continues_to_the_same_bits(tmp_path, nominal):
+    meta, model = phi(odd=True, nominal=nominal), net()
     optimizer = LearnedOptimizer(model.parameters(), meta)
-    for t in range(2):
-        optimizer.zero_grad()
-        backward(model, seed=t)
-        optimizer.step()
+    steps(model, optimizer, range(3))
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c")
-    saved = torch.load(tmp_path / "c", weights_only=True)
-    resumed = net()
-    resumed.load_state_dict(saved["model"])
-    other = LearnedOptimizer(resumed.parameters(), meta)
-    other.load_state_dict(saved["optimizer"])
-    for m, o in ((model, optimizer), (resumed, other)):
-        o.zero_grad()
-        backward(m, seed=9)
-        o.step()
-    assert torch.equal(weights(model), weights(resumed))
-    fresh = LearnedOptimizer(resumed.parameters(), meta)  # the state does matter
-    resumed.load_state_dict(saved["model"])
-    fresh.step()
-    assert not torch.equal(weights(model), weights(resumed))
+    steps(model, optimizer, range(3, 6))
+
+    def resumed(*forgotten):
+        saved = torch.load(tmp_path / "c", weights_only=True)
+        for state in saved["optimizer"]["state"].values():
+            for name in forgotten:
+                del state[name]
+        resumed = net()
+        resumed.load_state_dict(saved["model"])
+        other = LearnedOptimizer(resumed.parameters(), meta)
+        other.load_state_dict(saved["optimizer"])
+        return weights(steps(resumed, other, range(3, 6)))
+
+    assert torch.equal(resumed(), weights(model))
+    for forgotten in ["lstm"] + ["moments"] * nominal:  # all of the state does matter
+        assert not torch.equal(resumed(forgotten), weights(model))
 
 
 def test_a_loaded_state_is_not_shared_with_the_file():
@@ -170,28 +197,30 @@ def test_a_loaded_state_is_not_shared_with_the_file():
         assert torch.equal(state["lstm"], kept["state"][index]["lstm"])
 
 
-def test_state_of_another_phi_is_refused():
-    model = net()
-    optimizer = LearnedOptimizer(model.parameters(), phi())
-    backward(model)
-    optimizer.step()
-    other = LearnedOptimizer(model.parameters(), phi(hidden_size=8))
-    other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(InputError, match="shape"):
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"hidden_size": 8}, "shape"), ({}, r"shape \[2, 15680\] where .* needs \[3, 15680\]")],
+)
+def test_state_of_another_shape_is_refused(changes, words):
+    model, meta = net(), phi(nominal=True)
+    optimizer = LearnedOptimizer(model.parameters(), meta)
+    saved = steps(model, optimizer, [0]) and optimizer.state_dict()
+    if not changes:
+        saved["state"][0]["moments"] = saved["state"][0]["moments"][:2]
+    other = LearnedOptimizer(model.parameters(), phi(nominal=True, **changes))
+    other.load_state_dict(saved)
+    with pytest.raises(InputError, match=words):
         other.step()
 
 
 def test_a_copy_steps_on_its_own():
-    meta, model = phi(), net()
-    optimizer = LearnedOptimizer(model.parameters(), meta)
-    backward(model)
-    optimizer.step()
+    model = net()
+    optimizer = LearnedOptimizer(model.parameters(), phi())
+    steps(model, optimizer, [0])
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
-    for m, o in ((model, optimizer), (twin, twin_optimizer)):
-        o.zero_grad()
-        backward(m, seed=1)
-        o.step()
-    assert torch.equal(weights(model), weights(twin))
+    assert torch.equal(
+        weights(steps(model, optimizer, [1])), weights(steps(twin, twin_optimizer, [1]))
+    )
 
 
 def test_keeps_no_graph_and_runs_closures_with_gradients():
@@ -281,6 +310,92 @@ def test_phi_is_a_plain_state_dict():
 
 
 def test_phi_is_drawn_from_the_generator():
-    a, b, c = (MetaOptimizer(generator=torch.Generator().manual_seed(s)).phi() for s in (0, 0, 1))
+    a, b, c = (MetaOptimizer(generator=generator(s)).phi() for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert (a[:-21].abs() <= 20**-0.5).all() and (a[-21:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_with_the_head_at_zero_it_is_adam(backend, dtype, rtol):
+    eta = 3e-3
+    meta = MetaOptimizer(nominal=True, odd=True, theta_input=True).to(dtype)
+    nn.init.constant_(meta.log_eta, math.log(eta))
+    ours, theirs = (SMALL.draw(generator()).to(dtype) for _ in range(2))
+    start = weights(ours)
+    learned = LearnedOptimizer(ours.parameters(), meta, backend=backend)
+    adam = torch.optim.Adam(theirs.parameters(), lr=meta.log_eta.exp().item())
+    rows = wild(100, len(weights(ours)), dtype)
+    for row in rows:
+        for model, optimizer in ((ours, learned), (theirs, adam)):
+            parts = row.split([p.numel() for p in model.parameters()])
+            for p, part in zip(model.parameters(), parts, strict=True):
+                p.grad = part.view_as(p).clone()
+            optimizer.step()
+    assert (weights(theirs) - start).abs().max() > 10 * eta
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=rtol, atol=rtol * eta)
+
+
+def test_eta_begins_at_a_thousandth():
+    assert MetaOptimizer(nominal=True).log_eta.exp().item() == pytest.approx(1e-3)
+    plain = MetaOptimizer()
+    assert plain.log_eta is None and not plain.nominal and plain.init_moments(3) is None
+    assert "log_eta" not in plain.state_dict() and "log_eta" in phi(nominal=True).state_dict()
+    assert (
+        phi(nominal=True).phi().numel() == plain.phi().numel() == 5301
+    )  # η is not among what is packed
+    twin = MetaOptimizer(**phi(nominal=True).settings)
+    twin.load_state_dict(phi(nominal=True).state_dict())
+    assert twin.nominal and twin.log_eta == phi(nominal=True).log_eta
+
+
+def test_moments_that_are_missing_or_not_wanted_are_refused():
+    theta, gradient = torch.zeros(3), torch.ones(3)
+    for meta, moments, words in (
+        (phi(nominal=True), None, "no moments are given to a meta-optimizer with nominal=True"),
+        (MetaOptimizer(), torch.zeros(3, 3), "moments are given .* with nominal=False"),
+    ):
+        state = meta.init_state(3)
+        for call in (meta, meta.step_):
+            with pytest.raises(InputError, match=words):
+                call(theta, gradient, state, moments)
+        assert not theta.any() and not state.any()
+
+
+@every_form
+def test_forward_step_and_optimizer_agree(backend, theta_input, odd):
+    n, meta = 7, phi(nominal=True, theta_input=theta_input, odd=odd, hidden_size=5).double()
+    theta = 0.3 * torch.randn(n, generator=generator(3), dtype=torch.float64)
+    param, stepped = nn.Parameter(theta.clone()), theta.clone()
+    optimizer = LearnedOptimizer([param], meta, backend=backend)
+    state, moments = meta.init_state(n), meta.init_moments(n)
+    own_state, own_moments = meta.init_state(n), meta.init_moments(n)
+    agree = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-15)
+    for gradient in wild(5, n):
+        before = theta, state, moments
+        theta, state, moments = meta(theta, gradient, state, moments, backend=backend)
+        direction = meta.step_(stepped, gradient, own_state, own_moments, backend=backend)
+        param.grad = gradient.clone()
+        optimizer.step()
+        agree(stepped, theta.detach())
+        agree(param.detach(), theta.detach())
+        agree(own_state, state.detach())
+        agree(own_moments, moments.detach())
+        agree(optimizer.state[param]["moments"], moments.detach())
+        agree(optimizer.state[param]["lstm"].flatten(3), state.detach())
+        # θ + u - η·d, by the equations
+        d, _ = adam_direction(gradient, before[2])
+        agree(direction, d)
+        moved, _ = equations.theta_step(before[0], gradient, before[1], meta.phi(), **meta.form)
+        agree(theta, moved - meta.log_eta.exp() * d)
+
+
+def test_gradients_reach_eta_and_phi():
+    meta = phi(nominal=True, hidden_size=4).double()
+    theta, _, _ = meta(
+        torch.zeros(3).double(), torch.ones(3).double(), meta.init_state(3),
+        meta.init_moments(3),
+    )  # fmt: skip
+    theta.sum().backward()
+    # d is 1 / (1 + 1e-8) of a first gradient of 1: three coordinates move by -η
+    assert meta.log_eta.grad.item() == pytest.approx(-3 * 0.02, rel=1e-6)
+    assert all(p.grad is not None for p in meta.parameters())

@@ -1,22 +1,18 @@
-"""K optimizees at once do what each does alone: outputs, attacks, unrolls, batches, whole runs."""
+"""K optimizees at once do what each does alone: outputs, attacks, unrolls and batches."""
 
 import copy
-import json
 from functools import partial
 
 import pytest
 import torch
+from conftest import SMALL, generator, small_batch
 from torch import nn
 
-import run
 from l2l_ref import attacks, data, problems
 from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
+from l2l_ref.equations import penalised
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import cli
-from l2l_ref.experiment.setting import folds, prepare, stream
-from l2l_ref.experiment.trial import train_phi
 from l2l_ref.meta_optimizer import new_phi, phi_groups
-from l2l_ref.meta_training import History
 from l2l_ref.problems import Problem, Stacked
 
 K, BATCH = 3, 8
@@ -30,10 +26,6 @@ PROBLEMS = {
 EVERY = pytest.mark.parametrize("name", PROBLEMS)
 BOTH_WAYS = pytest.mark.parametrize("vectorize", [False, True])
 exactly = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def draw(name):
@@ -115,7 +107,7 @@ def test_what_cannot_be_stacked_is_refused():
         Stacked([draw("mlp")[0], draw("mlp")[1].eval()])
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
+@BOTH_WAYS
 def test_attacks_meet_each_model_and_leave_no_trace(vectorize):
     models, each = draw("convnet"), batches("convnet", 1)
     together = Stacked(copy.deepcopy(models), vectorize=vectorize)
@@ -184,15 +176,6 @@ def test_k_at_once_follow_the_paths_of_each_alone(name, attack, read_alpha, alph
         exactly(stacked, torch.stack(own))
 
 
-def test_the_model_must_hold_as_many_tasks_as_the_settings_say():
-    problem = PROBLEMS["mlp"]
-    phi = new_phi(problem.build(), generator=generator())
-    for model, tasks in ((problem.draw(generator()), 3), (Stacked(draw("mlp")), 1)):
-        episode = Episode(model, iter([]), attacks.none)
-        with pytest.raises(InputError, match=f"but tasks is {tasks}"):
-            next(truncated_unrolls(episode, phi, MetaSettings(1, tasks=tasks)))
-
-
 def test_batches_of_several_streams_are_those_of_each():
     images = data.ImageSet(torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1), torch.arange(20))
     together = images.batches(6, *map(generator, range(K)))
@@ -210,89 +193,18 @@ def test_quadratics_of_several_streams_are_those_of_each():
     assert torch.equal(x, torch.stack(xs)) and torch.equal(y, torch.cat(ys))
 
 
-class TestRuns:
-    """The command line's --tasks."""
-
-    tiny = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32",
-            "--seeds", "1", "--eval-samples", "40", "--episode-steps", "4"]  # fmt: skip
-
-    def test_every_task_has_streams_of_its_own(self, small_data, monkeypatch):
-        """Two episodes of three tasks draw what six episodes of one do."""
-        seen = []
-
-        def spy(phi, settings, draw, **options):
-            for number in range(settings.episodes):
-                episode = draw(number)
-                x, y = next(episode.batches)
-                drawn = [*(p.detach() for p in episode.model.parameters()), x, y.view(3, -1)]
-                seen.extend(zip(*drawn, strict=True))
-            return History()
-
-        monkeypatch.setattr("l2l_ref.experiment.trial.meta_train", spy)
-        setting = prepare(cli.parse([*self.tiny, "--tasks", "3"]))
-        (fold,) = folds(setting)
-        train_phi(setting, fold.meta, "transfer", 0.1, 0, 0, lambda *a: None)
-        assert len(seen) == 6
-        for number, (*theta, x, y) in enumerate(seen):
-            labels = ("meta", 0, 0, number)
-            model = setting.problem.draw(stream(0, "theta", *labels))
-            assert all(map(torch.equal, theta, model.parameters()))
-            own = next(fold.meta.batches(32, stream(0, "batches", *labels)))
-            assert torch.equal(x, own[0]) and torch.equal(y, own[1])
-
-    @pytest.mark.usefixtures("few_candidates")
-    @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
-    def test_a_run_from_end_to_end_and_resumed(
-        self, tmp_path, small_data, monkeypatch, killed_at_step, dataset
-    ):
-        monkeypatch.chdir(tmp_path)
-        arguments = ["--dataset", dataset, *self.tiny, "--tasks", "3"]
-        if dataset == "cifar10":
-            arguments += ["--attack", "pgd", "--attack-steps", "2", "--folds", "1"]
-        run.main([*arguments, "--out", "whole"])
-        saved = torch.load("whole/meta_optimizer.pt", weights_only=True)
-        assert saved["config"]["tasks"] == 3
-        settings = json.loads((tmp_path / "whole/config.json").read_text())["settings"]
-        assert settings["tasks"] == 3
-        summary = json.loads((tmp_path / "whole/summary.json").read_text())
-        assert ", 3 tasks ·" in summary["title"]
-        assert all(history["skipped"] == 0 for history in summary["meta_training"].values())
-
-        with killed_at_step(3):  # in the second of two episodes of two unrolls
-            run.main([*arguments, "--out", "r"])
-        # one episode is kept of the piece that was running, the longest and so the first
-        first = f"transfer-fold0-phi0-eps{saved['config']['eps'][0]}.pt"
-        assert [path.name for path in (tmp_path / "r/parts").iterdir()] == [first]
-        run.main([*arguments, "--out", "r", "--resume"])
-        phis = torch.load("r/meta_optimizer.pt", weights_only=True)["phis"]
-        for name, phi in saved["phis"].items():
-            for group, meta in phi.items():
-                for key, weight in meta["state_dict"].items():
-                    assert torch.equal(weight, phis[name][group]["state_dict"][key])
-        csv = (tmp_path / "whole/metrics.csv").read_text()
-        assert (tmp_path / "r/metrics.csv").read_text() == csv
-
-    def test_resume_refuses_another_number(self, tmp_path, small_data, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        arguments = ["--dataset", "quadratic", *self.tiny, "--out", "r"]
-        run.main([*arguments, "--tasks", "2"])
-        with pytest.raises(InputError, match="run with tasks 2, not 1"):
-            run.main([*arguments, "--resume"])
-
-    def test_a_phi_brings_its_number(self, tmp_path, small_data, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        run.main(["--dataset", "quadratic", *self.tiny, "--tasks", "2", "--out", "a"])
-        load = ["--load", "a/meta_optimizer.pt"]
-        with pytest.raises(InputError, match="leave out --tasks"):
-            cli.parse([*load, "--tasks", "2"])
-        loading = ["--dataset", "quadratic", "--quick", "--steps", "4", "--seeds", "1", *load]
-        run.main([*loading, "--out", "b"])
-        settings = json.loads((tmp_path / "b/config.json").read_text())["settings"]
-        assert settings["tasks"] == 2
-        old = torch.load("a/meta_optimizer.pt", weights_only=True)
-        del old["config"]["tasks"]  # as files were before there was a choice
-        torch.save(old, "old.pt")
-        loading[-1] = "old.pt"
-        run.main([*loading, "--out", "c"])
-        settings = json.loads((tmp_path / "c/config.json").read_text())["settings"]
-        assert settings["tasks"] == 1
+@BOTH_WAYS
+def test_the_penalty_is_the_mean(vectorize):
+    models = [SMALL.draw(generator(k)).double() for k in range(K)]
+    batches = [small_batch(k) for k in range(K)]
+    together = Stacked(copy.deepcopy(models), vectorize=vectorize)
+    xs, ys = zip(*batches, strict=True)
+    value = penalised(SMALL.loss, together, torch.stack(xs), torch.cat(ys), 0.7)
+    each = [penalised(SMALL.loss, m, *own, 0.7) for m, own in zip(models, batches, strict=True)]
+    exactly(value, torch.stack(each).mean())
+    stacked = torch.autograd.grad(value, list(together.parameters()))
+    alone = [
+        torch.autograd.grad(v, list(m.parameters())) for v, m in zip(each, models, strict=True)
+    ]
+    for of_all, own in zip(stacked, zip(*alone, strict=True), strict=True):
+        exactly(of_all * 3, torch.stack(own))

@@ -3,10 +3,13 @@
 import math
 from functools import partial
 
+import pytest
 import torch
+from conftest import SMALL, derivative, generator, small_batch
 from torch import nn
 
 from l2l_ref import attacks
+from l2l_ref.equations import penalised
 from l2l_ref.experiment.tuning import adam, sgd
 from l2l_ref.transfer import Curve, Method, train
 
@@ -141,3 +144,20 @@ def test_training_mode_and_batch_norm_statistics():
         counts.append(model[2].num_batches_tracked.item())
         assert model.training
     assert counts == [5, 5]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_penalty_is_trained_on(alpha):
+    x, y = small_batch(b=8)
+    shift = lambda model, x, y: 1 - x  # noqa: E731
+    model, twin = SMALL.draw(generator()).double(), SMALL.draw(generator()).double()
+    method = Method("", partial(sgd, 0.1), alpha=alpha, penalty=0.7)
+    train(model, method, iter([(x, y)] * 9), loss=SMALL.loss, attack=shift, steps=3,
+          record=lambda m: (torch.zeros(()), torch.zeros(())))  # fmt: skip
+    for _ in range(3):
+        value = alpha * penalised(SMALL.loss, twin, x, y, 0.7)
+        value = value + (1 - alpha) * SMALL.loss(twin, 1 - x, y)
+        moved = nn.utils.parameters_to_vector(twin.parameters()) - 0.1 * derivative(twin, value)
+        nn.utils.vector_to_parameters(moved.detach(), twin.parameters())
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from l2l_ref import attacks, equations, problems
+from l2l_ref import equations
 from l2l_ref.backend import _takes, _warn, build_info, operators, resolve
-from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
-from l2l_ref.meta_optimizer import MetaOptimizer, new_phi
+from l2l_ref.meta_optimizer import MetaOptimizer
 from l2l_ref.optimizer import LearnedOptimizer
 
 
@@ -231,27 +230,3 @@ class TestWhoeverRuns:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
         assert all(x.abs().sum() > 0 for x in results[0][:-1])
-
-    @pytest.mark.parametrize("settings", [{}, {"odd": True, "theta_input": True}])
-    def test_truncated_unrolls(self, fused, settings):
-        def generator(seed):
-            return torch.Generator().manual_seed(seed)
-
-        def unrolls(backend):
-            problem = problems.make("quadratic", batch_size=8)
-            phi = new_phi(problem.build(), generator=generator(1), **settings)
-            for meta in phi.values():
-                nn.init.normal_(meta.head.weight, generator=generator(2))
-            batches = problems.quadratics(8, generator(3))
-            episode = Episode(problem.draw(generator(4)), batches, attacks.none, problem.loss)
-            plan = MetaSettings(episodes=1, steps=12, unroll=5, read_alpha=1.0, alpha=1.0)
-            for dphis, losses in truncated_unrolls(episode, phi, plan, backend):
-                yield *dphis.values(), losses
-
-        pairs = list(zip(unrolls("fused"), unrolls("reference"), strict=True))
-        assert [len(a[-1]) for a, _ in pairs] == [5, 5, 2]
-        for a, b in pairs:
-            torch.testing.assert_close(a[-1], b[-1], rtol=1e-4, atol=0)
-            for actual, expected in zip(a[:-1], b[:-1], strict=True):
-                assert expected.norm() > 0
-                assert (actual - expected).norm() <= 1e-3 * expected.norm()

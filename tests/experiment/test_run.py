@@ -18,6 +18,9 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, machine, protocol, report, summary, tuning
 from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.folder import write_json
+from l2l_ref.experiment.setting import folds, prepare, stream
+from l2l_ref.experiment.trial import train_phi
+from l2l_ref.meta_training import History
 
 ROOT = Path(__file__).resolve().parents[2]
 # A run in seconds; φ that is loaded has its own episodes and unrolls.
@@ -28,12 +31,6 @@ CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT",
 TABLE = CURVES | {"Transfer-NOT (clean)", "Nominal alone", "SGD", "Adam, lr 0.001", "Adam + L1",
                   "Adam + L1, cosine", "Adam + penalty + L1", "Adam (attacked) + L1"}  # fmt: skip
 FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png", "parts"}
-
-
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def read(folder):
@@ -549,6 +546,89 @@ class TestAsAProcess:
         done = self.call(*TINY, "--dataset", "quadratic", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / "quadratic-none-paper-quick" / "curves.png").exists()
+
+
+class TestTasks:
+    """The command line's --tasks."""
+
+    tiny = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32",
+            "--seeds", "1", "--eval-samples", "40", "--episode-steps", "4"]  # fmt: skip
+
+    def test_every_task_has_streams_of_its_own(self, small_data, monkeypatch):
+        """Two episodes of three tasks draw what six episodes of one do."""
+        seen = []
+
+        def spy(phi, settings, draw, **options):
+            for number in range(settings.episodes):
+                episode = draw(number)
+                x, y = next(episode.batches)
+                drawn = [*(p.detach() for p in episode.model.parameters()), x, y.view(3, -1)]
+                seen.extend(zip(*drawn, strict=True))
+            return History()
+
+        monkeypatch.setattr("l2l_ref.experiment.trial.meta_train", spy)
+        setting = prepare(cli.parse([*self.tiny, "--tasks", "3"]))
+        (fold,) = folds(setting)
+        train_phi(setting, fold.meta, "transfer", 0.1, 0, 0, lambda *a: None)
+        assert len(seen) == 6
+        for number, (*theta, x, y) in enumerate(seen):
+            labels = ("meta", 0, 0, number)
+            model = setting.problem.draw(stream(0, "theta", *labels))
+            assert all(map(torch.equal, theta, model.parameters()))
+            own = next(fold.meta.batches(32, stream(0, "batches", *labels)))
+            assert torch.equal(x, own[0]) and torch.equal(y, own[1])
+
+    @pytest.mark.usefixtures("few_candidates")
+    @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
+    def test_a_run_from_end_to_end_and_resumed(self, workdir, small_data, killed_at_step, dataset):
+        arguments = ["--dataset", dataset, *self.tiny, "--tasks", "3"]
+        if dataset == "cifar10":
+            arguments += ["--attack", "pgd", "--attack-steps", "2", "--folds", "1"]
+        run.main([*arguments, "--out", "whole"])
+        saved = torch.load("whole/meta_optimizer.pt", weights_only=True)
+        assert saved["config"]["tasks"] == 3
+        settings = json.loads((workdir / "whole/config.json").read_text())["settings"]
+        assert settings["tasks"] == 3
+        summary = json.loads((workdir / "whole/summary.json").read_text())
+        assert ", 3 tasks ·" in summary["title"]
+        assert all(history["skipped"] == 0 for history in summary["meta_training"].values())
+
+        with killed_at_step(3):  # in the second of two episodes of two unrolls
+            run.main([*arguments, "--out", "r"])
+        # one episode is kept of the piece that was running, the longest and so the first
+        first = f"transfer-fold0-phi0-eps{saved['config']['eps'][0]}.pt"
+        assert [path.name for path in (workdir / "r/parts").iterdir()] == [first]
+        run.main([*arguments, "--out", "r", "--resume"])
+        phis = torch.load("r/meta_optimizer.pt", weights_only=True)["phis"]
+        for name, phi in saved["phis"].items():
+            for group, meta in phi.items():
+                for key, weight in meta["state_dict"].items():
+                    assert torch.equal(weight, phis[name][group]["state_dict"][key])
+        csv = (workdir / "whole/metrics.csv").read_text()
+        assert (workdir / "r/metrics.csv").read_text() == csv
+
+    def test_resume_refuses_another_number(self, workdir, small_data):
+        arguments = ["--dataset", "quadratic", *self.tiny, "--out", "r"]
+        run.main([*arguments, "--tasks", "2"])
+        with pytest.raises(InputError, match="run with tasks 2, not 1"):
+            run.main([*arguments, "--resume"])
+
+    def test_a_phi_brings_its_number(self, workdir, small_data):
+        run.main(["--dataset", "quadratic", *self.tiny, "--tasks", "2", "--out", "a"])
+        load = ["--load", "a/meta_optimizer.pt"]
+        with pytest.raises(InputError, match="leave out --tasks"):
+            cli.parse([*load, "--tasks", "2"])
+        loading = ["--dataset", "quadratic", "--quick", "--steps", "4", "--seeds", "1", *load]
+        run.main([*loading, "--out", "b"])
+        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        assert settings["tasks"] == 2
+        old = torch.load("a/meta_optimizer.pt", weights_only=True)
+        del old["config"]["tasks"]  # as files were before there was a choice
+        torch.save(old, "old.pt")
+        loading[-1] = "old.pt"
+        run.main([*loading, "--out", "c"])
+        settings = json.loads((workdir / "c/config.json").read_text())["settings"]
+        assert settings["tasks"] == 1
 
 
 class TestConfig:

@@ -1,0 +1,139 @@
+"""Episodes: unrolls and their meta-gradients against autograd, their lengths, K tasks at once."""
+
+import pytest
+import torch
+from conftest import SMALL, every_form, generator, weights
+from torch import nn
+
+from l2l_ref import attacks, equations, problems
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
+from l2l_ref.errors import InputError
+from l2l_ref.meta_optimizer import new_phi
+from l2l_ref.problems import Stacked
+
+BATCH, STEPS, UNROLL = 6, 7, 4
+# α that φ reads, α that judges it, λ, how far the curriculum is, K; then both α as they are there.
+WAYS = {
+    "one loss": (0.5, 0.5, 0.0, 1, 1, 0.5, 0.5),
+    "judged by another": (1.0, 0.25, 0.0, 1, 1, 1.0, 0.25),
+    "penalised": (1.0, 0.25, 0.3, 1, 1, 1.0, 0.25),
+    "penalised, one α": (0.5, 0.5, 0.3, 1, 1, 0.5, 0.5),
+    "a curriculum before its start": (0.6, 0.2, 0.0, 0, 1, 1.0, 1.0),
+    "a quarter of a curriculum": (0.6, 0.2, 0.0, 0.25, 1, 0.9, 0.8),
+    "judged by another, K": (1.0, 0.25, 0.0, 1, 3, 1.0, 0.25),
+    "penalised, K": (1.0, 0.25, 0.3, 1, 3, 1.0, 0.25),
+}
+
+
+def shift(model, x, y):
+    """An attack that is easy to follow."""
+    return (0.8 * x + 0.1).flip(-1)
+
+
+def by_autograd(meta, models, batches, way):
+    """Each unroll's losses and derivatives by all parameters of φ: means over the tasks."""
+    *_, penalty, _, tasks, read_alpha, judged_alpha = WAYS[way]
+    names = [name for name, _ in models[0].named_parameters()]
+    shapes = [p.shape for p in models[0].parameters()]
+    network = SMALL.build().double()
+
+    def loss(theta, x, y, alpha, penalty=0.0):
+        parts = theta.split([shape.numel() for shape in shapes])
+        tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        tensors = dict(zip(names, tensors, strict=True))
+
+        def of(x):
+            logits = torch.func.functional_call(network, tensors, (x,))
+            return nn.functional.cross_entropy(logits, y)
+
+        x = x.clone().requires_grad_()
+        clean, attacked = of(x), of(shift(None, x.detach(), y))
+        if penalty:
+            (slope,) = torch.autograd.grad(clean, x, create_graph=True)
+            clean = clean + penalty * slope.abs().sum()
+        return alpha * clean + (1 - alpha) * attacked
+
+    def read(theta, x, y):
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad(loss(theta, x, y, read_alpha, penalty), theta)[0]
+
+    split = [
+        list(zip(x.view(tasks, BATCH, 5), y.view(tasks, BATCH), strict=True)) for x, y in batches
+    ]
+    thetas = [weights(model) for model in models]
+    states = [meta.init_state(len(theta)) for theta in thetas]
+    moments = [meta.init_moments(len(theta)) for theta in thetas]
+    for start in range(0, STEPS, UNROLL):
+        losses = []
+        for t in range(start, min(start + UNROLL, STEPS)):
+            at = []
+            for k in range(tasks):
+                gradient = read(thetas[k], *split[t][k])
+                seen = thetas[k].detach()  # what φ sees enters as a constant
+                u, states[k] = equations.update(seen, gradient, states[k], meta.phi(), **meta.form)
+                thetas[k] = thetas[k] + u
+                if meta.nominal:
+                    d, moments[k] = equations.adam_direction(gradient, moments[k])
+                    thetas[k] = thetas[k] - meta.log_eta.exp() * d
+                at.append(loss(thetas[k], *split[t + 1][k], judged_alpha))
+            losses.append(torch.stack(at).mean())
+        derivative = torch.autograd.grad(sum(losses), list(meta.parameters()))
+        yield torch.cat([d.flatten() for d in derivative]), torch.stack(losses).detach()
+        thetas, states = ([tensor.detach() for tensor in of] for of in (thetas, states))
+
+
+@every_form
+@pytest.mark.parametrize("nominal", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, odd, nominal, way):
+    """To first order: gradients, d and the θ that φ saw are constants. Two unrolls, the states
+    and moments of the first carried on."""
+    read_alpha, alpha, penalty, strength, tasks, *_ = WAYS[way]
+    settings = MetaSettings(1, steps=STEPS, unroll=UNROLL, read_alpha=read_alpha, alpha=alpha,
+                            penalty=penalty, tasks=tasks)  # fmt: skip
+    phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, output_scale=0.1,
+                  theta_input=theta_input, odd=odd, nominal=nominal).double()  # fmt: skip
+    meta = phi["linear"]
+    nn.init.normal_(meta.head.weight, generator=generator(2))
+    if nominal:
+        nn.init.constant_(meta.log_eta, -3.0)
+    models = [SMALL.draw(generator(k)).double() for k in range(tasks)]
+    noise, shape = generator(50), (tasks, BATCH, 5) if tasks > 1 else (BATCH, 5)
+    batches = [(torch.rand(shape, generator=noise, dtype=torch.float64),
+                torch.randint(3, (tasks * BATCH,), generator=noise))
+               for _ in range(STEPS + 1)]  # fmt: skip
+    expected = list(by_autograd(meta, models, batches, way))
+    model = models[0] if tasks == 1 else Stacked(models)
+    episode = Episode(model, iter(batches), shift, strength=strength)
+    found = list(truncated_unrolls(episode, phi, settings, backend))
+    assert [len(losses) for _, losses in found] == [4, 3]
+    for (dphis, losses), (derivative, expected_losses) in zip(found, expected, strict=True):
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-9, atol=1e-12)
+        dphi = dphis["linear"]
+        assert dphi.shape == derivative.shape == (nominal + meta.phi().numel(),)
+        error, slope = (dphi - derivative).abs(), derivative.abs()
+        assert slope[nominal:].norm() > 1e-3
+        assert error[nominal:].max() <= 1e-9 * slope[nominal:].max()
+        if nominal:  # log η, first in order
+            assert slope[0] > 1e-4 and error[0] <= 1e-9 * slope[0]
+
+
+def test_an_episode_brings_its_own_length():
+    problem = problems.make("quadratic", batch_size=BATCH)
+    settings = MetaSettings(1, steps=6, unroll=5, read_alpha=1.0, alpha=1.0)
+    for length, counts in ((1, [1]), (4, [4]), (5, [5]), (13, [5, 5, 3]), (None, [5, 1])):
+        batches = problems.quadratics(BATCH, generator())
+        model = problem.draw(generator())
+        episode = Episode(model, batches, attacks.none, problem.loss, steps=length)
+        phi = new_phi(problem.build(), generator=generator())
+        found = truncated_unrolls(episode, phi, settings)
+        assert [len(losses) for _, losses in found] == counts
+
+
+def test_the_model_must_hold_as_many_tasks_as_the_settings_say():
+    phi = new_phi(SMALL.build(), generator=generator())
+    two = Stacked([SMALL.draw(generator(k)) for k in range(2)])
+    for model, tasks in ((SMALL.draw(generator()), 3), (two, 1)):
+        episode = Episode(model, iter([]), attacks.none)
+        with pytest.raises(InputError, match=f"but tasks is {tasks}"):
+            next(truncated_unrolls(episode, phi, MetaSettings(1, tasks=tasks)))
