@@ -18,6 +18,9 @@ from l2l_ref.experiment import tuning
 
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
 
+# A run in seconds; a φ that is loaded has its own episodes and unrolls.
+LOADING = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "--batch-size", "32"]
+TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
 FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
 every_form = pytest.mark.parametrize("theta_input, odd", FORMS)
 # Inputs [b, 5], three classes.
@@ -56,6 +59,13 @@ def wild(steps, n, dtype=torch.float64, seed=0) -> Tensor:
     size = 10 ** (16 * torch.rand(steps, n, generator=noise, dtype=torch.float64) - 12)
     gradients = size * torch.randn(steps, n, generator=noise, dtype=torch.float64)
     return (gradients * (torch.rand(steps, n, generator=noise) > 0.1)).to(dtype)
+
+
+def zeroing(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer after whose steps all parameters are zero, so that nothing is predicted."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_post_hook(lambda *_: [p.data.zero_() for p in model.parameters()])
+    return optimizer
 
 
 @pytest.fixture

@@ -4,14 +4,11 @@ import copy
 
 import pytest
 import torch
+from conftest import generator
 
 from l2l_ref import problems
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import phi_groups
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize(

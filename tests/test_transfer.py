@@ -25,6 +25,11 @@ def square(model, x, y):
     return (model(x) - y).square().mean()
 
 
+def nothing(model):
+    """A recording."""
+    return torch.zeros(()), torch.zeros(())
+
+
 def run(method, steps=3, every=1, shift=0.0, xs=(1.0, 3.0, 2.0, 5.0)):
     """Trains on x = xs, y = 0; the attack adds `shift`; records w and 10·w."""
     model = line()
@@ -102,10 +107,7 @@ def test_l1_reaches_parameters_that_the_loss_does_not():
     nn.init.constant_(model.bias, -1.0)
     method = Method("", lambda m: torch.optim.SGD(m.parameters(), lr=0.1), l1=0.5)
     batches = iter([(torch.ones(1, 1), torch.zeros(1, 1))] * 2)
-    train(
-        model, method, batches, loss=square, attack=attacks.none, steps=2,
-        record=lambda m: (torch.zeros(()), torch.zeros(())),
-    )  # fmt: skip
+    train(model, method, batches, loss=square, attack=attacks.none, steps=2, record=nothing)
     close(model.bias.item(), -0.9)
 
 
@@ -139,7 +141,7 @@ def test_training_mode_and_batch_norm_statistics():
         train(
             model, Method("", partial(sgd, 0.1), alpha=alpha), iter([(x, y)] * 5),
             loss=lambda m, x, y: nn.functional.cross_entropy(m(x), y), attack=attack, steps=5,
-            record=lambda m: (torch.zeros(()), torch.zeros(())),
+            record=nothing,
         )  # fmt: skip
         counts.append(model[2].num_batches_tracked.item())
         assert model.training

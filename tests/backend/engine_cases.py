@@ -5,12 +5,12 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from conftest import FORMS
 from torch import Tensor
 
 from l2l_ref import equations
 
 DTYPES = (torch.float32, torch.float64)
-FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
 
 
 class Case(NamedTuple):
@@ -125,6 +125,23 @@ def run_unroll(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor]:
     """unroll_meta_gradient: dφ. What φ does not see is not given."""
     names = UNROLL if case.theta_input else UNROLL[:-1]
     return (module.unroll_meta_gradient(*(given[name] for name in names), **case.form),)
+
+
+def trajectory(module, case: Case, dtype) -> tuple[Tensor, Tensor]:
+    """100 steps of θ [100, N] and the last state. φ reads gradients that depend on θ, so errors
+    feed back."""
+    given, path = arguments(case, dtype), []
+    theta, state, phi = given["theta"], torch.zeros_like(given["state"]), 0.6 * given["phi"]
+    for t in range(100):
+        gradient = (theta - 0.1) * given["gradient"] * (1 + t % 3)
+        module.theta_step_(theta, gradient, state, phi, **case.form)
+        path.append(theta.clone())
+    return torch.stack(path), state
+
+
+def without(coordinate: int, case: Case, x: Tensor) -> Tensor:
+    """x but for a coordinate, whose two signs the odd form keeps apart."""
+    return x[..., [m for m in range(x.shape[-1]) if m % case.n != coordinate]]
 
 
 @cache

@@ -4,13 +4,12 @@ import ctypes
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import every_form
 from engine_cases import (
     BACKWARD,
-    FORMS,
     STEP,
     UNROLL,
     Case,
@@ -23,7 +22,6 @@ from engine_cases import (
 
 from l2l_ref.meta_optimizer import MetaOptimizer
 
-forms = pytest.mark.parametrize("theta_input, odd", FORMS)
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
     reason="needs glibc's mallinfo2",
@@ -51,14 +49,14 @@ def take(
 
 
 class TestDerivatives:
-    @forms
+    @every_form
     @pytest.mark.parametrize("layers", [1, 2])
     def test_gradcheck(self, level, fused, layers, theta_input, odd):
         case = Case(3, layers, 3, theta_input, odd, p=2.0)
         inputs = take(case, STEP, requires_grad=STEP)
         assert torch.autograd.gradcheck(lambda *a: fused.theta_step(*a, **case.form), inputs)
 
-    @forms
+    @every_form
     def test_gradgradcheck(self, fused, theta_input, odd):
         case = Case(2, 2, 2, theta_input, odd, p=2.0)
         inputs = take(case, STEP, requires_grad=STEP)
@@ -82,7 +80,7 @@ class TestDerivatives:
             one[at].grad = None
         assert all(x.grad is None for x in one)
 
-    @forms
+    @every_form
     @pytest.mark.parametrize("moved_by_phi_alone", [True, False])
     def test_through_several_steps(self, level, fused, theta_input, odd, moved_by_phi_alone):
         """Autograd through an unroll of fused steps, each from the θ that it saw, is the closed
@@ -110,7 +108,7 @@ class TestDerivatives:
 
 
 class TestRegistration:
-    @forms
+    @every_form
     @pytest.mark.parametrize("name", OPERATORS)
     def test_opcheck(self, fused, device, name, theta_input, odd):
         case = Case(5, 2, 3, theta_input, odd, steps=2)
@@ -269,18 +267,3 @@ class TestMemory:
             for _ in range(30):
                 run(fused, case, given)
             assert in_use() - before < 30_000  # a φ alone is 21 kB a call
-
-    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-    def test_a_thousand_steps_do_not_grow_the_process(self, fused):
-        case = Case(5000, 2, 20)
-        inputs = take(case, STEP, torch.float32)
-
-        def resident():
-            return int(Path("/proc/self/statm").read_text().split()[1])
-
-        for _ in range(10):
-            fused.theta_step_(*inputs, **case.form)
-        before = resident()
-        for _ in range(1000):
-            fused.theta_step_(*inputs, **case.form)
-        assert resident() - before < 250  # pages of 4 kB

@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from conftest import generator, weights
 from torch import nn
 
 from l2l_ref import equations
@@ -32,10 +33,10 @@ def state(hidden=20, dtype=torch.float32, device="cpu"):
 
 
 def make_phi(dtype=torch.float32, **settings) -> MetaOptimizer:
-    generator = torch.Generator().manual_seed(0)
-    meta = MetaOptimizer(generator=generator, **settings)
+    noise = generator()
+    meta = MetaOptimizer(generator=noise, **settings)
     for weight in meta.head.parameters():
-        nn.init.normal_(weight, generator=generator)
+        nn.init.normal_(weight, generator=noise)
     return meta.to(dtype)
 
 
@@ -138,11 +139,11 @@ class TestChoice:
 
 def train(backend, dtype=torch.float32, steps=10, pause=lambda model, optimizer: None, **settings):
     """A small net trained by a random φ; returns its parameters and the optimizer."""
-    generator = torch.Generator().manual_seed(1)
+    noise = generator(1)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)).to(dtype)
     for param in model.parameters():
-        nn.init.normal_(param, generator=generator)
-    x = torch.randn(16, 6, generator=generator).to(dtype)
+        nn.init.normal_(param, generator=noise)
+    x = torch.randn(16, 6, generator=noise).to(dtype)
     optimizer = LearnedOptimizer(model.parameters(), make_phi(dtype, **settings), backend=backend)
     for t in range(steps):
         if t == steps // 2:
@@ -150,7 +151,7 @@ def train(backend, dtype=torch.float32, steps=10, pause=lambda model, optimizer:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), torch.arange(16) % 2).backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer
+    return weights(model), optimizer
 
 
 class TestWhoeverRuns:

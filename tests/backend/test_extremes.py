@@ -5,15 +5,16 @@ import math
 
 import pytest
 import torch
+from conftest import every_form
 from engine_cases import (
     DTYPES,
-    FORMS,
     Case,
     arguments,
     by_id,
     run_gradients,
     run_unroll,
     run_update,
+    without,
 )
 
 from l2l_ref import equations
@@ -22,7 +23,6 @@ inf, nan = math.inf, math.nan
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 # Every kernel has its own arithmetic of infinities; the forms take turns beside them.
 everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
-forms = pytest.mark.parametrize("theta_input, odd", FORMS)
 
 
 def gradients(dtype) -> torch.Tensor:
@@ -50,7 +50,7 @@ def run_both(fused, run, case, given, dtype):
 
 
 @everywhere
-@forms
+@every_form
 class TestExtremeGradients:
     def test_update(self, level, fused, theta_input, odd, dtype):
         g = gradients(dtype)
@@ -115,7 +115,7 @@ class TestExtremeTensors:
         run_both(fused, run_gradients, case, given, dtype)
         run_both(fused, run_unroll, case, given, dtype)
 
-    @forms
+    @every_form
     def test_theta(self, level, fused, theta_input, odd, value, dtype):
         case = Case(20, 2, 7, theta_input, odd, steps=2)
         given = arguments(case, dtype)
@@ -148,7 +148,7 @@ class TestExtremeTensors:
 
 
 @everywhere
-@forms
+@every_form
 @pytest.mark.parametrize("name", ["theta", "gradient", "state", "d_next_theta", "d_next_state"])
 def test_a_nan_touches_no_other_coordinate(level, fused, theta_input, odd, name, dtype):
     case = Case(70, 2, 7, theta_input, odd)
@@ -158,6 +158,5 @@ def test_a_nan_touches_no_other_coordinate(level, fused, theta_input, odd, name,
     clean = run_update(fused, case, given) + run_gradients(fused, case, given)[:-1]
     dirty = run_update(fused, case, bad) + run_gradients(fused, case, bad)[:-1]
     for a, b in zip(clean, dirty, strict=True):
-        others = [m for m in range(a.shape[-1]) if m % case.n != 33]
-        assert torch.equal(a[..., others], b[..., others])
+        assert torch.equal(without(33, case, a), without(33, case, b))
     assert any(b[..., 33].isnan().any() for b in dirty)

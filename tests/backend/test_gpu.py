@@ -8,9 +8,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import need_cuda, use_emulated
+from conftest import every_form, need_cuda, use_emulated
 from engine_cases import (
-    FORMS,
     STEP,
     Case,
     arguments,
@@ -19,6 +18,8 @@ from engine_cases import (
     run_gradients,
     run_unroll,
     run_update,
+    trajectory,
+    without,
 )
 
 from l2l_ref import equations
@@ -48,7 +49,7 @@ def emulate(fused, monkeypatch):
 
 
 class TestLaunches:
-    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @every_form
     @pytest.mark.parametrize("gpu", SMALL)
     def test_every_gpu_has_the_same_results(self, fused, emulate, gpu, theta_input, odd):
         """Blocks of 32 to 256 lanes, one to many blocks, runs of blocks a processor."""
@@ -96,7 +97,7 @@ class TestLaunches:
 class TestTensorCores:
     """Steps of up to 20 units in float32, as three products of numbers with 11 digits."""
 
-    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @every_form
     @pytest.mark.parametrize("gpu", SMALL)
     def test_update(self, fused, emulate, gpu, theta_input, odd):
         emulate(gpu, tensor_cores=True)
@@ -118,7 +119,7 @@ class TestTensorCores:
                 results.append(run_update(fused, case, arguments(case, dtype)))
             assert all(map(torch.equal, *results)) == same
 
-    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @every_form
     def test_a_nan_touches_no_other_coordinate(self, fused, emulate, theta_input, odd):
         emulate("H200", tensor_cores=True)
         case = Case(70, 2, 20, theta_input, odd)
@@ -127,38 +128,23 @@ class TestTensorCores:
         given["gradient"][33] = torch.nan
         dirty = run_update(fused, case, given)
         for a, b in zip(clean, dirty, strict=True):
-            others = [m for m in range(a.shape[-1]) if m % case.n != 33]
-            assert torch.equal(a[..., others], b[..., others])
+            assert torch.equal(without(33, case, a), without(33, case, b))
             assert b[..., 33].isnan().any()
 
     def test_a_trajectory_of_100_steps(self, fused, emulate, record_property):
         """As near to float64 as multiply-adds in float32, where errors feed back."""
-        case, paths = Case(200, 2, 20, output_scale=0.02), []
-
-        def run(module, dtype):
-            given = arguments(case, dtype)
-            theta, state, phi = given["theta"], torch.zeros_like(given["state"]), 0.6 * given["phi"]
-            for t in range(100):
-                gradient = (theta - 0.1) * given["gradient"] * (1 + t % 3)
-                module.theta_step_(theta, gradient, state, phi, **case.form)
-            return theta, state
-
-        reference = run(equations, torch.float64)
+        case, errors = Case(200, 2, 20, output_scale=0.02), []
+        reference = trajectory(equations, case, torch.float64)[0][-1]
         for tensor_cores in (False, True):
             emulate("H200", tensor_cores)
-            paths.append(run(fused, torch.float32))
-        errors = [
-            float((theta.double() - reference[0]).norm() / reference[0].norm())
-            for theta, _ in paths
-        ]
+            theta = trajectory(fused, case, torch.float32)[0][-1]
+            errors.append(float((theta.double() - reference).norm() / reference.norm()))
         record_property("relative error of θ: multiply-adds, tensor cores", errors)
         assert errors[1] <= 1e-6 + 2 * errors[0]
 
     def test_they_need_cuda(self, monkeypatch):
         monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": kind == "cpu")
-        with pytest.raises(
-            InputError, match="tensor cores need the fused engine with CUDA: 'USE_CU"
-        ):
+        with pytest.raises(InputError, match="tensor cores need the fused engine with CUDA: 'U"):
             use_tensor_cores(True)
 
     def test_on_a_gpu(self, cuda):
@@ -214,17 +200,11 @@ class TestCuda:
         with pytest.warns(UserWarning, match="shared memory for 256 hidden units on cuda:0"):
             assert operators("auto", torch.zeros(2, 2, 256, 3, device="cuda")) is equations
 
-    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @every_form
     def test_the_same_bits_every_time(self, cuda, theta_input, odd):
         case = Case(20_000, 2, 20, theta_input, odd, steps=5)
-        runs = [
-            (
-                *run_update(cuda, case, on_gpu(case)),
-                *run_unroll(cuda, case, on_gpu(case)),
-                *run_gradients(cuda, case, on_gpu(case)),
-            )
-            for _ in range(5)
-        ]
+        every = (run_update, run_unroll, run_gradients)
+        runs = [[x for run in every for x in run(cuda, case, on_gpu(case))] for _ in range(5)]
         for other in runs[1:]:
             assert all(map(torch.equal, runs[0], other))
 

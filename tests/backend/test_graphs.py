@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import generator
 from graph_emulator import REFUSED, Emulated
 
 import run
@@ -20,10 +21,6 @@ from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 CPU = torch.device("cpu")
-
-
-def generator(seed=0, device=CPU):
-    return torch.Generator(device).manual_seed(seed)
 
 
 @pytest.fixture
@@ -183,18 +180,23 @@ NAMES = ["mlp-paper", "mlp-robust", "mlp-pgd-2", "convnet-robust", "convnet-pape
          "mlp-nominal", "mlp-penalty", "convnet-penalty-2"]  # fmt: skip
 
 
-def meta_run(problem, settings, episode, nominal, capture, backend="auto", device=CPU):
-    """All that an episode leads to, φ learning on the way."""
-    robust = settings.read_alpha != settings.alpha
+def new_phi(problem, device=CPU, theta_input=True, nominal=True, odd=False):
+    """One whose head is not zero."""
     phi = untrained(
         problem.build().to(device), generator=generator(1),
-        output_scale=0.1, odd=robust, theta_input=robust,
-        nominal=nominal,
+        output_scale=0.1, odd=odd, theta_input=theta_input, nominal=nominal,
     )  # fmt: skip
-    sgd = torch.optim.SGD(phi.parameters())
     for meta in phi.values():
         noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
         meta.head.weight.data.copy_(noise)
+    return phi
+
+
+def meta_run(problem, settings, episode, nominal, capture, backend="auto", device=CPU):
+    """All that an episode leads to, φ learning on the way."""
+    robust = settings.read_alpha != settings.alpha
+    phi = new_phi(problem, device, odd=robust, theta_input=robust, nominal=nominal)
+    sgd = torch.optim.SGD(phi.parameters())
     episode, found = episode(), []
     for dphis, losses in truncated_unrolls(episode, phi, settings, backend, capture=capture):
         found += [losses, *dphis.values()]
@@ -237,29 +239,20 @@ def transfer_run(
     return curve, [*model.parameters(), *model.buffers()]
 
 
+def by_phi(problem, device=CPU):
+    """A learned optimizer's constructor."""
+    return partial(LearnedOptimizer.for_model, phi=new_phi(problems.make(problem), device))
+
+
 LOSSES = [{"alpha": 1.0}, {"alpha": 0.5}, {"alpha": 1.0, "l1": 1e-2},
           {"alpha": 0.5, "penalty": 0.1}]  # fmt: skip
-
-
-def new_phi(problem, device=CPU):
-    """With a nominal term."""
-    phi = untrained(
-        problems.make(problem).build().to(device), generator=generator(1),
-        output_scale=0.1, theta_input=True,
-        nominal=True,
-    )  # fmt: skip
-    for meta in phi.values():
-        noise = torch.empty(meta.head.weight.shape).uniform_(-0.5, 0.5, generator=generator(2))
-        meta.head.weight.data.copy_(noise)
-    return phi
 
 
 @pytest.mark.parametrize("problem", ["mnist", "cifar10"])
 @pytest.mark.parametrize("options", LOSSES)
 @pytest.mark.parametrize("kind", ["sgd", "learned"])
 def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, options, kind):
-    by_phi = partial(LearnedOptimizer.for_model, phi=new_phi(problem))
-    optimizer = {"sgd": partial(tuning.sgd, 0.1), "learned": by_phi}[kind]
+    optimizer = {"sgd": partial(tuning.sgd, 0.1), "learned": by_phi(problem)}[kind]
     options = {**options, "problem": problem}
     (eager, state), (replayed, final) = (
         transfer_run(optimizer, capture, **options) for capture in (False, True)
@@ -320,7 +313,9 @@ class TestOnAGpu:
         optimizer = {
             "sgd": partial(tuning.sgd, 0.1),
             "adam": partial(tuning.adam, 1e-3),
-            "learned": partial(LearnedOptimizer.for_model, phi=new_phi(problem, self.device)),
+            "learned": partial(
+                LearnedOptimizer.for_model, phi=new_phi(problems.make(problem), self.device)
+            ),
         }[kind]
         options = {**options, "problem": problem, "device": self.device}
         (eager, state), (replayed, final) = (

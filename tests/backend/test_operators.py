@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import CPU_LEVELS
+from conftest import CPU_LEVELS, every_form
 from engine_cases import (
     DTYPES,
-    FORMS,
     STEP,
     UNROLL,
     Case,
@@ -26,6 +25,7 @@ from engine_cases import (
     run_gradients,
     run_unroll,
     run_update,
+    trajectory,
 )
 
 from l2l_ref import equations
@@ -66,14 +66,14 @@ class TestAgainstTheReference:
         actual = run_unroll(fused, case, arguments(case, dtype))
         expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
 
-    @pytest.mark.parametrize("theta_input, odd", FORMS)
+    @every_form
     def test_unroll_of_100_steps(self, level, fused, dtype, theta_input, odd):
         case = Case(65, 2, 20, theta_input, odd, steps=100)
         actual = run_unroll(fused, case, arguments(case, dtype))
         expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
 
 
-@pytest.mark.parametrize("theta_input, odd", FORMS)
+@every_form
 def test_the_networks_own_size(fused, theta_input, odd):
     """784-20-10 has 15,910 weights."""
     case = Case(15910, 2, 20, theta_input, odd)
@@ -123,38 +123,28 @@ def test_long_sums_keep_their_digits(level, fused):
     torch.testing.assert_close(many.double() / times, one.double(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("theta_input, odd", FORMS)
+@every_form
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_trajectory_of_100_steps(level, fused, layers, theta_input, odd):
-    """φ reads gradients that depend on θ, so errors feed back. Both dtypes stay near the float64
+    """Both dtypes stay near the float64
     reference, and float32 as near as the float32 reference, in root mean square: a coordinate that
     sits where its gradient changes sign multiplies whatever error it has."""
     case = Case(33, layers, 20, theta_input, odd, output_scale=0.02)
 
-    def run(module, dtype):
-        given = arguments(case, dtype)
-        theta, state, phi = given["theta"], torch.zeros_like(given["state"]), 0.6 * given["phi"]
-        path = []
-        for t in range(100):
-            gradient = (theta - 0.1) * given["gradient"] * (1 + t % 3)
-            module.theta_step_(theta, gradient, state, phi, **case.form)
-            path.append(theta.clone())
-        return torch.stack(path), state
-
     def rms(actual, reference):
         return float((actual.double() - reference).norm() / reference.norm())
 
-    reference = run(equations, torch.float64)
+    reference = trajectory(equations, case, torch.float64)
     assert (reference[0][-1] - reference[0][0]).abs().max() > 0.005
-    expect_close(run(fused, torch.float64), reference, 1e-11)
-    actual, own = run(fused, torch.float32), run(equations, torch.float32)
+    expect_close(trajectory(fused, case, torch.float64), reference, 1e-11)
+    actual, own = (trajectory(module, case, torch.float32) for module in (fused, equations))
     expect_close(actual, reference, 1e-4)
     for a, r, o in zip(actual, reference, own, strict=True):
         assert rms(a, r) <= 1e-7 + 4 * rms(o, r)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
-@pytest.mark.parametrize("theta_input, odd", FORMS)
+@every_form
 def test_threads_do_not_change_a_bit(level, fused, dtype, theta_input, odd):
     """Nor does another run."""
     case = Case(3000, 2, 8, theta_input, odd, steps=3)
@@ -163,13 +153,8 @@ def test_threads_do_not_change_a_bit(level, fused, dtype, theta_input, odd):
         for count in (1, 2, 2, 1):
             torch.set_num_threads(count)
             given = arguments(case, dtype)
-            results.append(
-                (
-                    *run_update(fused, case, given),
-                    *run_unroll(fused, case, given),
-                    *run_gradients(fused, case, given),
-                )
-            )
+            runs = (run_update, run_unroll, run_gradients)
+            results.append([result for run in runs for result in run(fused, case, given)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

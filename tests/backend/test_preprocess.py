@@ -64,31 +64,30 @@ def test_threads_share_the_work(fused):
     assert torch.equal(*results)
 
 
-class TestRefusals:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex64])
-    def test_dtype(self, fused, dtype):
-        with pytest.raises(RuntimeError, match="gradient must be float32 or float64"):
-            fused.preprocess(torch.ones(3, dtype=dtype), 10.0)
+@pytest.mark.parametrize(
+    "gradient, p, words",
+    [
+        *[(torch.ones(3).to(dtype), 10.0, "gradient must be float32 or float64")
+          for dtype in (torch.float16, torch.int64, torch.complex64)],
+        *[(torch.ones(3), p, "p is .*: it must be above 0 and at most 80")
+          for p in (0.0, -1.0, 80.5, math.nan)],
+        (torch.ones(4, 6).T, 10.0, "gradient is not contiguous: pass"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(fused, gradient, p, words):
+    with pytest.raises(RuntimeError, match=words):
+        fused.preprocess(gradient, p)
 
-    @pytest.mark.parametrize("p", [0.0, -1.0, 80.5, math.nan])
-    def test_p(self, fused, p):
-        with pytest.raises(RuntimeError, match="p is .*: it must be above 0 and at most 80"):
-            fused.preprocess(torch.ones(3), p)
 
-    def test_layout(self, fused):
-        with pytest.raises(RuntimeError, match="gradient is not contiguous: pass"):
-            fused.preprocess(torch.ones(4, 6).T, 10.0)
-
-    @pytest.mark.parametrize(
-        "d_result",
-        [torch.ones(3), torch.ones(2, 4), torch.ones(3, 3), torch.ones(2, 3).double(),
-         torch.ones(3, 2).T],
-    )  # fmt: skip
-    def test_cotangents(self, fused, d_result):
-        with pytest.raises(RuntimeError, match="d_result must be contiguous like gradient"):
-            torch.ops.l2l_ref.preprocess_backward(torch.ones(3), d_result, p=10.0)
-
-    def test_a_device_that_nobody_serves(self, fused):
-        meta = torch.ones(2, 3, device="meta")
-        with pytest.raises(RuntimeError, match="d_result is on meta, gradient on cpu"):
-            torch.ops.l2l_ref.preprocess_backward(torch.ones(3), meta, p=10.0)
+@pytest.mark.parametrize(
+    "d_result, words",
+    [
+        *[(d, "d_result must be contiguous like gradient")
+          for d in (torch.ones(3), torch.ones(2, 4), torch.ones(3, 3), torch.ones(2, 3).double(),
+                    torch.ones(3, 2).T)],
+        (torch.ones(2, 3, device="meta"), "d_result is on meta, gradient on cpu"),
+    ],
+)  # fmt: skip
+def test_cotangents_that_are_refused(fused, d_result, words):
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.l2l_ref.preprocess_backward(torch.ones(3), d_result, p=10.0)

@@ -1,21 +1,19 @@
-"""bench/judge.py: models of a run, trained once more, under a stronger PGD."""
+"""bench/judge.py: models of a run under a stronger PGD; bench/unseen.py: networks that are new."""
 
 import json
 
 import pytest
+from conftest import LOADING, TINY
 
 import run
-from bench import judge
+from bench import judge, unseen
 from l2l_ref.errors import InputError
-
-TINY = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "--batch-size", "32"]
 
 
 @pytest.fixture
-def finished(tmp_path, monkeypatch, small_data, few_candidates):
-    monkeypatch.chdir(tmp_path)
-    run.main([*TINY, "--episodes", "1", "--episode-steps", "4", "--unroll", "2", "--out", "r"])
-    return tmp_path / "r"
+def finished(workdir, small_data, few_candidates):
+    run.main([*TINY, "--out", "r"])
+    return workdir / "r"
 
 
 def test_the_same_models_and_more_steps(finished, capsys):
@@ -32,7 +30,7 @@ def test_the_same_models_and_more_steps(finished, capsys):
         assert (row["pgd_accuracy"]["mean"] * 30) % 1 == pytest.approx(0, abs=1e-9)
 
 
-def test_mistakes(finished):
+def test_mistakes_of_judge(finished):
     for arguments, words in (
         (["nowhere", "L2L"], "nowhere holds no run"),
         (["r", "Adamant"], "there is no 'Adamant' in that run"),
@@ -44,3 +42,32 @@ def test_mistakes(finished):
     with pytest.raises(InputError, match="r is not finished"):
         judge.main(["r", "L2L"])
     assert not (finished / "judge.json").exists()
+
+
+def test_each_network_has_a_table_of_two_rows(finished, capsys):
+    capsys.readouterr()
+    unseen.main(["r/meta_optimizer.pt", *LOADING, "--out", "u"])
+    printed = capsys.readouterr().out
+    for name in unseen.NETWORKS:
+        assert f"{name}; Adam + L1 tuned on it; 4 steps" in printed
+    rows = [line.split("|")[2].strip() for line in printed.splitlines() if line.startswith("| 0.1")]
+    assert sorted(rows) == sorted([*unseen.METHODS] * len(unseen.NETWORKS))
+    # results of another φ are not found again under its name
+    with pytest.raises(InputError, match="--out u is not empty"):
+        unseen.main(["r/meta_optimizer.pt", *LOADING, "--out", "u"])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "name the meta_optimizer.pt"),
+        (["--steps", "4"], "name the meta_optimizer.pt"),
+        (["x.pt", "--dataset", "quadratic"], "--dataset is quadratic"),
+        (["x.pt", "--resume"], "--resume is of run.py"),
+        (["x.pt", *LOADING], "x.pt does not exist"),
+    ],
+)
+def test_mistakes_of_unseen(workdir, small_data, arguments, words):
+    with pytest.raises(InputError, match=words):
+        unseen.main(arguments)
+    assert not list(workdir.iterdir())

@@ -25,6 +25,7 @@ class Graph:
 
     def __init__(self, pieces: dict[str, tuple[float, str]], seconds: float = 0.0):
         self.done, self.seconds = [], seconds
+        self.before = self.after = lambda name: None  # what a piece does beside
         self.pieces = [
             Piece(name, lambda parts, name=name: self.compute(name, parts), "", cost, tuple(needs))
             for name, (cost, needs) in pieces.items()
@@ -32,9 +33,11 @@ class Graph:
         self.needs = {piece.name: piece.needs for piece in self.pieces}
 
     def compute(self, name, parts):
+        self.before(name)
         assert all(parts[need] == f"result of {need}" for need in self.needs[name])
         self.done.append(name)
         time.sleep(self.seconds)
+        self.after(name)
         return f"result of {name}"
 
 
@@ -92,14 +95,12 @@ class TestAlone:
     def test_resumed_repeats_none(self, parts):
         names = {"a": (1, ""), "b": (2, "a"), "c": (3, "b")}
         graph = Graph(names)
-        original, graph.compute = graph.compute, None
 
-        def killed_at_c(name, parts):
+        def killed_at_c(name):
             if name == "c":
                 raise KeyboardInterrupt
-            return original(name, parts)
 
-        graph.compute = killed_at_c
+        graph.before = killed_at_c
         with pytest.raises(KeyboardInterrupt):
             alone(graph, parts)
         assert graph.done == ["a", "b"] and "c" not in parts
@@ -174,45 +175,29 @@ class TestTogether:
 
     def test_they_share_the_work(self, parts):
         graph, all_three = Graph({name: (1, "") for name in "abc"}), threading.Barrier(3)
-        original = graph.compute
-
-        def compute(name, parts):
-            all_three.wait(10)  # until each process has one
-            return original(name, parts)
-
-        graph.compute = compute
+        graph.before = lambda name: all_three.wait(10)  # until each process has one
         together(graph, parts, 3)
         assert sorted(graph.done) == ["a", "b", "c"]
 
     def test_another_goes_on_while_the_longest_runs(self, parts):
         graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
-        original, free = graph.compute, threading.Event()
-
-        def compute(name, parts):
-            if name == "long":
-                assert free.wait(10)
-            result = original(name, parts)
-            if name == "b":
-                free.set()
-            return result
-
-        graph.compute = compute
+        free = threading.Event()
+        graph.before = lambda name: name != "long" or free.wait(10)
+        graph.after = lambda name: name == "b" and free.set()
         together(graph, parts, 2)
         assert graph.done == ["a", "b", "long", "end"]
 
     @pytest.mark.parametrize("slow", [0, 1])
     def test_rank_0_waits_for_all_and_another_for_nothing(self, parts, slow):
         graph, both, released = Graph({"a": (1, ""), "b": (1, "")}), threading.Barrier(2), []
-        original = graph.compute
 
-        def compute(name, parts):
+        def before(name):
             both.wait(10)  # each process has one of the two
             if threading.current_thread().name == str(slow):
                 time.sleep(0.2)
                 released.append(name)
-            return original(name, parts)
 
-        graph.compute = compute
+        graph.before = before
         there = together(graph, parts, 2)
         assert there[0] == {"a", "b"}
         # with nothing left to take, rank 1 ends; if its own piece is the last, all is there

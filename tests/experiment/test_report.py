@@ -8,6 +8,7 @@ import pytest
 from l2l_ref.experiment import cli, report, summary
 from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.figure import draw_curves
+from l2l_ref.experiment.folder import write_json
 from l2l_ref.experiment.protocol import Results
 from l2l_ref.experiment.setting import prepare
 
@@ -137,6 +138,20 @@ class TestDifferences:
 
 
 class TestSummary:
+    def test_mean_and_sample_deviation_by_hand(self):
+        losses = enumerate((1.0, 2.0, 6.0))
+        (row,) = summary.summarise(results(*(run("m", 0, seed, loss=x) for seed, x in losses)))
+        assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
+        assert row["skipped"] == row["collapsed"] == row["diverged"] == 0 and row["runs"] == 3
+
+    def test_collapsed_and_diverged_runs_are_counted_and_named(self):
+        ends = [("collapsed", 2.3), ("ok", 1.0), ("diverged", math.nan)]
+        runs = [run("m", 0, seed, loss=x, end=end) for seed, (end, x) in enumerate(ends)]
+        (row,) = summary.summarise(results(*runs))
+        assert (row["collapsed"], row["diverged"]) == (1, 1)
+        text = report.table([row], complete({}), "title", "footer")
+        assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
+
     def test_means_by_phi(self):
         (row,) = summary.summarise(results(
             run("φ", phi=1, seed=0, loss=5.0), run("φ", phi=0, seed=0, loss=1.0),
@@ -246,3 +261,8 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
         "Adam + L1 +1.000 ± 0.125 (95 % over seeds, after the mean over φ)"
     )
     assert summary.verdicts(of, [], "paper") == ""
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1.0]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}

@@ -2,12 +2,12 @@
 
 import csv
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 
@@ -15,17 +15,10 @@ import run
 from l2l_ref import data
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import cli, machine, protocol, report, summary, tuning
-from l2l_ref.experiment.config import RECIPES, complete
-from l2l_ref.experiment.folder import write_json
-from l2l_ref.experiment.setting import folds, prepare, stream
-from l2l_ref.experiment.trial import train_phi
-from l2l_ref.meta_training import History
+from l2l_ref.experiment import cli, machine, protocol, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
-# A run in seconds; φ that is loaded has its own episodes and unrolls.
-LOADING = ["--quick", "--steps", "4", "--seeds", "2", "--eval-samples", "40", "--batch-size", "32"]
-TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
+LOADING, TINY = ([*options, "--seeds", "2"] for options in (conftest.LOADING, conftest.TINY))
 CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
           "Adam (attacked)"}  # fmt: skip
 TABLE = CURVES | {"Transfer-NOT (clean)", "Nominal alone", "SGD", "Adam, lr 0.001", "Adam + L1",
@@ -42,6 +35,19 @@ def without_times(summary):
     """The parts of a summary that the clock has no hand in."""
     rows = [{k: v for k, v in row.items() if k != "ms_per_step"} for row in summary["runs"]]
     return rows, summary["meta_training"], summary["tuned"]
+
+
+def same_results(a, b) -> bool:
+    """Two runs differ in their times alone, down to the weights of every φ."""
+    (summary, rows), (other, others) = read(Path(a)), read(Path(b))
+    phis, their_phis = (
+        torch.load(f"{out}/meta_optimizer.pt", weights_only=True)["phis"] for out in (a, b)
+    )
+    for name, phi in phis.items():
+        for group, meta in phi.items():
+            their = their_phis[name][group]["state_dict"]
+            assert all(torch.equal(w, their[key]) for key, w in meta["state_dict"].items())
+    return rows == others and without_times(summary) == without_times(other)
 
 
 class TestWhatARunLeaves:
@@ -109,8 +115,7 @@ class TestWhatARunLeaves:
     def test_same_command_same_bits(self, workdir, small_data):
         for name in "ab":
             run.main([*TINY, "--attack", "pgd", "--out", name])
-        (a, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
-        assert rows_a == rows_b and without_times(a) == without_times(b)
+        assert same_results("a", "b")
 
     def test_runs_do_not_overwrite_each_other(self, workdir, small_data):
         for _ in range(2):
@@ -169,8 +174,35 @@ class TestResumeAndLoad:
             with pytest.raises(RuntimeError, match="killed"):
                 run.main(self.arguments)
         run.main([*self.arguments, "--resume"])
-        (a, rows_a), (b, rows_b) = read(workdir / "whole"), read(workdir / "r")
-        assert rows_a == rows_b and without_times(a) == without_times(b)
+        assert same_results("whole", "r")
+
+    @pytest.mark.parametrize(
+        "count, more",
+        [
+            # random lengths and a curriculum, and η, which has an Adam group of its own
+            (9, ["--attack", "pgd", "--attack-steps", "2", "--nominal", "--episode-steps", "2", "7",
+                 "--episodes", "6"]),
+            (3, ["--tasks", "3"]),
+            (3, ["--tasks", "3", "--dataset", "quadratic"]),
+            (3, ["--tasks", "3", "--dataset", "cifar10", "--folds", "1", "--attack", "pgd",
+                 "--attack-steps", "2"]),
+        ],
+    )  # fmt: skip
+    def test_resumed_within_a_meta_training(self, workdir, small_data, killed_at_step, count, more):
+        arguments = [*TINY, "--episodes", "2", "--seeds", "1", *more]
+        run.main([*arguments, "--out", "whole"])
+        summary, _ = read(workdir / "whole")
+        assert all(history["skipped"] == 0 for history in summary["meta_training"].values())
+        assert (", 3 tasks ·" in summary["title"]) == ("--tasks" in more)
+        with killed_at_step(count):
+            run.main([*arguments, "--out", "r"])
+        # of the piece that was running, the longest and so the first, some episodes are kept
+        (checkpoint,) = (workdir / "r/parts").iterdir()
+        assert checkpoint.name.startswith("transfer-fold0-phi0-eps")
+        kept = torch.load(checkpoint, weights_only=True)
+        assert 0 < kept["episodes"] < kept["settings"]["episodes"]
+        run.main([*arguments, "--out", "r", "--resume"])
+        assert same_results("whole", "r")
 
     def test_load_skips_meta_training_and_gives_the_same_transfer(self, workdir, small_data):
         run.main([*self.arguments[:-1], "a"])
@@ -194,6 +226,23 @@ class TestResumeAndLoad:
         settings = json.loads((workdir / "b/config.json").read_text())["settings"]
         assert settings["odd"] and settings["read_alpha"] == 1.0
 
+    def test_a_phi_brings_its_number_of_tasks(self, workdir, small_data):
+        run.main(["--dataset", "quadratic", *TINY, "--tasks", "2", "--out", "a"])
+        load = ["--load", "a/meta_optimizer.pt"]
+        with pytest.raises(InputError, match="leave out --tasks"):
+            cli.parse([*load, "--tasks", "2"])
+        loading = ["--dataset", "quadratic", *LOADING, *load]
+        run.main([*loading, "--out", "b"])
+        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        assert settings["tasks"] == 2
+        old = torch.load("a/meta_optimizer.pt", weights_only=True)
+        del old["config"]["tasks"]  # as files were before there was a choice
+        torch.save(old, "old.pt")
+        loading[-1] = "old.pt"
+        run.main([*loading, "--out", "c"])
+        settings = json.loads((workdir / "c/config.json").read_text())["settings"]
+        assert settings["tasks"] == 1
+
     def test_load_refuses_what_does_not_fit(self, workdir, small_data):
         run.main(["--dataset", "quadratic", *TINY, "--out", "q"])
         run.main([*self.arguments[:-1], "a"])
@@ -211,12 +260,19 @@ class TestResumeAndLoad:
                 run.main([*LOADING, *arguments, "--out", "x"])
             assert not (workdir / "x").exists()
 
-    def test_resume_refuses_other_settings(self, workdir, small_data):
-        run.main([*TINY, "--dataset", "quadratic", "--out", "r"])
-        with pytest.raises(InputError, match="meta-lr 0.01, not 0.5"):
-            run.main(
-                [*TINY, "--dataset", "quadratic", "--out", "r", "--resume", "--meta-lr", "0.5"]
-            )
+    @pytest.mark.parametrize(
+        "changed, words",
+        [
+            (["--meta-lr", "0.5"], "meta-lr 0.01, not 0.5"),
+            (["--penalty", "0.5"], "penalty 0.0, not 0.5"),
+            (["--tasks", "2"], "tasks 1, not 2"),
+        ],
+    )
+    def test_resume_refuses_other_settings(self, workdir, small_data, changed, words):
+        arguments = [*TINY, "--dataset", "quadratic", "--out", "r"]
+        run.main(arguments)
+        with pytest.raises(InputError, match=words):
+            run.main([*arguments, "--resume", *changed])
 
     def test_resume_refuses_other_data(self, workdir, small_data, small_digits, monkeypatch):
         run.main(self.arguments)
@@ -245,30 +301,6 @@ class TestResumeAndLoad:
         environment = json.loads((workdir / "r/config.json").read_text())["environment"]
         assert environment["git_commit"] != "f" * 40
         assert [e["git_commit"] for e in environment["continued_in"]] == ["f" * 40]
-
-    def test_resumed_in_the_midst_of_random_lengths_and_a_curriculum(
-        self, workdir, small_data, killed_at_step
-    ):
-        """Also the nominal term, whose η has an Adam group of its own."""
-        arguments = [*self.arguments[:-2], "--attack", "pgd", "--attack-steps", "2", "--nominal",
-                     "--episode-steps", "2", "7", "--episodes", "6", "--seeds", "1"]  # fmt: skip
-        run.main([*arguments, "--out", "whole"])
-        with killed_at_step(9):
-            run.main([*arguments, "--out", "r"])
-        (checkpoint,) = (workdir / "r/parts").glob("*.pt")
-        kept = torch.load(checkpoint, weights_only=True)
-        assert 0 < kept["episodes"] < 6
-        run.main([*arguments, "--out", "r", "--resume"])
-        (a, rows_a), (b, rows_b) = read(workdir / "whole"), read(workdir / "r")
-        assert rows_a == rows_b and without_times(a) == without_times(b)
-        a, b = (torch.load(f"{out}/meta_optimizer.pt", weights_only=True)["phis"]
-                for out in ("whole", "r"))  # fmt: skip
-        for name, phi in a.items():
-            state, other = (of["linear"]["state_dict"] for of in (phi, b[name]))
-            assert all(torch.equal(value, other[key]) for key, value in state.items())
-        # the penalty of a run's config.json, like all of it, must be the same
-        with pytest.raises(InputError, match="run with penalty 0.0, not 0.5"):
-            run.main([*arguments, "--out", "r", "--resume", "--penalty", "0.5"])
 
     def older(self, settings):
         """Settings as a run of before left them, by what came later."""
@@ -546,171 +578,3 @@ class TestAsAProcess:
         done = self.call(*TINY, "--dataset", "quadratic", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / "quadratic-none-paper-quick" / "curves.png").exists()
-
-
-class TestTasks:
-    """The command line's --tasks."""
-
-    tiny = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32",
-            "--seeds", "1", "--eval-samples", "40", "--episode-steps", "4"]  # fmt: skip
-
-    def test_every_task_has_streams_of_its_own(self, small_data, monkeypatch):
-        """Two episodes of three tasks draw what six episodes of one do."""
-        seen = []
-
-        def spy(phi, settings, draw, **options):
-            for number in range(settings.episodes):
-                episode = draw(number)
-                x, y = next(episode.batches)
-                drawn = [*(p.detach() for p in episode.model.parameters()), x, y.view(3, -1)]
-                seen.extend(zip(*drawn, strict=True))
-            return History()
-
-        monkeypatch.setattr("l2l_ref.experiment.trial.meta_train", spy)
-        setting = prepare(cli.parse([*self.tiny, "--tasks", "3"]))
-        (fold,) = folds(setting)
-        train_phi(setting, fold.meta, "transfer", 0.1, 0, 0, lambda *a: None)
-        assert len(seen) == 6
-        for number, (*theta, x, y) in enumerate(seen):
-            labels = ("meta", 0, 0, number)
-            model = setting.problem.draw(stream(0, "theta", *labels))
-            assert all(map(torch.equal, theta, model.parameters()))
-            own = next(fold.meta.batches(32, stream(0, "batches", *labels)))
-            assert torch.equal(x, own[0]) and torch.equal(y, own[1])
-
-    @pytest.mark.usefixtures("few_candidates")
-    @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
-    def test_a_run_from_end_to_end_and_resumed(self, workdir, small_data, killed_at_step, dataset):
-        arguments = ["--dataset", dataset, *self.tiny, "--tasks", "3"]
-        if dataset == "cifar10":
-            arguments += ["--attack", "pgd", "--attack-steps", "2", "--folds", "1"]
-        run.main([*arguments, "--out", "whole"])
-        saved = torch.load("whole/meta_optimizer.pt", weights_only=True)
-        assert saved["config"]["tasks"] == 3
-        settings = json.loads((workdir / "whole/config.json").read_text())["settings"]
-        assert settings["tasks"] == 3
-        summary = json.loads((workdir / "whole/summary.json").read_text())
-        assert ", 3 tasks ·" in summary["title"]
-        assert all(history["skipped"] == 0 for history in summary["meta_training"].values())
-
-        with killed_at_step(3):  # in the second of two episodes of two unrolls
-            run.main([*arguments, "--out", "r"])
-        # one episode is kept of the piece that was running, the longest and so the first
-        first = f"transfer-fold0-phi0-eps{saved['config']['eps'][0]}.pt"
-        assert [path.name for path in (workdir / "r/parts").iterdir()] == [first]
-        run.main([*arguments, "--out", "r", "--resume"])
-        phis = torch.load("r/meta_optimizer.pt", weights_only=True)["phis"]
-        for name, phi in saved["phis"].items():
-            for group, meta in phi.items():
-                for key, weight in meta["state_dict"].items():
-                    assert torch.equal(weight, phis[name][group]["state_dict"][key])
-        csv = (workdir / "whole/metrics.csv").read_text()
-        assert (workdir / "r/metrics.csv").read_text() == csv
-
-    def test_resume_refuses_another_number(self, workdir, small_data):
-        arguments = ["--dataset", "quadratic", *self.tiny, "--out", "r"]
-        run.main([*arguments, "--tasks", "2"])
-        with pytest.raises(InputError, match="run with tasks 2, not 1"):
-            run.main([*arguments, "--resume"])
-
-    def test_a_phi_brings_its_number(self, workdir, small_data):
-        run.main(["--dataset", "quadratic", *self.tiny, "--tasks", "2", "--out", "a"])
-        load = ["--load", "a/meta_optimizer.pt"]
-        with pytest.raises(InputError, match="leave out --tasks"):
-            cli.parse([*load, "--tasks", "2"])
-        loading = ["--dataset", "quadratic", "--quick", "--steps", "4", "--seeds", "1", *load]
-        run.main([*loading, "--out", "b"])
-        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
-        assert settings["tasks"] == 2
-        old = torch.load("a/meta_optimizer.pt", weights_only=True)
-        del old["config"]["tasks"]  # as files were before there was a choice
-        torch.save(old, "old.pt")
-        loading[-1] = "old.pt"
-        run.main([*loading, "--out", "c"])
-        settings = json.loads((workdir / "c/config.json").read_text())["settings"]
-        assert settings["tasks"] == 1
-
-
-class TestConfig:
-    def test_no_arguments_is_the_papers_mnist(self):
-        c = cli.parse([])
-        assert (c.dataset, c.attack, c.eps, c.recipe) == ("mnist", "fgsm", (0.1,), "paper")
-        assert (c.steps, c.batch_size, c.alpha, c.read_alpha, c.p) == (100, 128, 0.5, 0.5, 10)
-        assert c.meta_lr == 3e-3 and c.episode_steps == (100,) and not c.nominal
-        assert c.episodes * math.ceil(c.episode_steps[0] / c.unroll) >= 300
-        assert (c.curriculum, c.penalty, c.judge, c.images) == ((0, 0.5), 0, "test", None)
-
-    def test_the_attack_chooses_alpha(self):
-        assert cli.parse(["--attack", "pgd"]).alpha == 0.2
-        assert cli.parse(["--attack", "none"]).alpha == 1
-        assert cli.parse(["--alpha", "0.7"]).read_alpha == 0.7
-
-    def test_robust_reads_clean_and_is_judged_under_attack(self):
-        c = cli.parse(["--recipe", "robust"])
-        assert (c.read_alpha, c.alpha, c.odd, c.theta_input) == (1, 0, True, True)
-        assert c.nominal and (c.curriculum, c.episode_steps, c.penalty) == ((0, 0), (100, 1000), 0)
-        assert not cli.parse(["--recipe", "robust", "--no-nominal"]).nominal
-        assert cli.parse(["--nominal"]).nominal
-
-    def test_penalty_is_robust_but_for_what_it_reads(self):
-        robust, penalty = (cli.parse(["--recipe", name]) for name in ("robust", "penalty"))
-        assert penalty.penalty == 1 and replace(penalty, recipe="robust", penalty=0.0) == robust
-        assert cli.parse(["--penalty", "0.5"]).penalty == 0.5
-
-    def test_cifar_defaults(self):
-        c = cli.parse(["--dataset", "cifar10"])
-        assert (c.steps, c.folds, c.optimizee) == (1000, 1, "convnet")
-        assert (c.episode_steps, c.episodes, c.record_every) == ((100, 300), 50, 10)
-        assert (c.meta_lr, c.curriculum) == (1e-3, (0.5, 0.75))
-        for recipe in ("robust", "penalty"):
-            c = cli.parse(["--dataset", "cifar10", "--recipe", recipe])
-            assert (c.episode_steps, c.episodes) == ((100, 1000), 30)
-
-    def test_quadratics_have_neither_curriculum_nor_penalty(self):
-        for recipe in RECIPES:
-            c = cli.parse(["--dataset", "quadratic", "--recipe", recipe])
-            assert (c.curriculum, c.penalty, c.nominal, c.alpha) == ((0, 0), 0, False, 1)
-            assert (c.episode_steps, c.episodes, c.meta_lr) == ((100,), 100, 1e-2)
-
-    def test_a_curve_has_about_a_hundred_points(self):
-        every = {steps: cli.parse(["--steps", steps]).record_every for steps in ("4", "100", "101")}
-        assert every == {"4": 1, "100": 1, "101": 2}
-        assert cli.parse(["--steps", "100", "--record-every", "7"]).record_every == 7
-
-    def test_what_is_given_beats_quick(self):
-        assert cli.parse(["--quick", "--seeds", "7"]).seeds == 7
-        assert cli.parse(["--quick"]).seeds < cli.parse([]).seeds
-
-    def test_fractions(self):
-        assert cli.parse(["--eps", "8/255", "0.5"]).eps == (8 / 255, 0.5)
-
-
-class TestSummary:
-    def runs(self, *losses, ends=None):
-        ends = ends or ["ok"] * len(losses)
-        return protocol.Results(
-            [
-                {"eps": 0.1, "method": "m", "fold": 0, "phi": 0, "seed": i, "steps": [0, 1],
-                 "clean": [1.0, 1.0], "attacked": [2.0, loss], "clean_loss": 1.0,
-                 "attacked_loss": loss, "ms_per_step": 1.0, "end": end}
-                for i, (loss, end) in enumerate(zip(losses, ends, strict=True))
-            ],
-            {}, [], {},
-        )  # fmt: skip
-
-    def test_mean_and_sample_deviation_by_hand(self):
-        (row,) = summary.summarise(self.runs(1.0, 2.0, 6.0))
-        assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
-        assert row["skipped"] == row["collapsed"] == row["diverged"] == 0
-        assert row["runs"] == 3
-
-    def test_collapsed_and_diverged_runs_are_counted_and_named(self):
-        results = self.runs(2.3, 1.0, math.nan, ends=["collapsed", "ok", "diverged"])
-        (row,) = summary.summarise(results)
-        assert (row["collapsed"], row["diverged"]) == (1, 1)
-        text = report.table([row], complete({}), "title", "footer")
-        assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
-
-    def test_json_has_no_nan(self, tmp_path):
-        write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1.0]})
-        assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.0]}

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import TINY, zeroing
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, phis, protocol, tuning
@@ -14,8 +15,7 @@ from l2l_ref.experiment.tuning import sgd
 from l2l_ref.meta_training import History
 from l2l_ref.transfer import Method, train
 
-QUICK = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "2", "--batch-size", "32",
-         "--episode-steps", "4"]  # fmt: skip
+QUICK = [*TINY, "--episodes", "2"]
 
 
 @pytest.fixture
@@ -114,11 +114,6 @@ def test_curves_are_those_of_the_paper():
 def test_bad_ends_are_marked(setting):
     """A rate of 0 leaves θ₀ alone, one of infinity makes it nan; weights of 0 predict nothing."""
     (fold,) = folds(setting)
-
-    def zeroing(model):
-        optimizer = sgd(0.0, model)
-        optimizer.register_step_post_hook(lambda *_: [p.data.zero_() for p in model.parameters()])
-        return optimizer
 
     ends = [
         protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"]
@@ -297,3 +292,22 @@ def test_images_has_a_range(small_data):
             prepare(cli.parse([*QUICK, "--images", count]))
     with pytest.raises(InputError, match="quadratics have none"):
         cli.parse(["--dataset", "quadratic", "--images", "500"])
+
+
+def test_every_task_has_streams_of_its_own(small_data, monkeypatch):
+    """Two episodes of three tasks draw what six episodes of one do."""
+    setting = prepare(cli.parse([*QUICK, "--tasks", "3"]))
+    (fold,) = folds(setting)
+    _, episodes = drawn(setting, monkeypatch)
+    seen = []
+    for episode in episodes:
+        x, y = next(episode.batches)
+        each = [*(p.detach() for p in episode.model.parameters()), x, y.view(3, -1)]
+        seen.extend(zip(*each, strict=True))
+    assert len(seen) == 6
+    for number, (*theta, x, y) in enumerate(seen):
+        labels = ("meta", 0, 0, number)
+        model = setting.problem.draw(stream(0, "theta", *labels))
+        assert all(map(torch.equal, theta, model.parameters()))
+        own = next(fold.meta.batches(32, stream(0, "batches", *labels)))
+        assert torch.equal(x, own[0]) and torch.equal(y, own[1])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from conftest import TINY, zeroing
 
 from l2l_ref.experiment import cli, tuning
 from l2l_ref.experiment.progress import Progress
@@ -16,8 +17,6 @@ from l2l_ref.experiment.tuning import Grid, Search, sgd
 from l2l_ref.transfer import Method
 
 QUIET = Progress(lambda line: None, lambda total, label: lambda done, loss: None)
-TINY = ["--quick", "--steps", "4", "--unroll", "2", "--episodes", "1", "--episode-steps", "4",
-        "--batch-size", "32", "--eval-samples", "40", "--seeds", "1"]  # fmt: skip
 
 
 def outcome(loss, collapsed=False):
@@ -42,11 +41,7 @@ def choose(monkeypatch):
         ran = []
 
         def validate(setting, method, fold, eps, seed):
-            assert (fold.number, eps, setting.config.steps) == (
-                0,
-                0.2,
-                100,
-            )  # whole runs, all of them
+            assert (fold.number, eps, setting.config.steps) == (0, 0.2, 100)  # all are whole runs
             ran.append((method.label, seed))
             return outcomes[method.label][seed]
 
@@ -209,13 +204,6 @@ class TestValidate:
         assert other["loss"] != found["loss"]  # another θ₀
         broken = tuning.validate(setting, Method("", partial(sgd, math.inf)), fold, 0.1, 0)
         assert math.isnan(broken["loss"]) and not broken["collapsed"]
-
-        def zeroing(model):
-            optimizer = sgd(0.0, model)
-            optimizer.register_step_post_hook(
-                lambda *_: [p.data.zero_() for p in model.parameters()]
-            )
-            return optimizer
 
         assert tuning.validate(setting, Method("", zeroing), fold, 0.1, 0) == {
             "collapsed": True,

@@ -1,4 +1,4 @@
-"""Data: sets, halves, batches; every place they come from; what is broken is said to be broken."""
+"""Every place that data comes from, the cache, and what is broken, which is said to be broken."""
 
 import hashlib
 import os
@@ -10,14 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torchvision import datasets
 
 from l2l_ref import data
@@ -101,82 +98,6 @@ def sorted_bytes(part: ImageSet) -> list[tuple[int, bytes]]:
 
 def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-# ---- halves, sets, batches --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [2, 10, 1001, 60_000])
-def test_halves_are_disjoint_equal_and_shuffled_by_the_seed(n):
-    whole = ImageSet(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n))
-    a, b = (half.labels for half in whole.halves(seed=3))
-    assert len(a) == len(b) == n // 2
-    both = torch.cat([a, b]).sort().values
-    assert len(both.unique()) == n // 2 * 2 and 0 <= both[0] and both[-1] < n
-    if n % 2 == 0:
-        assert torch.equal(both, torch.arange(n))
-    assert torch.equal(a, whole.halves(seed=3)[0].labels)
-    if n > 2:
-        assert not torch.equal(a, whole.halves(seed=4)[0].labels)
-        assert not torch.equal(a, a.sort().values)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_batch_scales_bytes_to_the_unit_interval(dtype):
-    ramp = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
-    x, y = ImageSet(ramp, torch.tensor([3, 1, 4, 1])).batch(torch.tensor([3, 0]), dtype)
-    assert x.dtype == dtype and x.shape == (2, 1, 8, 8) and y.tolist() == [1, 3]
-    expected = torch.tensor([*range(192, 256), *range(64)], dtype=torch.float64) / 255
-    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 0}
-    torch.testing.assert_close(x.flatten().double(), expected, **tolerance)
-    assert x.min() == 0 and x.max() == 1
-
-
-def test_subset_keeps_the_order_of_its_index():
-    whole = pictures("mnist", 20, seed=0)
-    part = whole.subset(torch.tensor([7, 3]))
-    assert len(whole) == 20 and len(part) == 2 and part.images.dtype == torch.uint8
-    assert torch.equal(part.images, torch.stack([whole.images[7], whole.images[3]]))
-    assert part.labels.tolist() == [whole.labels[7], whole.labels[3]]
-
-
-def numbered(n: int) -> ImageSet:
-    """Each sample is its own label."""
-    return ImageSet(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1), torch.arange(n))
-
-
-@pytest.mark.parametrize("n, batch_size", [(12, 4), (11, 4), (5, 5), (7, 1)])
-def test_batches_see_each_sample_once_an_epoch_and_reshuffle(n, batch_size):
-    stream = numbered(n).batches(batch_size, torch.Generator().manual_seed(0))
-    epochs = []
-    for _ in range(6):
-        labels = []
-        for x, y in islice(stream, n // batch_size):
-            assert x.shape == (batch_size, 1, 1, 1) and x.dtype == torch.float32
-            assert torch.equal((x.flatten() * 255).round().long(), y)
-            labels += y.tolist()
-        assert len(set(labels)) == len(labels) == n // batch_size * batch_size
-        epochs.append(tuple(labels))
-    assert len(set(epochs)) > 1
-    assert {label for epoch in epochs for label in epoch} == set(range(n))
-
-
-def test_batches_are_a_function_of_the_generator():
-    def first_labels(seed):
-        stream = numbered(50).batches(8, torch.Generator().manual_seed(seed))
-        return torch.stack([y for _, y in islice(stream, 20)])
-
-    torch.manual_seed(0)
-    first = first_labels(1)
-    torch.manual_seed(1)  # the global stream plays no part
-    assert torch.equal(first, first_labels(1))
-    assert not torch.equal(first, first_labels(2))
-
-
-@pytest.mark.parametrize("batch_size", [0, -1, 11])
-def test_batches_refuse_a_size_that_no_epoch_holds(batch_size):
-    with pytest.raises(InputError, match=rf"batch size {batch_size} .* 10 images"):
-        numbered(10).batches(batch_size, torch.Generator())  # at the call, before next()
 
 
 # ---- real data --------------------------------------------------------------------------------
@@ -439,69 +360,61 @@ def test_broken_cifar10_files(tmp_path, capsys, monkeypatch, damage):
         must_fail("cifar10", tmp_path, capsys, folder)
 
 
-def test_broken_class_folders(tmp_path, capsys):
-    train, test = pictures("cifar10", 20, 1), pictures("cifar10", 20, 2)
-    pristine = write_folders(tmp_path / "pristine", train, test)
-
-    def broken(case):
-        root = tmp_path / case
-        return root, Path(shutil.copytree(pristine, root / "cifar10"))
-
-    root, folder = broken("no test")
-    shutil.rmtree(folder / "test")
-    must_fail("cifar10", root, capsys, folder / "test", "missing")
-
-    root, folder = broken("no train")
-    shutil.rmtree(folder / "train")
-    must_fail("cifar10", root, capsys, folder / "train", "missing")
-
-    root, folder = broken("nothing")
-    shutil.rmtree(folder)
-    folder.mkdir()
-    must_fail("cifar10", root, capsys, folder, "missing")
-
-    root, folder = broken("nine")
-    shutil.rmtree(folder / "train" / "class4")
-    must_fail("cifar10", root, capsys, folder / "train", "9 class folders")
-
-    root, folder = broken("eleven")
-    (folder / "test" / "extra").mkdir()
-    must_fail("cifar10", root, capsys, folder / "test", "11 class folders")
-
-    root, folder = broken("other names")
-    (folder / "test" / "class4").rename(folder / "test" / "other")
-    must_fail("cifar10", root, capsys, folder, "class4", "other")
-
-    root, folder = broken("empty class")
+def without_test_class(folder):
     for path in (folder / "test" / "class4").iterdir():
         path.unlink()
-    must_fail("cifar10", root, capsys, folder / "test" / "class4", "no png or jpg")
 
-    root, folder = broken("not folders")
+
+def a_file_instead(folder):
     shutil.rmtree(folder)
     folder.write_text("a file")
-    must_fail("cifar10", root, capsys, folder)
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut short", "size", "16 bit", "alpha"])
+@pytest.mark.parametrize(
+    "damage, where, words",
+    [
+        (lambda folder: shutil.rmtree(folder / "test"), "test", "missing"),
+        (lambda folder: shutil.rmtree(folder / "train"), "train", "missing"),
+        (lambda folder: [shutil.rmtree(part) for part in folder.iterdir()], "", "missing"),
+        (lambda folder: shutil.rmtree(folder / "train" / "class4"), "train", "9 class folders"),
+        (lambda folder: (folder / "test" / "extra").mkdir(), "test", "11 class folders"),
+        (lambda folder: (folder / "test/class4").rename(folder / "test/other"), "", "class4 other"),
+        (without_test_class, "test/class4", "no png or jpg"),
+        (a_file_instead, "", ""),
+    ],
+)
+def test_broken_class_folders(tmp_path, capsys, damage, where, words):
+    folder = tmp_path / "cifar10"
+    write_folders(folder, pictures("cifar10", 20, 1), pictures("cifar10", 20, 2))
+    damage(folder)
+    named = words.split() if words == "class4 other" else [words]
+    must_fail("cifar10", tmp_path, capsys, folder / where, *named)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: Image.new("RGB", (20, 30)).save(path), "20x30"),
+        (lambda path: Image.new("I;16", Image.open(path).size).save(path), "I;16"),
+        (lambda path: Image.new("RGBA", Image.open(path).size).save(path), "RGBA"),
+        (lambda path: path.write_bytes(b""), "cannot decode"),
+        (lambda path: path.write_bytes(b"no image"), "cannot decode"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+            "cannot decode",
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_broken_images(tmp_path, capsys, name, damage):
+def test_broken_images(tmp_path, capsys, name, damage, words):
     folder = write_folders(tmp_path / name, pictures(name, 20, 1), pictures(name, 20, 2))
     path = sorted((folder / "test" / "class7").iterdir())[0]
-    if damage == "size":
-        Image.new("RGB", (20, 30)).save(path)
-        must_fail(name, tmp_path, capsys, path, "20x30")
-    elif damage == "16 bit":
-        Image.new("I;16", SHAPE[name][1:]).save(path)
-        must_fail(name, tmp_path, capsys, path, "I;16")
-    elif damage == "alpha":
-        Image.new("RGBA", SHAPE[name][1:]).save(path)
-        must_fail(name, tmp_path, capsys, path, "RGBA")
-    else:
-        content = path.read_bytes()
-        damaged = {"empty": b"", "text": b"no image", "cut short": content[: len(content) // 2]}
-        path.write_bytes(damaged[damage])
-        must_fail(name, tmp_path, capsys, path, "cannot decode")
+    damage(path)
+    must_fail(name, tmp_path, capsys, path, words)
     assert not (tmp_path / "cache").exists(), "nothing broken is cached"
 
 
@@ -636,88 +549,3 @@ def test_knocking_is_bounded_in_time(monkeypatch):
     with pytest.raises(OSError, match="does not answer"):
         KNOCK("http://h")
     assert time.monotonic() - start < 2
-
-
-# ---- the stand-ins themselves -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_stand_ins_are_balanced_and_seeded(name):
-    draw = DRAW[name]
-    x, y, x_test, y_test = draw(1200, 300)
-    assert x.shape == (1200, *SHAPE[name]) and x_test.shape == (300, *SHAPE[name])
-    assert x.dtype == x_test.dtype == torch.uint8 and y.dtype == y_test.dtype == torch.int64
-    assert y.bincount().tolist() == [120] * 10 and y_test.bincount().tolist() == [30] * 10
-    assert len(y[:100].unique()) == 10, "the labels are mixed"
-    assert len(x.flatten(1).unique(dim=0)) == 1200, "no picture comes twice"
-
-    torch.manual_seed(1)
-    again = draw(1200, 10)
-    assert torch.equal(again[0], x) and torch.equal(again[1], y)
-    other = draw(1200, 10, seed=1)
-    assert not torch.equal(other[0], x) and not torch.equal(other[1], y)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name, expected", [("mnist", "ee0bb8ab4472"), ("cifar10", "349beac21ed8")])
-def test_stand_ins_are_the_same_bytes_everywhere(name, expected, dtype):
-    stand_in._distance_table.cache_clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.set_default_dtype(dtype)  # must not matter
-    try:
-        tensors = DRAW[name](700, 100, seed=3)
-        assert torch.get_num_threads() == 2, "the caller's threads are given back"
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_num_threads(threads)
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-    assert digest.startswith(expected)
-
-
-def test_digits_have_a_black_border_and_ink_within():
-    x = DRAW["mnist"](2000, 0)[0][:, 0]
-    border = torch.ones(28, 28, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    assert (x[:, border] > 0).float().mean() < 0.02
-    assert 0.7 < (x == 0).float().mean() < 0.9
-    assert (x.amax((1, 2)) > 120).all(), "each has a visible stroke"
-
-
-def accuracy_after(model: nn.Module, parts, steps: int, lr: float) -> float:
-    """Test accuracy of `model` after `steps` of Adam on batches of 128."""
-    train, test = ImageSet(*parts[:2]), ImageSet(*parts[2:])
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    stream = train.batches(128, torch.Generator().manual_seed(0))
-    for x, y in islice(stream, steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    x, y = test.batch(torch.arange(len(test)))
-    with torch.no_grad():
-        return (model.eval()(x).argmax(1) == y).float().mean().item()
-
-
-def test_digits_can_be_learned_but_not_by_a_line_alone():
-    torch.manual_seed(0)
-    parts = DRAW["mnist"](10_000, 2000)
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))
-    assert accuracy_after(mlp, parts, steps=200, lr=1e-2) > 0.85
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-    assert 0.6 < accuracy_after(linear, parts, steps=200, lr=1e-3) < 0.9
-
-
-def test_coloured_digits_need_a_convolution():
-    torch.manual_seed(0)
-    parts = DRAW["cifar10"](10_000, 1000)
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    assert accuracy_after(linear, parts, steps=100, lr=1e-3) < 0.25
-    blocks = [
-        layer
-        for channels in (3, 16, 16)
-        for layer in (
-            nn.Conv2d(channels, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
-        )
-    ]  # fmt: skip
-    head = [nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10)]
-    assert accuracy_after(nn.Sequential(*blocks, *head), parts, steps=100, lr=3e-3) > 0.5
