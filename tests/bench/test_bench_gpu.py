@@ -103,17 +103,13 @@ def test_floors_of_an_h200():
     assert meta["floor"] == meta["ns"]["flops"] == pytest.approx(3 * found["ns"]["flops"])
 
 
-def test_floors_without_a_clock():
-    silent = gpu.ceilings(measure.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)
-    found = gpu.floors("step", make_case(1000, 1), silent)
-    assert found["ns"]["flops"] is None and found["floor"] == found["ns"]["measured"]
-
-
 def test_table_of_floors():
     found = gpu.floors("step", make_case(1000, 1), gpu.ceilings(H200, 4.0e12))
     row = {"operator": "step", "n": 1000, "unroll": 1, "floors": found | {"reached": {"ours": 0.5}}}
-    silent = gpu.ceilings(measure.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)
-    other = {**row, "floors": gpu.floors("step", make_case(1000, 1), silent) | {"reached": {}}}
+    silent = gpu.ceilings(measure.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)  # without a clock
+    without = gpu.floors("step", make_case(1000, 1), silent)
+    assert without["ns"]["flops"] is None and without["floor"] == without["ns"]["measured"]
+    other = {**row, "floors": without | {"reached": {}}}
     head, line, unknown = gpu.table([row, {"operator": "step"}, other]).splitlines()
     assert line.split() == "step 1000 1 673.2 9960 0.168 0.140 0.149 ours 50%".split()
     assert unknown.split()[-2:] == ["–", "–"]

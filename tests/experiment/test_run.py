@@ -1,6 +1,7 @@
 """The driver: what a run leaves, that it resumes, and every way to get the command line wrong."""
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -31,6 +32,16 @@ def read(folder):
         return json.loads((folder / "summary.json").read_text()), list(csv.DictReader(file))
 
 
+def settings_of(folder) -> dict:
+    """As `config.json` has them."""
+    return json.loads((Path(folder) / "config.json").read_text())["settings"]
+
+
+def phis_of(folder) -> dict:
+    """The φ of a run: {name: {φ-group: settings and weights}}."""
+    return torch.load(f"{folder}/meta_optimizer.pt", weights_only=True)["phis"]
+
+
 def without_times(summary):
     """The parts of a summary that the clock has no hand in."""
     rows = [{k: v for k, v in row.items() if k != "ms_per_step"} for row in summary["runs"]]
@@ -40,12 +51,10 @@ def without_times(summary):
 def same_results(a, b) -> bool:
     """Two runs differ in their times alone, down to the weights of every φ."""
     (summary, rows), (other, others) = read(Path(a)), read(Path(b))
-    phis, their_phis = (
-        torch.load(f"{out}/meta_optimizer.pt", weights_only=True)["phis"] for out in (a, b)
-    )
-    for name, phi in phis.items():
+    theirs = phis_of(b)
+    for name, phi in phis_of(a).items():
         for group, meta in phi.items():
-            their = their_phis[name][group]["state_dict"]
+            their = theirs[name][group]["state_dict"]
             assert all(torch.equal(w, their[key]) for key, w in meta["state_dict"].items())
     return rows == others and without_times(summary) == without_times(other)
 
@@ -80,13 +89,11 @@ class TestWhatARunLeaves:
             assert f"| {method} " in printed
         assert all(0 <= row["pgd_accuracy"]["mean"] <= 1 for row in summary["table"])
         settings = json.loads((folder / "config.json").read_text())
-        assert settings["settings"]["steps"] == 4 and settings["command"].startswith(
-            "python run.py"
-        )
+        assert settings["settings"]["steps"] == 4
+        assert settings["command"].startswith("python run.py")
         environment = settings["environment"]
-        assert environment["torch"] == torch.__version__ and environment["backend"] == resolve(
-            "auto"
-        )
+        assert environment["torch"] == torch.__version__
+        assert environment["backend"] == resolve("auto")
         assert environment["data"] == "stand-in" and len(environment["data_sha256"]) == 64
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(folder.rglob("*.partial"))
@@ -98,8 +105,7 @@ class TestWhatARunLeaves:
                   "--folds", "2"])  # fmt: skip
         summary, rows = read(workdir / "r")
         assert {row["fold"] for row in rows} == {"0", "1"}
-        saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
-        assert set(saved["phis"]["transfer-fold1-phi0-eps0.03"]) == {"convolutional", "linear"}
+        assert set(phis_of("r")["transfer-fold1-phi0-eps0.03"]) == {"convolutional", "linear"}
 
     @pytest.mark.parametrize("dataset", ["quadratic", "mnist"])
     def test_without_attack(self, workdir, small_data, dataset):
@@ -132,8 +138,7 @@ class TestWhatARunLeaves:
         assert [row["fold"] for row in summary["grid"]] == [0] * 4
         best = min(summary["grid"], key=lambda row: (row["collapsed"], row["loss"]))
         assert best["chosen"]
-        saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
-        phi = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]
+        phi = phis_of("r")["transfer-fold0-phi0-eps0.1"]["linear"]
         assert phi["settings"]["p"] == best["settings"]["p"]
         printed = capsys.readouterr().out
         for settings in tried:  # each is meta-trained, then the best again, on all of its half
@@ -141,8 +146,7 @@ class TestWhatARunLeaves:
 
     def test_logistic_regression_on_mnist(self, workdir, small_data):
         run.main([*TINY, "--optimizee", "logistic", "--recipe", "robust", "--out", "r"])
-        saved = torch.load(workdir / "r" / "meta_optimizer.pt", weights_only=True)
-        settings = saved["phis"]["transfer-fold0-phi0-eps0.1"]["linear"]["settings"]
+        settings = phis_of("r")["transfer-fold0-phi0-eps0.1"]["linear"]["settings"]
         assert settings["odd"] and settings["theta_input"]
 
 
@@ -153,24 +157,20 @@ class TestResumeAndLoad:
     @pytest.mark.parametrize("where", ["meta-train", "tune", "transfer"])
     def test_resumed_equals_uninterrupted(self, workdir, small_data, monkeypatch, where):
         run.main([*self.arguments[:-1], "whole"])
-        killed = RuntimeError("killed")
-        calls = iter(range(100))
-
-        def kill_at(count, function):
-            def wrapped(*args, **options):
-                if next(calls) == count:
-                    raise killed
-                return function(*args, **options)
-
-            return wrapped
-
         target, name, count = {
             "meta-train": (torch.optim.Adam, "step", 2),
             "tune": (tuning, "validate", 4),
             "transfer": (protocol, "run_method", 5),
         }[where]
+        original, calls = getattr(target, name), itertools.count()
+
+        def killed(*args, **options):
+            if next(calls) == count:
+                raise RuntimeError("killed")
+            return original(*args, **options)
+
         with monkeypatch.context() as patch:
-            patch.setattr(target, name, kill_at(count, getattr(target, name)))
+            patch.setattr(target, name, killed)
             with pytest.raises(RuntimeError, match="killed"):
                 run.main(self.arguments)
         run.main([*self.arguments, "--resume"])
@@ -214,16 +214,15 @@ class TestResumeAndLoad:
         run.main([*LOADING, "--out", "c", "--load", "b/meta_optimizer.pt", "--eps", "0.2"])
         c, _ = read(workdir / "c")
         assert c["title"].endswith("φ from stand-in, fgsm, ε 0.1 · quick miniature")
-        assert (workdir / "c/meta_optimizer.pt").read_bytes() == (
-            workdir / "a/meta_optimizer.pt"
-        ).read_bytes()
+        a, c = ((workdir / out / "meta_optimizer.pt").read_bytes() for out in "ac")
+        assert a == c
 
     def test_load_brings_the_settings_of_its_phi(self, workdir, small_data):
         run.main([*self.arguments[:-1], "a", "--recipe", "robust"])
         run.main([*LOADING, "--out", "b", "--load", "a/meta_optimizer.pt"])
         (_, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
         assert rows_a == rows_b and "recipe robust" in b["title"]
-        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        settings = settings_of("b")
         assert settings["odd"] and settings["read_alpha"] == 1.0
 
     def test_a_phi_brings_its_number_of_tasks(self, workdir, small_data):
@@ -233,24 +232,19 @@ class TestResumeAndLoad:
             cli.parse([*load, "--tasks", "2"])
         loading = ["--dataset", "quadratic", *LOADING, *load]
         run.main([*loading, "--out", "b"])
-        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
-        assert settings["tasks"] == 2
+        assert settings_of("b")["tasks"] == 2
         old = torch.load("a/meta_optimizer.pt", weights_only=True)
         del old["config"]["tasks"]  # as files were before there was a choice
         torch.save(old, "old.pt")
         loading[-1] = "old.pt"
         run.main([*loading, "--out", "c"])
-        settings = json.loads((workdir / "c/config.json").read_text())["settings"]
-        assert settings["tasks"] == 1
+        assert settings_of("c")["tasks"] == 1
 
     def test_load_refuses_what_does_not_fit(self, workdir, small_data):
         run.main(["--dataset", "quadratic", *TINY, "--out", "q"])
         run.main([*self.arguments[:-1], "a"])
         for arguments, words in (
-            (
-                ["--load", "q/meta_optimizer.pt"],
-                "no φ for linear parameters, only for quadratic",
-            ),
+            (["--load", "q/meta_optimizer.pt"], "no φ for linear parameters, only for quadratic"),
             (["--load", "nowhere.pt"], "nowhere.pt does not exist"),
             (["--load", "q/metrics.csv"], "metrics.csv cannot be read"),
             (["--load", "a/meta_optimizer.pt", "--seed", "1"], "give --seed 0"),
@@ -260,19 +254,16 @@ class TestResumeAndLoad:
                 run.main([*LOADING, *arguments, "--out", "x"])
             assert not (workdir / "x").exists()
 
-    @pytest.mark.parametrize(
-        "changed, words",
-        [
+    def test_resume_refuses_other_settings(self, workdir, small_data):
+        arguments = [*TINY, "--dataset", "quadratic", "--out", "r"]
+        run.main(arguments)
+        for changed, words in (
             (["--meta-lr", "0.5"], "meta-lr 0.01, not 0.5"),
             (["--penalty", "0.5"], "penalty 0.0, not 0.5"),
             (["--tasks", "2"], "tasks 1, not 2"),
-        ],
-    )
-    def test_resume_refuses_other_settings(self, workdir, small_data, changed, words):
-        arguments = [*TINY, "--dataset", "quadratic", "--out", "r"]
-        run.main(arguments)
-        with pytest.raises(InputError, match=words):
-            run.main([*arguments, "--resume", *changed])
+        ):
+            with pytest.raises(InputError, match=words):
+                run.main([*arguments, "--resume", *changed])
 
     def test_resume_refuses_other_data(self, workdir, small_data, small_digits, monkeypatch):
         run.main(self.arguments)
@@ -348,7 +339,7 @@ class TestResumeAndLoad:
         (_, rows_a), (b, rows_b) = read(workdir / "a"), read(workdir / "b")
         assert rows_a == rows_b
         assert b["meta_training"].keys() == {"nominal-fold0-phi0-eps0.1"}
-        settings = json.loads((workdir / "b/config.json").read_text())["settings"]
+        settings = settings_of("b")
         assert (settings["curriculum"], settings["episode_steps"]) == ([0, 0], [4])
         assert (settings["episodes"], settings["nominal"], settings["penalty"]) == (3, False, 0)
         assert nominal["linear"]["settings"]["nominal"]
