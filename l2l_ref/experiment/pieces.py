@@ -146,14 +146,15 @@ class Clock:
         self.cost[piece.kind] = self.cost.get(piece.kind, 0) + piece.cost
 
     def tell(self, pending: list[Piece], say: Callable[[str], None]) -> None:
-        """Say how far the run is, whenever that is `SAY_EVERY` more."""
+        """Say how far the run is, whenever that is `SAY_EVERY` more; nothing yet where all that was
+        counted here cost nothing."""
         done = 1 - sum(piece.cost for piece in pending) / self.total
-        if done >= self.said + SAY_EVERY and pending:
+        if done >= self.said + SAY_EVERY and pending and any(self.cost.values()):
             self.said = done
             say(f"{done:.0%} of the run, {duration(self.left(pending))} left")
 
     def left(self, pending: list[Piece]) -> float:
         """Seconds; a kind that has not been met yet is as fast as the others together."""
-        rates = {kind: self.seconds[kind] / self.cost[kind] for kind in self.cost}
+        rates = {kind: self.seconds[kind] / cost for kind, cost in self.cost.items() if cost}
         average = sum(self.seconds.values()) / sum(self.cost.values())
         return sum(p.cost * rates.get(p.kind, average) for p in pending) / self.world

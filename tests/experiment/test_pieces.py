@@ -231,6 +231,16 @@ class TestClock:
         assert said == ["6% of the run, 16 min left", "12% of the run, 15 min left",
                         "50% of the run, 8 min left", "99% of the run, 10 s left"]  # fmt: skip
 
+    def test_pieces_that_cost_nothing_tell_nothing(self):
+        """Others may have done all that costs something."""
+        said, clock = [], Clock([self.a, self.b], world=2)
+        clock.count(Piece("free", None, "free", 0.0), 0.1)
+        clock.tell([self.a], said.append)
+        assert said == []
+        clock.count(self.b, 5.0)
+        clock.tell([self.a], said.append)
+        assert said == ["71% of the run, 1 s left"]
+
     @pytest.mark.parametrize(
         "seconds, text",
         [(0.4, "0 s"), (99.4, "99 s"), (100, "2 min"), (3569, "59 min"), (3590, "1 h 00 min"),
