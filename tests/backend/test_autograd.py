@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,3 +268,18 @@ class TestMemory:
             for _ in range(30):
                 run(fused, case, given)
             assert in_use() - before < 30_000  # a φ alone is 21 kB a call
+
+    @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+    def test_a_thousand_steps_do_not_grow_the_process(self, fused):
+        case = Case(5000, 2, 20)
+        inputs = take(case, STEP, torch.float32)
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1])
+
+        for _ in range(10):
+            fused.theta_step_(*inputs, **case.form)
+        before = resident()
+        for _ in range(1000):
+            fused.theta_step_(*inputs, **case.form)
+        assert resident() - before < 250  # pages of 4 kB
