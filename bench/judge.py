@@ -15,7 +15,7 @@ from bench.measure import count, machine, write_json
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import report
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import Config, as_saved
+from l2l_ref.experiment.config import Config, as_saved, tuples
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.phis import load_phis
 from l2l_ref.experiment.progress import progress
@@ -41,8 +41,7 @@ def settings_of(options: Any) -> Config:
     try:
         saved = as_saved(json.loads((options.folder / "config.json").read_text())["settings"])
         grid = {name: tuple(values) for name, values in saved.pop("grid").items()}
-        plain = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-        config = Config(**plain, grid=grid)
+        config = Config(**tuples(saved), grid=grid)
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{options.folder} holds no run of this version: name the folder of one"

@@ -13,6 +13,7 @@ from l2l_ref.experiment.config import (
     grid_points,
     names_of,
     require,
+    tuples,
     with_grid,
 )
 from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT
@@ -64,7 +65,7 @@ def parse(arguments: list[str]) -> Config:
     if clash:
         names = ", ".join("--" + name.replace("_", "-") for name in clash)
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given = tuples(given)
     if "grid" in given:
         axes = [(name.replace("-", "_"), values) for name, values in given["grid"]]
         given["grid"] = dict(axes)
@@ -80,7 +81,8 @@ def run_as_script(
 ) -> None:
     """Run `main` on the command line; an InputError is one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # φ and ε on a terminal that has no Greek
+        # φ and ε on a terminal that has no Greek
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -242,6 +242,11 @@ BEFORE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with tuples, as `Config` has them, for the lists of argparse and JSON."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+
+
 def as_saved(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a config.json or a φ file, those that came later filled in."""
     return {**BEFORE, "episode_steps": [settings.get("steps")], **settings}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, as_saved, names_of
+from l2l_ref.experiment.config import Config, as_saved, names_of, tuples
 from l2l_ref.experiment.folder import describe
 from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.trial import CLEAN, NOMINAL, UNDER_ATTACK
@@ -110,7 +110,5 @@ def load_phis(path: Path, setting: Setting) -> tuple[Setting, dict[str, nn.Modul
         phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     settings = {name: as_saved(before)[name] for name in names_of("φ")}
-    for name in ("curriculum", "episode_steps"):
-        settings[name] = tuple(settings[name])
-    config = replace(c, **settings)
+    config = replace(c, **tuples(settings))
     return replace(setting, config=config, origin=origin, given_up=given_up), phis
