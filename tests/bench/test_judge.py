@@ -7,6 +7,7 @@ from conftest import LOADING, TINY
 
 import run
 from bench import judge, unseen
+from l2l_ref import evaluate
 from l2l_ref.errors import InputError
 
 
@@ -16,13 +17,23 @@ def finished(workdir, small_data, few_candidates):
     return workdir / "r"
 
 
-def test_the_same_models_and_more_steps(finished, capsys):
+def test_the_same_models_and_more_steps(finished, capsys, monkeypatch):
+    judged, robust_accuracy = set(), evaluate.robust_accuracy
+
+    def spy(model, images, attack, restarts=1):
+        several = [attack] if callable(attack) else attack
+        judged.update(("steps" in a.keywords and a.keywords["steps"], restarts, len(images))
+                      for a in several if hasattr(a, "keywords"))  # fmt: skip
+        return robust_accuracy(model, images, attack, restarts=restarts)
+
+    monkeypatch.setattr(evaluate, "robust_accuracy", spy)
     before = json.loads((finished / "summary.json").read_text())["table"]
     stronger = ["--steps", "7", "--restarts", "2", "--samples", "30"]
     judge.main(["r", "L2L", "Adam + L1", *stronger])
     assert "PGD-7 acc." in capsys.readouterr().out
     found = json.loads((finished / "judge.json").read_text())
     assert found["loss_difference"] == 0
+    assert judged == {(7, 2, 30), (False, 1, 30)}  # PGD on both losses, and FGSM
     assert sorted(row["method"] for row in found["table"]) == ["Adam + L1", "L2L"]
     losses = {row["method"]: row["pgd_loss"] for row in before}
     for row in found["table"]:

@@ -3,6 +3,9 @@
 import math
 from dataclasses import replace
 
+import pytest
+
+from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES
 
@@ -66,3 +69,11 @@ def test_what_is_given_beats_quick():
 
 def test_fractions():
     assert cli.parse(["--eps", "8/255", "0.5"]).eps == (8 / 255, 0.5)
+
+
+def test_switches_without_an_opposite():
+    given = cli.parse(["--no-graphs", "--no-nominal", "--quick"])
+    assert not given.graphs and not given.nominal and given.quick
+    for flag in ("--no-quick", "--no-resume", "--no-strict-data"):
+        with pytest.raises(InputError, match=f"unrecognized arguments: {flag}"):
+            cli.parse([flag])
