@@ -1,4 +1,4 @@
-"""What every peer is given and is, and what those made of PyTorch's LSTM modules need of it.
+"""What every peer is given and is, and the memory that it may take.
 
 Shapes as in `l2l_ref.equations`: N coordinates, T steps, H units, L layers, F inputs, M = N, or 2N
 in the odd form.
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench.measure import CPU, free_bytes
+from bench import measure
+from bench.measure import CPU
 from l2l_ref import equations
-from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
 from l2l_ref.meta_optimizer import MetaOptimizer
 
 STEP_BYTES = 1600  # that a step in plain PyTorch may take for each column of the state
@@ -90,32 +90,6 @@ def make_case(
     return Case(meta, meta.phi().detach(), theta, gradients, cotangents, state, thetas)
 
 
-def inputs(case: Case, theta: Tensor | None, gradient: Tensor) -> Tensor:
-    """What φ reads, batch first: θ and gradient [..., N] -> [..., M, F]."""
-    x = preprocess(gradient, case.meta.form["p"])  # [2, ..., N]
-    if case.meta.form["theta_input"]:
-        seen = (THETA_SCALE * theta).clamp(-THETA_CLAMP, THETA_CLAMP)
-        x = torch.cat((x, seen[None]))
-    if case.meta.form["odd"]:
-        x = torch.cat((x, torch.cat((x[:1], -x[1:]))), dim=-1)
-    return x.movedim(0, -1).contiguous()
-
-
-def head(case: Case, h: Tensor) -> Tensor:
-    """The updates that follow from the top layer's h: [..., M, H] -> [..., N]."""
-    out = case.meta.head(h).squeeze(-1)
-    if case.meta.form["odd"]:
-        plus, minus = out.chunk(2, dim=-1)
-        out = plus - minus
-    return case.meta.form["output_scale"] * out
-
-
-def lstm_state(case: Case) -> tuple[Tensor, Tensor]:
-    """The state as `nn.LSTM` wants it: h and c, [L, M, H] each."""
-    h, c = case.state.transpose(2, 3).unbind(1)
-    return h.contiguous(), c.contiguous()
-
-
 def flops(meta: MetaOptimizer) -> int:
     """Floating-point operations of the matrix products of one update of one coordinate."""
     h, width = meta.hidden_size, meta.lstm.input_size
@@ -128,17 +102,16 @@ def ns(case: Case) -> float:
     return 1e9 / case.gradients.numel()
 
 
-def overfills(needed: float, device: torch.device) -> bool:
-    """Whether so many bytes are more than a peer may take of what is free."""
-    return needed > SHARE * free_bytes(device)
+def need(needed: float, device: torch.device, share: float = 1.0) -> None:
+    """Raise Unavailable where so many bytes are more than this share of what is free."""
+    free = measure.free_bytes(device)
+    if needed > share * free:
+        raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
 
 
 def must_fit(case: Case) -> None:
     """Raise Unavailable where a step on all coordinates at once would overfill memory."""
-    needed, device = STEP_BYTES * case.state.shape[-1], case.theta.device
-    if overfills(needed, device):
-        free = free_bytes(device) / 1e9
-        raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free:.0f} GB are free")
+    need(STEP_BYTES * case.state.shape[-1], case.theta.device, SHARE)
 
 
 def step_with(theta_step_: Callable, case: Case) -> Peer:

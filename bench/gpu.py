@@ -8,7 +8,6 @@ FLOP    the matrix products of an update, three times as many for a meta-gradien
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from bench import measure
 from bench.case import Case, Peer, Unavailable, flops, ns, step_with
-from bench.measure import Gpu, clock, free_bytes, summary
+from bench.measure import clock, free_bytes, summary
 from l2l_ref.backend import operators, use_tensor_cores
 
 NOMINAL = {"NVIDIA H200": 4.8e12}  # bytes a second, by the vendor's data sheet; start of the name
@@ -24,16 +23,6 @@ LANES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}  # float32,
 PASSES = {"step": 1, "meta_gradient": 3}  # matrix products, in those of an update
 COPIED = 2 << 30  # bytes of the copy that tells the bandwidth: far beyond any L2 cache
 GRAPH_MOST = 1_000_000  # coordinates; beyond, a launch takes no time beside the step
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a GPU can do: bytes a second, measured and nominal, and FLOP a second; None: unknown."""
-
-    measured: float
-    nominal: float | None
-    flops: float | None
-    formula: str
 
 
 def traffic(operator: str, case: Case) -> int:
@@ -47,19 +36,23 @@ def traffic(operator: str, case: Case) -> int:
     return len(case.gradients) * (2 * (case.theta.nbytes + case.state.nbytes) + gradient + once)
 
 
-def ceilings(gpu: Gpu, measured: float) -> Ceilings:
-    """The ceilings of a GPU whose copies moved `measured` bytes a second."""
-    nominal = [rate for name, rate in NOMINAL.items() if gpu.name.startswith(name)]
-    lanes, rate = LANES.get(gpu.capability, 128), None
-    clock_rate = "unknown clock"
-    if gpu.max_mhz:
-        rate = gpu.multiprocessors * lanes * 2 * gpu.max_mhz * 1e6
-        clock_rate = f"{gpu.max_mhz / 1e3:g} GHz"
-    formula = f"{gpu.multiprocessors} multiprocessors × {lanes} lanes × 2 × {clock_rate}"
-    return Ceilings(measured, nominal[0] if nominal else None, rate, formula)
+def ceilings(gpu: dict[str, Any], measured: float) -> dict[str, Any]:
+    """What a GPU can do whose copies moved `measured` bytes a second.
+
+    Returns:
+        "measured" and "nominal": bytes a second; "flops": FLOP a second, and its "formula". None:
+        unknown.
+    """
+    nominal = [rate for name, rate in NOMINAL.items() if gpu["name"].startswith(name)]
+    lanes, mhz = LANES.get(gpu["capability"], 128), gpu["max_mhz"]
+    rate = gpu["multiprocessors"] * lanes * 2 * mhz * 1e6 if mhz else None
+    clock_rate = f"{mhz / 1e3:g} GHz" if mhz else "unknown clock"
+    formula = f"{gpu['multiprocessors']} multiprocessors × {lanes} lanes × 2 × {clock_rate}"
+    nominal = nominal[0] if nominal else None
+    return {"measured": measured, "nominal": nominal, "flops": rate, "formula": formula}
 
 
-def ceilings_of(device: torch.device, rounds: int = 9) -> Ceilings | None:
+def ceilings_of(device: torch.device, rounds: int = 9) -> dict[str, Any] | None:
     """The ceilings of a device, where bytes a second, read and written, are those of a large copy,
     the median; None for a CPU."""
     if measure.kind(device) == "cpu":
@@ -71,7 +64,7 @@ def ceilings_of(device: torch.device, rounds: int = 9) -> Ceilings | None:
     return ceilings(measure.about(device), 2 * source.nbytes / summary(samples[1:])["median"])
 
 
-def floors(operator: str, case: Case, limits: Ceilings) -> dict[str, Any]:
+def floors(operator: str, case: Case, limits: dict[str, Any]) -> dict[str, Any]:
     """The floors of an operator for a case.
 
     Returns:
@@ -80,24 +73,21 @@ def floors(operator: str, case: Case, limits: Ceilings) -> dict[str, Any]:
     """
     moved = traffic(operator, case)
     computed = PASSES[operator] * flops(case.meta) * case.gradients.numel()
-    amounts = {
-        "measured": (moved, limits.measured),
-        "nominal": (moved, limits.nominal),
-        "flops": (computed, limits.flops),
-    }
+    amounts = {"measured": moved, "nominal": moved, "flops": computed}
     times = {
-        name: ns(case) * amount / rate if rate else None for name, (amount, rate) in amounts.items()
+        name: ns(case) * amount / limits[name] if limits[name] else None
+        for name, amount in amounts.items()
     }
     floor = max(times["measured"], times["flops"] or 0.0)
     return {"bytes": moved, "flops": computed, "ns": times, "floor": floor}
 
 
-def title(limits: Ceilings) -> str:
+def title(limits: dict[str, Any]) -> str:
     """What the floors are over, in a line."""
-    rate = f"{limits.flops / 1e12:.3g} TFLOP/s" if limits.flops else "an unknown rate"
-    nominal = f", nominally {limits.nominal / 1e12:.3g}" if limits.nominal else ""
-    return (f"floors: bytes over {limits.measured / 1e12:.3g} TB/s (a copy, measured){nominal}; "
-            f"FLOP over {rate} = {limits.formula}")  # fmt: skip
+    rate = f"{limits['flops'] / 1e12:.3g} TFLOP/s" if limits["flops"] else "an unknown rate"
+    nominal = f", nominally {limits['nominal'] / 1e12:.3g}" if limits["nominal"] else ""
+    return (f"floors: bytes over {limits['measured'] / 1e12:.3g} TB/s (a copy, measured){nominal}; "
+            f"FLOP over {rate} = {limits['formula']}")  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -106,10 +96,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{head}{'bytes/measured':>16}{'bytes/nominal':>15}{'FLOP/rate':>11}  of the larger"]
     for row in (row for row in rows if "floors" in row):
         found, steps = row["floors"], row["n"] * row["unroll"]
-        times = (("measured", 16), ("nominal", 15), ("flops", 11))
         cells = "".join(
-            f"{'–':>{width}}" if found["ns"][name] is None else f"{found['ns'][name]:>{width}.3f}"
-            for name, width in times
+            f"{'–' if found['ns'][name] is None else format(found['ns'][name], '.3f'):>{width}}"
+            for name, width in (("measured", 16), ("nominal", 15), ("flops", 11))
         )
         shares = ", ".join(f"{name} {share:.0%}" for name, share in found["reached"].items())
         lines.append(f"{row['operator']:<14}{row['n']:>10}{row['unroll']:>4}"

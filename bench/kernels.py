@@ -51,7 +51,7 @@ def cases(options: Any) -> Iterator[Case]:
         for n in options.sizes:
             yield make_case(n, options.unroll, device=options.device)
         return
-    for odd, theta_input in product((False, True), (False, True)):
+    for odd, theta_input in product((False, True), repeat=2):
         common = {"device": options.device, "odd": odd, "theta_input": theta_input}
         for n in SMALL:
             yield make_case(n, 3, **common)
@@ -64,23 +64,19 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
     """One of OPERATORS, to be called on copies of what it changes; returns all that it wrote."""
     ours, form = operators(backend, case.state), case.meta.form
     theta, state, gradient = case.theta.clone(), case.state.clone(), case.gradients[0]
+    if operator == "meta_gradient":
+        data = (case.gradients, state, case.cotangents, case.phi, case.thetas)
+        return lambda: (ours.unroll_meta_gradient(*data, **form),)
+    if operator == "differentiable_step":
+        inputs = [x.clone().requires_grad_() for x in (theta, gradient, state, case.phi)]
+        ones = [torch.ones_like(theta), torch.ones_like(state)]
+        return lambda: torch.autograd.grad(ours.theta_step(*inputs, **form), inputs, ones)
 
     def step() -> tuple[Tensor, ...]:
         ours.theta_step_(theta, gradient, state, case.phi, **form)
         return theta, state
 
-    def meta_gradient() -> tuple[Tensor, ...]:
-        data = (case.gradients, state, case.cotangents, case.phi, case.thetas)
-        return (ours.unroll_meta_gradient(*data, **form),)
-
-    inputs = [x.clone().requires_grad_() for x in (theta, gradient, state, case.phi)]
-    cotangents = [torch.ones_like(theta), torch.ones_like(state)]
-
-    def differentiable_step() -> tuple[Tensor, ...]:
-        outputs = ours.theta_step(*inputs, **form)
-        return torch.autograd.grad(outputs, inputs, cotangents)
-
-    return {f.__name__: f for f in (step, meta_gradient, differentiable_step)}[operator]
+    return step
 
 
 @contextmanager
@@ -107,11 +103,10 @@ def watched(options: Any) -> Iterator[None]:
 
 def main(arguments: list[str]) -> None:
     """Parse and run: twice, of which the second time is watched; every form once."""
-    options = parse(arguments)
-    operators = options.operators or (OPERATORS if options.every_form else OPERATORS[:2])
-    done = 0
+    options, done = parse(arguments), 0
+    chosen = options.operators or (OPERATORS if options.every_form else OPERATORS[:2])
     for case in cases(options):
-        calls = {name: prepared(name, case, options.backend) for name in operators}
+        calls = {name: prepared(name, case, options.backend) for name in chosen}
         for name, call in calls.items():
             if not all(result.cpu().isfinite().all() for result in call()):
                 raise AssertionError(f"{name} of {len(case.theta)} coordinates is not finite")
@@ -120,7 +115,7 @@ def main(arguments: list[str]) -> None:
             with watched(options):
                 for call in calls.values():
                     call()
-    print(f"{done} cases of {', '.join(operators)} on {options.device}")
+    print(f"{done} cases of {', '.join(chosen)} on {options.device}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import random
 import shlex
 import statistics
 import subprocess
-import time
+import timeit
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from l2l_ref.experiment.machine import processor
 from l2l_ref.files import replace_with
 
 CPU = torch.device("cpu")
-ASKED = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit")  # of nvidia-smi
+ASKED = {"driver": "driver_version", "max_mhz": "clocks.max.sm", "mhz": "clocks.sm",
+         "watts": "power.limit"}  # what nvidia-smi calls them  # fmt: skip
 SAMPLE = 0.005  # seconds that one sample lasts at least
 WARM = 0.1  # a run shorter than this is repeated once, unclocked, before each sample
+ROUNDS = (3, 15)  # at least, at most
 
 # ------------------------------------------------------------------------------------- options
 
@@ -109,10 +110,7 @@ def clock(run: Callable[[], Any], calls: int, device: torch.device = CPU) -> flo
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / calls
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
+    return timeit.timeit(run, number=calls) / calls
 
 
 def free_bytes(device: torch.device) -> float:
@@ -121,12 +119,15 @@ def free_bytes(device: torch.device) -> float:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + kept)
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass  # not Linux
-    return float("inf")
+        return float(said_by_linux("meminfo", "MemAvailable"))
+    except (OSError, StopIteration):  # another system
+        return float("inf")
+
+
+def said_by_linux(file: str, key: str) -> int:
+    """Bytes behind `key` in a file of /proc."""
+    lines = Path("/proc", file).read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def give_back(device: torch.device) -> None:
@@ -136,64 +137,44 @@ def give_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a GPU and its driver say of themselves; None where they do not.
+def about(device: torch.device) -> dict[str, Any] | None:
+    """What a GPU and its driver say of it; None for a CPU.
 
-    Attributes:
-        capability: (major, minor).
-        max_mhz, mhz: clock of the multiprocessors, the highest and that of the moment.
-        watts: the limit on its power.
+    `max_mhz` and `mhz` are the clock of the multiprocessors, the highest and that of the moment,
+    `watts` is the limit on its power. What they do not say is None.
     """
-
-    name: str
-    capability: tuple[int, int]
-    multiprocessors: int
-    memory_bytes: int
-    l2_bytes: int
-    driver: str | None = None
-    max_mhz: float | None = None
-    mhz: float | None = None
-    watts: float | None = None
-    cuda: str | None = torch.version.cuda
-
-
-def about(device: torch.device) -> Gpu | None:
-    """What a GPU is; None for a CPU."""
     if kind(device) == "cpu":
         return None
     found = torch.cuda.get_device_properties(device)
     told = ask_driver(f"GPU-{found.uuid}")
-    kilohertz = getattr(found, "clock_rate", 0)
-    return Gpu(
-        name=found.name,
-        capability=(found.major, found.minor),
-        multiprocessors=found.multi_processor_count,
-        memory_bytes=found.total_memory,
-        l2_bytes=found.L2_cache_size,
-        driver=told["driver_version"],
-        max_mhz=number(told["clocks.max.sm"]) or kilohertz / 1e3 or None,
-        mhz=number(told["clocks.sm"]),
-        watts=number(told["power.limit"]),
-    )
+    told["max_mhz"] = told["max_mhz"] or getattr(found, "clock_rate", 0) / 1e3 or None
+    return {
+        "name": found.name,
+        "capability": (found.major, found.minor),
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        **told,
+        "cuda": torch.version.cuda,
+    }
 
 
-def ask_driver(identity: str) -> dict[str, str | None]:
-    """ASKED -> what nvidia-smi says of the GPU `identity`; None for all where it says nothing."""
-    query = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(ASKED)}"]
+def ask_driver(identity: str) -> dict[str, Any]:
+    """Each of ASKED, as nvidia-smi says it of the GPU `identity`; None where it does not."""
+    query = ["nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(ASKED.values())}"]
     command = [*query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-        return dict(zip(ASKED, values, strict=True))
+        driver, *numbers = (value.strip() for value in done.stdout.splitlines()[0].split(","))
+        return dict(zip(ASKED, (driver, *map(number, numbers)), strict=True))
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return dict.fromkeys(ASKED)
 
 
-def number(text: str | None) -> float | None:
+def number(text: str) -> float | None:
     """A number of nvidia-smi, which says "[N/A]" where it has none."""
     try:
-        return float(text or "")
+        return float(text)
     except ValueError:
         return None
 
@@ -202,18 +183,13 @@ def number(text: str | None) -> float | None:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]],
-    seconds: float,
-    least: int = 3,
-    most: int = 15,
-    device: torch.device = CPU,
+    runs: dict[str, Callable[[], Any]], seconds: float, device: torch.device = CPU
 ) -> dict[str, list[float]]:
     """Clock `runs` in turn, each once a round, in an order drawn anew for each round.
 
     Args:
         runs: name -> what to clock; each has been called before, so that it is warm.
         seconds: the rounds together take about this long.
-        least, most: bounds on the number of rounds.
         device: where they run.
 
     Returns:
@@ -223,6 +199,7 @@ def interleave(
     first = {name: clock(run, 1, device) for name, run in runs.items()}
     calls = {name: max(1, math.ceil(SAMPLE / max(t, 1e-9))) for name, t in first.items()}
     round_time = sum(t * (calls[name] + (t < WARM)) for name, t in first.items())
+    least, most = ROUNDS
     rounds = min(most, max(least, int(seconds / round_time)))
     order, samples = list(runs), {name: [] for name in runs}
     if round_time * rounds > seconds > 0:  # long runs: what told how long they are is a round too
@@ -266,7 +243,7 @@ def machine(
         "torch": torch.__version__,
         "backend": ours,
         "build": build_info() if ours == "fused" else None,
-        **({"gpu": asdict(gpu)} if gpu else {}),
+        **({"gpu": gpu} if gpu else {}),
         "command": command(script, arguments),
     }
 

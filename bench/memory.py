@@ -1,14 +1,12 @@
 """Peak memory of one peer: what it takes beyond what it is given.
 
-A CPU's is measured in a process of its own: as a script this prints JSON, and `peak_extra` starts
-it. The peer has run once before, so that libraries are loaded and graphs compiled.
+The peer has run once before, so that libraries are loaded and graphs compiled.
 """
 
 import ctypes
 import gc
-import json
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import torch
 
 from bench import measure, peers
 from bench.case import Unavailable, make_case
-from bench.measure import CPU
+from bench.measure import CPU, said_by_linux
 
 
 def peak_extra(request: dict[str, Any], device: torch.device = CPU) -> dict[str, Any]:
-    """Bytes that a peer takes at its peak, of a CPU's in a new process.
+    """Bytes that a peer takes at its peak, of a CPU's in a new process, on one thread.
 
     Args:
         request: "name" of the peer, "operator", "n", "steps", "backend", and "form": `odd` and
@@ -31,41 +29,33 @@ def peak_extra(request: dict[str, Any], device: torch.device = CPU) -> dict[str,
     """
     if measure.kind(device) == "cuda":  # its allocator knows the peak
         return measured(request, device)
-    command = [sys.executable, "-m", "bench.memory", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        return {"unavailable": f"exit code {done.returncode}: {lines[-1]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    fresh = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
+    with ProcessPoolExecutor(1, **fresh, initargs=(1,)) as pool:
+        try:
+            return pool.submit(measured, request).result()
+        except Exception as error:  # whatever ended the process
+            return {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def measured(request: dict[str, Any], device: torch.device = CPU) -> dict[str, Any]:
     """What `peak_extra` returns, of this process."""
-    on_gpu = measure.kind(device) == "cuda"
-    size = "peak of PyTorch's allocator" if on_gpu else "peak resident size"
     case = make_case(request["n"], request["steps"], device=device, **request["form"])
     try:
         table = peers.builders(request["operator"], request["backend"], device=device)
         peer = table[request["name"]](case)
         peer.run()
-        if on_gpu:
-            before = torch.cuda.memory_allocated(device)
+        if measure.kind(device) == "cuda":
+            size, before = "peak of PyTorch's allocator", torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             peer.run()
             extra = torch.cuda.max_memory_allocated(device) - before
         else:
-            before = forget_peak()
+            size, before = "peak resident size", forget_peak()
             peer.run()
-            extra = max(0, status("VmHWM") - before)
+            extra = max(0, said_by_linux("self/status", "VmHWM") - before)
     except (Unavailable, torch.OutOfMemoryError) as error:
         return {"unavailable": str(error).splitlines()[0]}
     return {"bytes": extra, "method": f"{size} of a warm run"}
-
-
-def status(key: str) -> int:
-    """Bytes behind `key` in what Linux says of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def forget_peak() -> int:
@@ -84,9 +74,4 @@ def forget_peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         raise Unavailable("this system does not forget the peak of a process") from None
-    return status("VmRSS")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measured(json.loads(sys.argv[1]))))
+    return said_by_linux("self/status", "VmRSS")

@@ -10,7 +10,6 @@ second table has the floors of `bench/gpu.py` and the share of the larger one in
 """
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,16 +22,19 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 
+CORES = os.cpu_count() or 1
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
 SHORT = {"nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
          GRAPH: "graph", TENSOR: "tensor", ADAM: "Adam"}  # fmt: skip
 COLUMNS = {"cpu": ("nn.LSTM", "torch.compile", "reference", FLOOR)}
 COLUMNS["cuda"] = (GRAPH, TENSOR, *COLUMNS["cpu"], ADAM, COPY)
-SIZES = {"cpu": [1000, 10_000, 16_384, 100_000, 1_000_000],
-         "cuda": [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]}  # fmt: skip
-UNROLLS = {"cpu": dict.fromkeys(peers.OPERATORS, [1, 20]),
-           "cuda": {"step": [1], "meta_gradient": [20]}}  # fmt: skip
-MOST = {"cpu": 2_000_000, "cuda": 100_000_000}
+DEFAULTS = {
+    "cpu": {"sizes": [1000, 10_000, 16_384, 100_000, 1_000_000], "most": 2_000_000,
+            "unroll": [1, 20], "threads": [k for k in (1, 2) if k <= CORES]},
+    "cuda": {"sizes": [10**k for k in range(4, 9)], "most": 100_000_000,
+             "unroll": {"step": [1], "meta_gradient": [20]}, "threads": [1]},
+}  # fmt: skip
+QUICK = {"sizes": [256, 1000], "unroll": [1, 3]}
 
 
 def parse(arguments: list[str]) -> Any:
@@ -54,16 +56,14 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--no-memory", action="store_true", help="do not measure memory")
     measure.add_clock(top, 0.1 if quick else 10.0, "row")
     options = measure.parse(top, arguments)
-    kind, cores = measure.kind(options.device), os.cpu_count() or 1
-    for name in ("sizes", "unroll", "threads"):
-        setattr(options, name, sorted(set(getattr(options, name) or ())))
-    options.sizes = options.sizes or ([256, 1000] if quick else SIZES[kind])
-    steps = options.unroll or ([1, 3] if quick else None)
-    options.unroll = dict.fromkeys(peers.OPERATORS, steps) if steps else UNROLLS[kind]
-    options.most = options.most or MOST[kind]
-    options.threads = options.threads or [k for k in (1, 2) if k <= cores and kind == "cpu"] or [1]
-    if max(options.threads) > cores:
-        raise InputError(f"--threads {max(options.threads)} is more than the {cores} cores here")
+    defaults = DEFAULTS[measure.kind(options.device)] | (QUICK if quick else {})
+    for name, default in defaults.items():
+        given = getattr(options, name)
+        setattr(options, name, sorted(set(given)) if isinstance(given, list) else given or default)
+    if isinstance(options.unroll, list):
+        options.unroll = dict.fromkeys(peers.OPERATORS, options.unroll)
+    if max(options.threads) > CORES:
+        raise InputError(f"--threads {max(options.threads)} is more than the {CORES} cores here")
     options.form = {"odd": options.odd, "theta_input": options.theta_input}
     return options
 
@@ -77,27 +77,23 @@ def builders(operator: str, options: Any) -> dict[str, Any]:
 def ready(operator: str, case: Any, options: Any) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that run here, each checked against the reference, and why the others do not."""
     table = builders(operator, options)
-    order = list(table)
-    if operator == "meta_gradient":  # the reference says what the others must return
-        order.sort(key=lambda name: name != "reference")
     built, unavailable, expected = {}, {}, None
-    for name in order:
+    for name in sorted(table, key=lambda name: name != "reference"):  # it says what is right
         try:
             peer = table[name](case)
-            if name == "reference" and operator == "meta_gradient":
+            if operator == "meta_gradient" and name == "reference":
                 expected = peer.run()
             elif operator == "meta_gradient" and expected is None:
                 raise Unavailable("not checked, for the reference does not run here")
             else:
                 peers.check(operator, case, name, peer, expected)
+            built[name] = peer
         except Unavailable as error:
             unavailable[name] = str(error)
         except RuntimeError as error:
             if name == OURS and not isinstance(error, torch.OutOfMemoryError):
                 raise
             unavailable[name] = reason(error)
-        else:
-            built[name] = peer
     return {name: built[name] for name in table if name in built}, unavailable
 
 
@@ -108,7 +104,7 @@ def reason(error: RuntimeError) -> str:
 
 
 def measured(
-    operator: str, n: int, steps: int, threads: int, options: Any, limits: gpu.Ceilings | None
+    operator: str, n: int, steps: int, threads: int, options: Any, limits: dict | None
 ) -> dict[str, Any]:
     """One row: check every peer against the reference, then clock them all.
 
@@ -167,18 +163,14 @@ def line(row: dict[str, Any], columns: tuple[str, ...]) -> str:
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Time of ours on the fewest threads over that on each other number of threads."""
-    fewest, keys = min(row["threads"] for row in rows), ("operator", "n", "unroll")
-    ours = [row for row in rows if OURS in row["peers"]]
-    base = {tuple(row[k] for k in keys): row["peers"][OURS]["median"]
-            for row in ours if row["threads"] == fewest}  # fmt: skip
-    result = []
-    for row in ours:
-        one = base.get(tuple(row[k] for k in keys))
-        if one and row["threads"] != fewest:
-            ratio = one / row["peers"][OURS]["median"]
-            result.append({**{k: row[k] for k in keys}, "threads": row["threads"],
-                           "over": fewest, "speedup": ratio})  # fmt: skip
-    return result
+    keys, base, found = ("operator", "n", "unroll"), {}, []
+    for row in (row for row in rows if OURS in row["peers"]):  # the fewest threads come first
+        case, ours = {key: row[key] for key in keys}, row["peers"][OURS]["median"]
+        fewest, one = base.setdefault(tuple(case.values()), (row["threads"], ours))
+        if row["threads"] > fewest:
+            case |= {"threads": row["threads"], "over": fewest, "speedup": one / ours}
+            found.append(case)
+    return found
 
 
 def peak_memory(options: Any) -> dict[str, Any]:
@@ -209,7 +201,7 @@ def main(arguments: list[str]) -> None:
     report |= {"threads": options.threads, "phi": meta.settings,
                "flops_per_coordinate_step": flops(meta)}  # fmt: skip
     if limits:
-        report["ceilings"] = asdict(limits)
+        report["ceilings"] = limits
     report |= {"rows": [], "speedups": [], "memory": None}
     columns = COLUMNS[measure.kind(options.device)]
     print(f"{measure.where(report)}, {flops(meta)} operations a coordinate-step\n\n"

@@ -10,27 +10,18 @@ The YARDSTICKS do something else, whose time tells how much theirs is.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench import gpu, measure
-from bench.case import (
-    Case,
-    Peer,
-    Unavailable,
-    flops,
-    head,
-    inputs,
-    lstm_state,
-    must_fit,
-    ns,
-    overfills,
-    step_with,
-)
+from bench.case import SHARE, Case, Peer, Unavailable, flops, must_fit, ns, step_with
 from bench.measure import CPU
 from l2l_ref import equations
 from l2l_ref.backend import operators
+from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
 
 OPERATORS = ("step", "meta_gradient")
 OURS, FLOOR = "ours", "sgemm floor"
@@ -116,6 +107,32 @@ def floor(case: Case, factor: int) -> Peer:
     return Peer(lambda: torch.mm(a, b, out=out), scale, f"{operations} operations")
 
 
+def inputs(case: Case, theta: Tensor | None, gradient: Tensor) -> Tensor:
+    """What φ reads, batch first: θ and gradient [..., N] -> [..., M, F]."""
+    x = preprocess(gradient, case.meta.form["p"])  # [2, ..., N]
+    if case.meta.form["theta_input"]:
+        seen = (THETA_SCALE * theta).clamp(-THETA_CLAMP, THETA_CLAMP)
+        x = torch.cat((x, seen[None]))
+    if case.meta.form["odd"]:
+        x = torch.cat((x, torch.cat((x[:1], -x[1:]))), dim=-1)
+    return x.movedim(0, -1).contiguous()
+
+
+def head(case: Case, h: Tensor) -> Tensor:
+    """The updates that follow from the top layer's h: [..., M, H] -> [..., N]."""
+    out = case.meta.head(h).squeeze(-1)
+    if case.meta.form["odd"]:
+        plus, minus = out.chunk(2, dim=-1)
+        out = plus - minus
+    return case.meta.form["output_scale"] * out
+
+
+def lstm_state(case: Case) -> tuple[Tensor, Tensor]:
+    """The state as `nn.LSTM` wants it: h and c, [L, M, H] each."""
+    h, c = case.state.transpose(2, 3).unbind(1)
+    return h.contiguous(), c.contiguous()
+
+
 def step_lstm(case: Case) -> Peer:
     """`nn.LSTM` over sequences of one step, with the coordinates as batch."""
     must_fit(case)
@@ -176,13 +193,9 @@ def meta_gradient_compiled(case: Case) -> Peer:
     compile for T = 20, and then runs no faster."""
     update = fresh_compile(equations.update)
 
-    def unroll(gradients: Tensor, state: Tensor, phi: Tensor, thetas: Tensor | None, **form):
-        updates = []
-        for t, gradient in enumerate(gradients):
-            theta = None if thetas is None else thetas[t]
-            u, state = update(theta, gradient, state, phi, **form)
-            updates.append(u)
-        return torch.stack(updates), state
+    def unroll(*data: Tensor | None, **form) -> tuple[Tensor, Tensor]:
+        with patch.object(equations, "update", update):
+            return equations.unroll(*data, **form)
 
     peer = meta_gradient_autograd(unroll, case, "one step a graph")
     attempt(peer.run)
@@ -191,16 +204,16 @@ def meta_gradient_compiled(case: Case) -> Peer:
 
 def in_blocks(case: Case, gradient: Callable[[Case], Tensor], note: str = "") -> Peer:
     """Sum `gradient` over blocks of coordinates: all N at once, unless that overfills memory."""
-    n, count, device = len(case.theta), 1, case.theta.device
-    while overfills(UNROLL_BYTES * len(case.gradients) * case.state.shape[-1] / count, device):
+    n, count = len(case.theta), 1
+    needed = UNROLL_BYTES * len(case.gradients) * case.state.shape[-1]
+    while needed / count > SHARE * measure.free_bytes(case.theta.device):
         count *= 2
     bounds = [n * i // count for i in range(count + 1)]
 
     def run() -> Tensor:
         if count == 1:
             return gradient(case)
-        pairs = zip(bounds, bounds[1:], strict=False)
-        return sum(gradient(case.part(start, stop)) for start, stop in pairs)
+        return sum(gradient(case.part(*pair)) for pair in pairwise(bounds))
 
     notes = [note] * bool(note) + [f"in {count} blocks, for memory"] * (count > 1)
     return Peer(run, ns(case), ", ".join(notes))

@@ -1,6 +1,5 @@
 """The plot of a report of `operators.py`."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     """Draw ns per coordinate-step over N into the PNG at `path`: a line a peer, a panel for each
     operator and number of threads: steps one by one, unrolls at their longest; bars are
     quartiles. On a GPU the floors are lines, too."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, threads, gpu = report["rows"], report["threads"], report.get("gpu")
@@ -66,6 +64,4 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     counts = " and ".join(map(str, threads))
     where = gpu["name"] if gpu else f"{report['cpu']}, {counts} thread{'s' * (threads != [1])}"
     figure.suptitle(f"{where}, torch {report['torch']}, float32")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
-    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))
+    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

@@ -10,13 +10,15 @@ resnet_step.json into --out.
 """
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.models import resnet18
 
 from bench import measure
-from bench.case import STEP_BYTES, Unavailable
+from bench.case import STEP_BYTES, Unavailable, need
 from bench.transfer_step import form_of
 from l2l_ref.backend import resolve
 from l2l_ref.experiment import folder
@@ -38,26 +40,17 @@ def parse(arguments: list[str]) -> Any:
     return measure.parse(top, arguments)
 
 
-def resnet(device: torch.device) -> list[Tensor]:
-    """The parameters of a ResNet-18, with random gradients."""
-    from torchvision.models import resnet18
-
+def resnet(device: torch.device, flat: bool) -> list[Tensor]:
+    """The parameters of a ResNet-18, or one vector that they view, with random gradients."""
     torch.manual_seed(0)
     params = list(resnet18(num_classes=CLASSES).to(device).parameters())
+    params = [flatten_(params)] if flat else params
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
     return params
 
 
-def one_vector(params: list[Tensor]) -> list[Tensor]:
-    """The vector that the parameters view from then on, with their gradients."""
-    gradients = torch.cat([param.grad.reshape(-1) for param in params])
-    theta = flatten_(params)
-    theta.grad.copy_(gradients)
-    return [theta]
-
-
-def learned(recipe: str, flat: bool, options: Any, params: list[Tensor]) -> torch.optim.Optimizer:
+def learned(recipe: str, options: Any, params: list[Tensor]) -> torch.optim.Optimizer:
     """φ in the form of a recipe, as the optimizer of the parameters.
 
     Raises:
@@ -68,23 +61,19 @@ def learned(recipe: str, flat: bool, options: Any, params: list[Tensor]) -> torc
     needed = 2 * 4 * meta.num_layers * 2 * meta.hidden_size * columns  # gathered at the first step
     if resolve(options.backend, options.device) == "reference":
         needed = max(needed, STEP_BYTES * columns)
-    free = measure.free_bytes(options.device)
-    if needed > free:
-        raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
-    params = one_vector(params) if flat else params
+    need(needed, options.device)
     return LearnedOptimizer(params, meta, backend=options.backend)
 
 
 def measured(options: Any) -> dict[str, Any]:
     """Label -> milliseconds a step, median and quartiles, or {"unavailable": why}; prints each."""
-    optimizers = {ADAM: partial(torch.optim.Adam, fused=True)}
-    for recipe in RECIPES:
-        optimizers[f"φ, {recipe}"] = partial(learned, recipe, False, options)
-        optimizers[f"φ, {recipe}, one vector"] = partial(learned, recipe, True, options)
+    optimizers = {ADAM: (partial(torch.optim.Adam, fused=True), False)}
+    for recipe, flat in product(RECIPES, (False, True)):
+        label = f"φ, {recipe}" + ", one vector" * flat
+        optimizers[label] = partial(learned, recipe, options), flat
     rows: dict[str, Any] = {}
-    for label, build in optimizers.items():
-        params = resnet(options.device)
-        parameters = sum(param.numel() for param in params)
+    for label, (build, flat) in optimizers.items():
+        params = resnet(options.device, flat)
         try:
             step = build(params).step
             step()
@@ -98,7 +87,7 @@ def measured(options: Any) -> dict[str, Any]:
             step = None
             measure.give_back(options.device)
         found = rows[label] = measure.summary(samples[label], 1e3)
-        found["ns_per_parameter"] = 1e6 * found["median"] / parameters
+        found["ns_per_parameter"] = 1e6 * found["median"] / sum(p.numel() for p in params)
         found["over_adam"] = found["median"] / rows[ADAM]["median"]
         over = f"{found['ns_per_parameter']:>12.3f}{found['over_adam']:>10.1f}×"
         print(f"{label:<24}{measure.spread(found):>32}{over}", flush=True)
@@ -111,7 +100,7 @@ def main(arguments: list[str]) -> None:
     folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
-    parameters = sum(param.numel() for param in resnet(options.device))
+    parameters = sum(param.numel() for param in resnet(options.device, flat=False))
     report = measure.machine("resnet_step", arguments, options.backend, options.device)
     print(f"{measure.where(report)}; resnet18, {CLASSES} classes, {parameters:,} parameters\n")
     print(f"{'optimizer':<24}{'ms per step [quartiles]':>32}{'ns/param.':>12}{'over Adam':>11}")

@@ -5,35 +5,20 @@ One thread. The names of the groups say operator, N and T; `extra_info` has ns p
 """
 
 import gc
+from itertools import product
 
 import pytest
 import torch
 
 from bench import peers
 from bench.case import Unavailable, make_case
-from l2l_ref.backend import BACKENDS, resolve
-from l2l_ref.errors import InputError
+from l2l_ref.backend import built
 
 pytest.importorskip("pytest_benchmark")
 
 SIZES, UNROLLS = (1000, 10_000, 100_000), (1, 20)
-OTHERS = ("nn.LSTM", "torch.compile", peers.FLOOR)
-
-
-def backends() -> list[str]:
-    """Those that this installation has."""
-    found = ["reference"]
-    try:
-        resolve("fused")
-    except InputError:
-        return found
-    return [*found, "fused"]
-
-
-def names(operator: str) -> list[str]:
-    """What runs an operator here."""
-    others = [n for n in OTHERS if n in peers.builders(operator, "reference")]
-    return [*backends(), *others]
+BACKENDS = ["reference", "fused"] if built() else ["reference"]
+NAMES = [*BACKENDS, "nn.LSTM", "torch.compile", peers.FLOOR]
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +31,16 @@ def one_thread():
 
 @pytest.mark.parametrize("steps", UNROLLS)
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize(
-    "operator, name", [(operator, name) for operator in peers.OPERATORS for name in names(operator)]
-)
+@pytest.mark.parametrize("operator, name", list(product(peers.OPERATORS, NAMES)))
 def test_operator(benchmark, operator: str, name: str, n: int, steps: int):
     case = make_case(n, steps)
-    backend = name if name in BACKENDS else "reference"
-    key = peers.OURS if name in BACKENDS else name
+    others = peers.builders(operator, "reference")
+    builder = peers.builders(operator, name)[peers.OURS] if name in BACKENDS else others[name]
     try:
-        peer = peers.builders(operator, backend)[key](case)
+        peer = builder(case)
     except Unavailable as error:
         pytest.skip(str(error))
-    reference = peers.builders(operator, "reference")["reference"](case)
-    expected = reference.run() if operator == "meta_gradient" else None
+    expected = others["reference"](case).run() if operator == "meta_gradient" else None
     peers.check(operator, case, name, peer, expected)
     gc.collect()
     benchmark.group = f"{operator} N={n} T={steps}"

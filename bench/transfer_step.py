@@ -29,13 +29,13 @@ from l2l_ref.transfer import Method, train
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
+FORM = ("output_scale", "theta_input", "odd", "nominal")  # what recipes set of `MetaOptimizer`
 
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
     quick = "--quick" in arguments
     top = measure.parser("transfer_step", __doc__)
-    top.add_argument("--dataset", choices=tuple(EPS), nargs="+", default=list(EPS))
     top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="threads (1)")
     top.add_argument("--steps", type=measure.count, default=3 if quick else 100, metavar="N",
                      help="a call of `train` (100)")  # fmt: skip
@@ -47,43 +47,37 @@ def parse(arguments: list[str]) -> Any:
 
 
 def form_of(recipe: str) -> dict[str, Any]:
-    """How φ is built in a recipe: the options of `MetaOptimizer` that recipes set."""
-    settings = complete({"recipe": recipe})
-    names = ("output_scale", "theta_input", "odd", "nominal")
-    return {name: getattr(settings, name) for name in names}
+    """How φ is built in a recipe."""
+    return {name: getattr(complete({"recipe": recipe}), name) for name in FORM}
 
 
-def methods(problem: problems.Problem, backend: str, eps: float) -> dict[str, Method]:
-    """Label -> method: φ in the form of each recipe, and Adam with and without an attack."""
-    result = []
-    for recipe in RECIPES:
-        generator = torch.Generator().manual_seed(0)
-        phi = new_phi(problem.build(), generator=generator, **form_of(recipe))
-        optimizer = partial(LearnedOptimizer.for_model, phi=phi, backend=backend)
-        penalty = complete({"recipe": recipe}).penalty * eps
-        result.append(Method(f"L2L-Transfer ({recipe})", optimizer, penalty=penalty))
-    result.append(Method("Adam (clean)", partial(adam, 1e-3)))
-    result.append(Method(OPPONENT, partial(adam, 1e-3), alpha=0.0))
-    return {method.label: method for method in result}
+def learned(problem: problems.Problem, recipe: str, backend: str, eps: float) -> Method:
+    """Clean transfer of φ in the form of a recipe."""
+    generator = torch.Generator().manual_seed(0)
+    phi = new_phi(problem.build(), generator=generator, **form_of(recipe))
+    optimizer = partial(LearnedOptimizer.for_model, phi=phi, backend=backend)
+    penalty = complete({"recipe": recipe}).penalty * eps
+    return Method(f"L2L-Transfer ({recipe})", optimizer, penalty=penalty)
 
 
 def runner(
-    problem: problems.Problem, method: Method, batches: Any, eps: float, steps: int
-) -> Callable[[], Any]:
-    """A call of `transfer.train` of `steps` steps, always from the same θ₀.
+    problem: problems.Problem, method: Method, images: data.ImageSet, eps: float, options: Any
+) -> Callable[[], None]:
+    """A call of `transfer.train`, always from the same θ₀.
 
     A model that went on from call to call would fit its few images, and gradients that underflow
     would slow it down. Giving θ₀ back is clocked too, and takes microseconds.
     """
     model = problem.draw(torch.Generator().manual_seed(0))
+    batches = images.batches(options.batch_size, torch.Generator().manual_seed(0))
     attack = attacks.make("pgd", eps=eps, steps=7, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(()), torch.zeros(())
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run() -> None:
         model.load_state_dict(start)
-        train(model, method, batches, loss=problem.loss, attack=attack, steps=steps,
-              record=lambda model: nothing, every=steps)  # fmt: skip
+        train(model, method, batches, loss=problem.loss, attack=attack, steps=options.steps,
+              record=lambda model: nothing, every=options.steps)  # fmt: skip
 
     return run
 
@@ -91,12 +85,13 @@ def runner(
 def measured(dataset: str, options: Any) -> dict[str, Any]:
     """One model: milliseconds a step of every method, and OPPONENT's time over each."""
     problem, eps, size = problems.make(dataset), EPS[dataset], options.batch_size
-    x, y, *_ = STAND_INS[dataset](20 * size, size)
-    images, runs = data.ImageSet(x, y), {}
-    for name, method in methods(problem, options.backend, eps).items():
-        batches = images.batches(size, torch.Generator().manual_seed(0))
-        runs[name] = runner(problem, method, batches, eps, options.steps)
-        runs[name]()
+    images = data.ImageSet(*STAND_INS[dataset](20 * size, size)[:2])
+    methods = [learned(problem, recipe, options.backend, eps) for recipe in RECIPES]
+    methods.append(Method("Adam (clean)", partial(adam, 1e-3)))
+    methods.append(Method(OPPONENT, partial(adam, 1e-3), alpha=0.0))
+    runs = {method.label: runner(problem, method, images, eps, options) for method in methods}
+    for run in runs.values():
+        run()
     samples = measure.interleave(runs, options.seconds)
     times = {name: measure.summary(s, 1e3 / options.steps) for name, s in samples.items()}
     opponent = times[OPPONENT]["median"]
@@ -120,16 +115,16 @@ def main(arguments: list[str]) -> None:
     print(f"{measure.where(report)}, threads: {options.threads}, "
           f"batches of {options.batch_size}\n")  # fmt: skip
     print(f"{'model':<20}{'method':<24}{f'{OPPONENT} / it':>18}   ms per step [quartiles]")
-    rows = []
-    for dataset in options.dataset:
+    report |= {name: getattr(options, name) for name in ("threads", "steps", "batch_size")}
+    report |= {"eps": EPS, "rows": []}
+    for dataset in EPS:
         row = measured(dataset, options)
-        rows.append(row)
+        report["rows"].append(row)
         model = f"{dataset} {row['optimizee']}"
         for name, found in row["methods"].items():
             times = f"{row['ratios'][name]:>17.2f}×   {measure.spread(found)}"
             print(f"{model:<20}{name:<24}{times}", flush=True)
-    report |= {name: getattr(options, name) for name in ("threads", "steps", "batch_size")}
-    measure.write_json(options.out / "transfer_step.json", {**report, "eps": EPS, "rows": rows})
+    measure.write_json(options.out / "transfer_step.json", report)
     print(f"\n{options.out}: transfer_step.json")
 
 

@@ -13,7 +13,8 @@ from bench.case import make_case
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
 
-H200 = measure.Gpu("NVIDIA H200", (9, 0), 132, 150 << 30, 60 << 20, "580.1", 1980.0, 1755.0)
+H200 = {"name": "NVIDIA H200", "capability": (9, 0), "multiprocessors": 132, "max_mhz": 1980.0}
+SILENT = {**H200, "max_mhz": None}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -79,18 +80,18 @@ def test_bytes_of_a_meta_gradient():
 
 def test_ceilings_of_an_h200():
     found = gpu.ceilings(H200, 4.3e12)
-    assert found.nominal == 4.8e12 and found.measured == 4.3e12
-    assert found.flops == pytest.approx(132 * 128 * 2 * 1.98e9)
-    assert found.formula == "132 multiprocessors × 128 lanes × 2 × 1.98 GHz"
+    assert found["nominal"] == 4.8e12 and found["measured"] == 4.3e12
+    assert found["flops"] == pytest.approx(132 * 128 * 2 * 1.98e9)
+    assert found["formula"] == "132 multiprocessors × 128 lanes × 2 × 1.98 GHz"
     assert "4.3 TB/s" in gpu.title(found) and "66.9 TFLOP/s" in gpu.title(found)
 
 
 def test_ceilings_of_others():
-    a100 = measure.Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 80 << 30, 40 << 20, max_mhz=1410.0)
-    found = gpu.ceilings(a100, 1.7e12)
-    assert found.nominal is None and found.flops == pytest.approx(19.5e12, rel=1e-2)
-    silent = gpu.ceilings(measure.Gpu("NVIDIA H200 NVL", (9, 0), 132, 1, 1), 4e12)
-    assert silent.nominal == 4.8e12 and silent.flops is None and "unknown" in gpu.title(silent)
+    a100 = {"name": "NVIDIA A100-SXM4-80GB", "capability": (8, 0), "multiprocessors": 108}
+    found = gpu.ceilings({**a100, "max_mhz": 1410.0}, 1.7e12)
+    assert found["nominal"] is None and found["flops"] == pytest.approx(19.5e12, rel=1e-2)
+    found = gpu.ceilings({**SILENT, "name": "NVIDIA H200 NVL"}, 4e12)
+    assert found["nominal"] == 4.8e12 and found["flops"] is None and "unknown" in gpu.title(found)
 
 
 def test_floors_of_an_h200():
@@ -104,15 +105,16 @@ def test_floors_of_an_h200():
 
 
 def test_table_of_floors():
-    found = gpu.floors("step", make_case(1000, 1), gpu.ceilings(H200, 4.0e12))
-    row = {"operator": "step", "n": 1000, "unroll": 1, "floors": found | {"reached": {"ours": 0.5}}}
-    silent = gpu.ceilings(measure.Gpu("Some GPU", (9, 0), 132, 1, 1), 4e12)  # without a clock
-    without = gpu.floors("step", make_case(1000, 1), silent)
-    assert without["ns"]["flops"] is None and without["floor"] == without["ns"]["measured"]
-    other = {**row, "floors": without | {"reached": {}}}
-    head, line, unknown = gpu.table([row, {"operator": "step"}, other]).splitlines()
+    known, unknown = (
+        gpu.floors("step", make_case(1000, 1), gpu.ceilings(about, 4.0e12))
+        for about in (H200, {**SILENT, "name": "Some GPU"})
+    )
+    assert unknown["ns"]["flops"] is None and unknown["floor"] == unknown["ns"]["measured"]
+    row = {"operator": "step", "n": 1000, "unroll": 1, "floors": known | {"reached": {"ours": 0.5}}}
+    other = {**row, "floors": unknown | {"reached": {}}}
+    head, line, last = gpu.table([row, {"operator": "step"}, other]).splitlines()
     assert line.split() == "step 1000 1 673.2 9960 0.168 0.140 0.149 ours 50%".split()
-    assert unknown.split()[-2:] == ["–", "–"]
+    assert last.split()[-2:] == ["–", "–"]
     assert head.index("bytes/nominal") < head.index("FLOP/rate") < head.index("of the larger")
 
 
@@ -190,8 +192,7 @@ def test_what_the_driver_says(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     found = measure.ask_driver("GPU-1")
-    assert found["driver_version"] == "580.1" and measure.number(found["clocks.max.sm"]) == 1980
-    assert measure.number(found["clocks.sm"]) is None
+    assert found == {"driver": "580.1", "max_mhz": 1980, "mhz": None, "watts": 700}
     assert set(measure.ask_driver("GPU-2").values()) == {None}
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert set(measure.ask_driver("GPU-1").values()) == {None}
