@@ -1,1 +1,1 @@
-"""Benchmarks: `operators.py` and `transfer_step.py` are commands, the rest is what they share."""
+"""What measures and checks, as `python -m bench.NAME`, and what these commands share."""

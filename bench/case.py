@@ -92,9 +92,8 @@ def make_case(
 
 def flops(meta: MetaOptimizer) -> int:
     """Floating-point operations of the matrix products of one update of one coordinate."""
-    h, width = meta.hidden_size, meta.lstm.input_size
-    multiplications = 4 * h * (width + h) + (meta.num_layers - 1) * 4 * h * 2 * h + h
-    return 2 * multiplications * (2 if meta.form["odd"] else 1)
+    weights = sum(weight.numel() for weight in meta.parameters() if weight.dim() == 2)
+    return 2 * weights * (2 if meta.form["odd"] else 1)
 
 
 def ns(case: Case) -> float:

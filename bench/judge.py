@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.measure import count, machine, write_json
+from bench.measure import count, machine
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import report
+from l2l_ref.experiment import folder, report
 from l2l_ref.experiment.cli import Parser, run_as_script
 from l2l_ref.experiment.config import Config, as_saved, tuples
 from l2l_ref.experiment.machine import keep_freed_memory
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
     footer = f"losses differ from the run's by at most {worst:.3g}\n{about['command']}"
     print("\n" + report.table(rows, setting.config, report.title(setting), footer))
     found = {"data": setting.source, "table": rows, "differences": differences(results)}
-    write_json(options.folder / "judge.json", {**about, **found, "loss_difference": worst})
+    folder.write_json(options.folder / "judge.json", {**about, **found, "loss_difference": worst})
     print(f"\n{options.folder}: judge.json")
 
 

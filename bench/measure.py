@@ -1,8 +1,7 @@
-"""What the commands share: options, a device under a clock, interleaved rounds, their files."""
+"""What the commands share: options, a device under a clock, interleaved rounds, their reports."""
 
 import argparse
 import gc
-import json
 import math
 import platform
 import random
@@ -21,7 +20,6 @@ from l2l_ref.backend import BACKENDS, available_device, build_info, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.cli import Parser
 from l2l_ref.experiment.machine import processor
-from l2l_ref.files import replace_with
 
 CPU = torch.device("cpu")
 ASKED = {"driver": "driver_version", "max_mhz": "clocks.max.sm", "mhz": "clocks.sm",
@@ -44,23 +42,22 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
 
 
-def parser(script: str, doc: str, *, device: str = "", backend: str = "auto") -> Parser:
-    """A parser with `--backend`, and with `--device` where the command serves more than a CPU."""
+def parser(
+    script: str, doc: str, *, device: str = "", backend: str = "auto", seconds: float | None = None
+) -> Parser:
+    """A parser with `--backend`; with `--device` where the command serves more than a CPU; with
+    `--seconds`, that many, and `--out` where it clocks and writes what it found."""
     top = Parser(prog=f"{script}.py", description=doc.splitlines()[0], allow_abbrev=False)
     top.add_argument("--backend", choices=BACKENDS, default=backend, help=f"ours ({backend})")
+    top.set_defaults(device="cpu")
     if device:
         top.add_argument("--device", default=device, metavar="D",
                          help=f"cpu, cuda, cuda:1, … ({device})")  # fmt: skip
-    else:
-        top.set_defaults(device="cpu")
+    if seconds is not None:
+        top.add_argument("--seconds", type=float, default=seconds, metavar="S",
+                         help=f"of clocking for a row of the table ({seconds:g})")  # fmt: skip
+        top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
     return top
-
-
-def add_clock(top: Parser, seconds: float, what: str) -> None:
-    """The options of a command that clocks, for so long each, and writes what it found."""
-    top.add_argument("--seconds", type=float, default=seconds, metavar="S",
-                     help=f"clocked for each {what} ({seconds:g})")  # fmt: skip
-    top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
 
 
 def parse(top: Parser, arguments: list[str]) -> argparse.Namespace:
@@ -252,12 +249,6 @@ def where(found: dict[str, Any]) -> str:
     """What `machine` is about, in a line: the GPU or the CPU, PyTorch and the backend."""
     name = found["gpu"]["name"] if "gpu" in found else found["cpu"]
     return f"{name}, torch {found['torch']}, {found['backend']} backend"
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write `report`, whole or not at all."""
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    replace_with(path, lambda partial: partial.write_text(text))
 
 
 def command(script: str, arguments: list[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from bench import gpu, measure, memory, peers, plot
 from bench.case import Peer, Unavailable, flops, make_case
-from bench.measure import count, write_json
+from bench.measure import count
 from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
@@ -40,7 +40,7 @@ QUICK = {"sizes": [256, 1000], "unroll": [1, 3]}
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
     quick = "--quick" in arguments
-    top = measure.parser("operators", __doc__, device="cpu")
+    top = measure.parser("operators", __doc__, device="cpu", seconds=0.1 if quick else 10.0)
     top.add_argument("--sizes", type=count, nargs="+", metavar="N",
                      help="coordinates (1e3 1e4 16384 1e5 1e6; on a GPU 1e4 to 1e8)")  # fmt: skip
     top.add_argument("--unroll", type=count, nargs="+", metavar="T",
@@ -52,9 +52,10 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--odd", action="store_true", help="the odd form of φ")
     top.add_argument("--theta-input", action="store_true", help="φ that sees θ")
     top.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    top.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    top.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    measure.add_clock(top, 0.1 if quick else 10.0, "row")
+    top.add_argument("--no-compile", action="store_false", dest="compiled",
+                     help="leave torch.compile out")  # fmt: skip
+    top.add_argument("--no-memory", action="store_false", dest="memory",
+                     help="do not measure memory")  # fmt: skip
     options = measure.parse(top, arguments)
     defaults = DEFAULTS[measure.kind(options.device)] | (QUICK if quick else {})
     for name, default in defaults.items():
@@ -70,8 +71,7 @@ def parse(arguments: list[str]) -> Any:
 
 def builders(operator: str, options: Any) -> dict[str, Any]:
     """Those of `peers`, as the options want them."""
-    compiled = not options.no_compile
-    return peers.builders(operator, options.backend, device=options.device, compiled=compiled)
+    return peers.builders(operator, options.backend, options.device, options.compiled)
 
 
 def ready(operator: str, case: Any, options: Any) -> tuple[dict[str, Peer], dict[str, str]]:
@@ -99,7 +99,7 @@ def ready(operator: str, case: Any, options: Any) -> tuple[dict[str, Peer], dict
 
 def reason(error: RuntimeError) -> str:
     """Why a peer does not run, without what PyTorch advises."""
-    first = (str(error).splitlines() or [""])[0]
+    first = str(error).split("\n")[0]
     return f"fails here: {'. '.join(first.split('. ')[:2])}"
 
 
@@ -186,8 +186,8 @@ def peak_memory(options: Any) -> dict[str, Any]:
     }
     print(f"\npeak extra memory of a meta-gradient, N = {n}, T = {steps}, one thread:")
     for name, result in found.items():
-        text = f"{result['bytes'] / 1e6:9.1f} MB" if "bytes" in result else result["unavailable"]
-        print(f"    {name:<15}{text}", flush=True)
+        size = f"{result['bytes'] / 1e6:9.1f} MB" if "bytes" in result else result["unavailable"]
+        print(f"    {name:<15}{size}", flush=True)
     return {"n": n, "unroll": steps, "peers": found}
 
 
@@ -195,6 +195,7 @@ def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
     folder.make(options.out)
+    path = options.out / "operators.json"
     limits = gpu.ceilings_of(options.device)
     meta = make_case(1, 1, **options.form).meta
     report = measure.machine("operators", arguments, options.backend, options.device)
@@ -206,23 +207,28 @@ def main(arguments: list[str]) -> None:
     columns = COLUMNS[measure.kind(options.device)]
     print(f"{measure.where(report)}, {flops(meta)} operations a coordinate-step\n\n"
           f"{header(columns)}")  # fmt: skip
-    for threads in options.threads:
-        for operator in peers.OPERATORS:
-            for steps in options.unroll[operator]:
-                for n in (n for n in options.sizes if n * steps <= options.most):
-                    row = measured(operator, n, steps, threads, options, limits)
-                    measure.give_back(options.device)
-                    print(line(row, columns), flush=True)
-                    report["rows"].append(row)
-                    write_json(options.out / "operators.json", report)  # in case it is stopped
+    cases = [
+        (operator, n, steps, threads)
+        for threads in options.threads
+        for operator in peers.OPERATORS
+        for steps in options.unroll[operator]
+        for n in options.sizes
+        if n * steps <= options.most
+    ]
+    for case in cases:
+        row = measured(*case, options, limits)
+        measure.give_back(options.device)
+        print(line(row, columns), flush=True)
+        report["rows"].append(row)
+        folder.write_json(path, report)  # in case it is stopped
     report["speedups"] = speedups(report["rows"])
     for s in report["speedups"]:
         print(f"{s['threads']} threads over {s['over']}: {s['speedup']:.2f}× "
               f"({s['operator']}, N = {s['n']}, T = {s['unroll']})")  # fmt: skip
     if limits:
         print(f"\n{gpu.title(limits)}\n{gpu.table(report['rows'])}", flush=True)
-    report["memory"] = None if options.no_memory else peak_memory(options)
-    write_json(options.out / "operators.json", report)
+    report["memory"] = peak_memory(options) if options.memory else None
+    folder.write_json(path, report)
     plot.draw(options.out / "operators.png", report)
     print(f"\n{options.out}: operators.json, operators.png")
 

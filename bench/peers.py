@@ -35,7 +35,7 @@ TOLERANCE = 1e-3  # relative difference, in the 2-norm
 
 
 def builders(
-    operator: str, backend: str, *, device: torch.device = CPU, compiled: bool = True
+    operator: str, backend: str, device: torch.device = CPU, compiled: bool = True
 ) -> dict[str, Callable[[Case], Peer]]:
     """Name -> case -> peer, ours first, for one of OPERATORS.
 
@@ -122,8 +122,7 @@ def head(case: Case, h: Tensor) -> Tensor:
     """The updates that follow from the top layer's h: [..., M, H] -> [..., N]."""
     out = case.meta.head(h).squeeze(-1)
     if case.meta.form["odd"]:
-        plus, minus = out.chunk(2, dim=-1)
-        out = plus - minus
+        out = torch.sub(*out.chunk(2, dim=-1))
     return case.meta.form["output_scale"] * out
 
 
@@ -153,8 +152,7 @@ def step_compiled(case: Case) -> Peer:
     """`torch.compile` of the reference, for static shapes."""
     must_fit(case)
     step_ = fresh_compile(equations.theta_step_)
-    theta, state = case.theta.clone(), case.state.clone()
-    attempt(lambda: step_(theta, case.gradients[0], state, case.phi, **case.meta.form))
+    attempt(step_with(step_, case).run)
     return step_with(step_, case)
 
 

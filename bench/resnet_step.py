@@ -34,9 +34,8 @@ CLASSES = 10
 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
-    top = measure.parser("resnet_step", __doc__, device="cpu")
+    top = measure.parser("resnet_step", __doc__, device="cpu", seconds=5.0)
     top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="threads (1)")
-    measure.add_clock(top, 5.0, "optimizer")
     return measure.parse(top, arguments)
 
 
@@ -106,7 +105,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'optimizer':<24}{'ms per step [quartiles]':>32}{'ns/param.':>12}{'over Adam':>11}")
     report |= {"threads": options.threads, "model": "torchvision resnet18", "classes": CLASSES,
                "parameters": parameters, "optimizers": measured(options)}  # fmt: skip
-    measure.write_json(options.out / "resnet_step.json", report)
+    folder.write_json(options.out / "resnet_step.json", report)
     print(f"\n{options.out}: resnet_step.json")
 
 

@@ -11,17 +11,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.measure import command, write_json
-from l2l_ref import attacks, data, episode, evaluate, meta_optimizer
+from bench.measure import command
+from l2l_ref import attacks, data, equations, evaluate
 from l2l_ref.backend import cuda_graphs, operators, resolve
 from l2l_ref.experiment import cli, folder, machine, protocol, tuning
 from l2l_ref.experiment.pieces import Ranks, compute_all
@@ -49,16 +48,17 @@ def now(device: torch.device) -> float:
 
 
 class Clock:
-    """Wall time by (phase, what the program does): the innermost range counts, alone."""
+    """Wall time by phase and what the program does: the innermost range counts, alone."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, defaultdict(float)
+        self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.device = device
         self.stack, self.since = [("between", REST)], now(device)
 
     def lap(self) -> None:
         """Give the time since the last lap to the range that is open."""
-        then = now(self.device)
-        self.seconds[self.stack[-1]] += then - self.since
+        then, (phase, what) = now(self.device), self.stack[-1]
+        self.seconds[phase][what] += then - self.since
         self.since = then
 
     def timed(self, function: Callable, what: str = "", phase: str = "") -> Callable:
@@ -83,7 +83,7 @@ class Clock:
         return wrapper
 
 
-def instrument(clock: Clock, setting: Setting) -> Setting:
+def instrument(clock: Clock, setting: Setting, backend: str) -> Setting:
     """Put ranges around what is called in a run, for as long as this program lives."""
 
     def patch(owner: Any, *names: str, **ranges: str) -> None:
@@ -106,13 +106,8 @@ def instrument(clock: Clock, setting: Setting) -> Setting:
     endless = data.ImageSet.batches
     data.ImageSet.batches = lambda *args: iter(clock.timed(endless(*args).__next__, BATCHES), None)
 
-    @cache
-    def timed_operators(module: ModuleType) -> SimpleNamespace:
-        names = ("theta_step_", "theta_step", "unroll_meta_gradient")
-        return SimpleNamespace(**{name: clock.timed(getattr(module, name), LSTM) for name in names})
-
-    for module in (episode, meta_optimizer):
-        module.operators = lambda *args: timed_operators(operators(*args))
+    for module in {equations, operators(backend, torch.empty(1, 2, 1, 1, device=clock.device))}:
+        patch(module, "theta_step_", "theta_step", "unroll_meta_gradient", what=LSTM)
 
     def build() -> nn.Module:
         model = setting.problem.build()
@@ -122,11 +117,11 @@ def instrument(clock: Clock, setting: Setting) -> Setting:
     return replace(setting, problem=replace(setting.problem, build=build))
 
 
-def table(seconds: dict[tuple[str, str], float]) -> str:
+def table(seconds: dict[str, dict[str, float]]) -> str:
     """Per cent: a row for what is done, a column for when; the last column is without the LSTM."""
-    phases = [phase for phase in PHASES if any(key[0] == phase for key in seconds)]
-    rows = {what: [seconds.get((phase, what), 0.0) for phase in phases] for what in ROWS}
-    total, lstm = sum(seconds.values()), sum(rows[LSTM])
+    phases = [phase for phase in PHASES if phase in seconds]
+    rows = {what: [seconds[phase].get(what, 0.0) for phase in phases] for what in ROWS}
+    total, lstm = sum(map(sum, rows.values())), sum(rows[LSTM])
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     header = "".join(f"{name:>14}" for name in (*phases, "all", "no LSTM"))
     lines = [f"{'% of wall time':<30}{header}"]
@@ -151,21 +146,18 @@ def main(arguments: list[str]) -> None:
     quiet = Progress(lambda line: None, lambda total, label: lambda done, loss: None)
     clock = Clock(setting.device)
     with tempfile.TemporaryDirectory() as scratch:
-        whole = protocol.Experiment(instrument(clock, setting), Path(scratch), quiet)
+        whole = protocol.Experiment(instrument(clock, setting, backend), Path(scratch), quiet)
         compute_all(whole.pieces(), whole.parts, Ranks(), quiet.say)
     clock.lap()
     line = command("run_profile", arguments)
-    total = sum(clock.seconds.values())
+    total = sum(sum(phase.values()) for phase in clock.seconds.values())
     print(f"{line}: {total:.1f} s, backend {backend}, {environment['device']}\n")
     print(table(clock.seconds))
-    by_phase: dict[str, dict[str, float]] = {}
-    for (phase, what), spent in clock.seconds.items():
-        by_phase.setdefault(phase, {})[what] = spent
-    saved = {"command": line, "environment": environment, "seconds": by_phase}
+    saved = {"command": line, "environment": environment, "seconds": clock.seconds}
     out = Path(config.out or "runs/bench")
     path = out / f"profile-{config.dataset}-{config.attack}-{config.recipe}-{backend}.json"
     folder.make(out)
-    write_json(path, saved)
+    folder.write_json(path, saved)
     print(f"\n{path}")
 
 

@@ -35,14 +35,13 @@ FORM = ("output_scale", "theta_input", "odd", "nominal")  # what recipes set of 
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
     quick = "--quick" in arguments
-    top = measure.parser("transfer_step", __doc__)
+    top = measure.parser("transfer_step", __doc__, seconds=0.1 if quick else 20.0)
     top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="threads (1)")
     top.add_argument("--steps", type=measure.count, default=3 if quick else 100, metavar="N",
                      help="a call of `train` (100)")  # fmt: skip
     top.add_argument("--batch-size", type=measure.count, default=128, metavar="N",
                      help="samples (128)")  # fmt: skip
     top.add_argument("--quick", action="store_true", help="few steps, few rounds")
-    measure.add_clock(top, 0.1 if quick else 20.0, "model")
     return measure.parse(top, arguments)
 
 
@@ -124,7 +123,7 @@ def main(arguments: list[str]) -> None:
         for name, found in row["methods"].items():
             times = f"{row['ratios'][name]:>17.2f}×   {measure.spread(found)}"
             print(f"{model:<20}{name:<24}{times}", flush=True)
-    measure.write_json(options.out / "transfer_step.json", report)
+    folder.write_json(options.out / "transfer_step.json", report)
     print(f"\n{options.out}: transfer_step.json")
 
 
