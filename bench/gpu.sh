@@ -37,11 +37,9 @@ done
 mkdir -p "$OUT" || give_up "OUT=$OUT cannot be made: name a folder you may write to"
 OUT=$(cd "$OUT" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-for home in "${CUDA_HOME:-}" /usr/local/cuda /usr/local/cuda-*; do # where the tools may be
-  [ ! -d "$home/bin" ] || PATH+=":$home/bin:$home/compute-sanitizer"
-done
-for home in /opt/nvidia/nsight-compute/*; do
-  [ ! -d "$home" ] || PATH+=":$home"
+for tools in {"${CUDA_HOME:-}",/usr/local/cuda,/usr/local/cuda-*}/{bin,compute-sanitizer} \
+  /opt/nvidia/nsight-compute/*; do # where they may be
+  [ ! -d "$tools" ] || PATH+=":$tools"
 done
 
 machine() {

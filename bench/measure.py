@@ -55,7 +55,7 @@ def parser(
                          help=f"cpu, cuda, cuda:1, … ({device})")  # fmt: skip
     if seconds is not None:
         top.add_argument("--seconds", type=float, default=seconds, metavar="S",
-                         help=f"of clocking for a row of the table ({seconds:g})")  # fmt: skip
+                         help=f"clocked for all that take turns ({seconds:g})")  # fmt: skip
         top.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER")
     return top
 

@@ -209,8 +209,6 @@ def in_blocks(case: Case, gradient: Callable[[Case], Tensor], note: str = "") ->
     bounds = [n * i // count for i in range(count + 1)]
 
     def run() -> Tensor:
-        if count == 1:
-            return gradient(case)
         return sum(gradient(case.part(*pair)) for pair in pairwise(bounds))
 
     notes = [note] * bool(note) + [f"in {count} blocks, for memory"] * (count > 1)

@@ -72,8 +72,8 @@ def measured(options: Any) -> dict[str, Any]:
         optimizers[label] = partial(learned, recipe, options), flat
     rows: dict[str, Any] = {}
     for label, (build, flat) in optimizers.items():
-        params = resnet(options.device, flat)
         try:
+            params = resnet(options.device, flat)
             step = build(params).step
             step()
             step()  # what is allocated but once has been

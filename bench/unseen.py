@@ -52,6 +52,10 @@ def compare(setting: Setting, out: Path, phis: dict[str, nn.ModuleDict], ranks: 
 
 
 def main(arguments: list[str]) -> None:
+    """Train and judge each network, print its table."""
+    if "--help" in arguments:
+        print(__doc__)
+        return
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
             "name the meta_optimizer.pt of a run first (python -m bench.unseen FILE ...)"

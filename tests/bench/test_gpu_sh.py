@@ -42,20 +42,18 @@ def gpu_sh(**variables):
     return subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
 
 
-@no_gpu
-def test_gpu_sh_where_there_is_none(tmp_path):
-    done = gpu_sh(OUT=str(tmp_path / "out"))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "no GPU here" in done.stderr and not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     "variables, message",
-    [({"PARTS": "build all"}, "PARTS has 'all'"), ({"PYTHON": "/bin/false"}, "has no torch")],
+    [
+        pytest.param({}, "no GPU here", marks=no_gpu),
+        ({"PARTS": "build all"}, "PARTS has 'all'"),
+        ({"PYTHON": "/bin/false"}, "has no torch"),
+    ],
 )
-def test_gpu_sh_refuses(variables, message):
-    done = gpu_sh(**variables)
+def test_gpu_sh_refuses(tmp_path, variables, message):
+    done = gpu_sh(OUT=str(tmp_path / "out"), **variables)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="no `timeout` of GNU's")

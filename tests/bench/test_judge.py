@@ -68,6 +68,11 @@ def test_each_network_has_a_table_of_two_rows(finished, capsys):
         unseen.main(["r/meta_optimizer.pt", *LOADING, "--out", "u"])
 
 
+def test_help_of_unseen(capsys):
+    unseen.main(["--help"])
+    assert "python -m bench.unseen" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
