@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -28,14 +29,12 @@ CPU_SOURCES = ["csrc/module.cpp", "csrc/cpu/cpu.cpp", "csrc/cuda/emulated.cpp"]
 CPU_KERNELS = "csrc/cpu/kernels.cpp"  # compiled once for each of INSTRUCTION_SETS
 CUDA_MODULE, CUDA_KERNELS = "csrc/cuda/cuda.cpp", "csrc/cuda/kernels.cu"
 
-STABLE_ABI = "2.11"  # the oldest torch that one build serves
+STABLE_ABI, STABLE_HEX = "2.11", "0x020b000000000000"  # the oldest torch that one build serves
 X86 = platform.machine() == "x86_64" and sys.platform == "linux"
 INSTRUCTION_SETS = {"baseline": ""}
 if X86:
-    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma"
-    INSTRUCTION_SETS["avx512"] = (
-        "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512"
-    )
+    avx512 = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512"
+    INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma", "avx512": avx512}
 OPTIMIZED, SANITIZED = "-O3 -g0", ""
 if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
     SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -55,7 +54,7 @@ CUDA_FLAGS = (
 ARCHITECTURES = ("7.5", "8.0", "9.0+PTX", "10.0", "12.0")
 # What a compiler says stays beside its object, for the builds that need not compile it again.
 RULE = """rule compile
-  command = $line > $out.log 2>&1; code=$$?; cat $out.log; exit $$code
+  command = $line -MMD -MF $out.d -c $in -o $out >$out.log 2>&1; code=$$?; cat $out.log; exit $$code
   depfile = $out.d
   deps = gcc
 """
@@ -70,7 +69,9 @@ class BuildEngine(build_ext):
 
     What cannot be built is left out, and what was built earlier removed: the package then runs on
     what there is. torch's BuildExtension would end the installation there, compile the kernels with
-    the same flags for every instruction set, and not pass on what nvcc says of spilled registers.
+    the same flags for every instruction set, want the CUDA_HOME that a wrapper of nvcc hides, and
+    not pass on what nvcc says of spilled registers. Of its module, what does none of this is used:
+    the folders of headers and libraries, and the flags of GPU architectures.
     """
 
     def build_extensions(self):
@@ -161,9 +162,8 @@ class BuildEngine(build_ext):
             import pybind11
 
             folders = [pybind11.get_include(), *folders]
-        major, minor = map(int, STABLE_ABI.split("."))
         flags = [
-            f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000",
+            f"-DTORCH_TARGET_VERSION={STABLE_HEX}",
             f'-DL2L_TORCH_VERSION="{torch.__version__}"',
             f'-DL2L_STABLE_ABI="{STABLE_ABI}"',
             *["-DL2L_X86"] * X86,
@@ -172,31 +172,22 @@ class BuildEngine(build_ext):
         return torch, flags, [f"-L{folder}" for folder in library_paths()]
 
     def compile(self, folder, files, compiler=None):
-        """Objects of {name: (source, flags)}, by ninja in parallel or else one after another.
-
-        ninja leaves alone what is new enough. The file for it is written here, because in that of
-        torch's BuildExtension all C++ files have the same flags.
-        """
+        """Objects of {name: (source, flags)}, by ninja, which leaves alone what is new enough."""
         compiler = compiler or [*self.compiler.compiler_so_cxx, *CPU_FLAGS.split()]
         folder = Path(self.build_temp, folder)
         if self.force:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        commands, rules = {}, f"builddir = {folder}\n{RULE}"
+        rules = f"builddir = {folder}\n{RULE}"
         for name, (source, flags) in files.items():
-            target = f"{folder}/{name}.o"
-            command = [*compiler, *flags, "-MMD", "-MF", f"{target}.d", "-c", source, "-o", target]
-            commands[target] = command
-            path, line = re.sub("[$ :]", r"$\g<0>", target), shlex.join(command).replace("$", "$$")
-            rules += f"build {path}: compile {source}\n  line = {line}\n"
+            target = re.sub("[$ :]", r"$\g<0>", f"{folder}/{name}.o")
+            line = shlex.join([*compiler, *flags]).replace("$", "$$")
+            rules += f"build {target}: compile {source}\n  line = {line}\n"
+        (folder / "build.ninja").write_text(rules)
         scripts = sysconfig.get_path("scripts")  # pip's ninja is there, and maybe not on PATH
-        if ninja := shutil.which("ninja") or shutil.which("ninja", path=scripts):
-            (folder / "build.ninja").write_text(rules)
-            run([ninja, "-f", f"{folder}/build.ninja"])
-        else:
-            for target, command in commands.items():
-                Path(f"{target}.log").write_text(run(command))
-        return list(commands)
+        ninja = shutil.which("ninja") or f"{scripts}/ninja"
+        run([ninja, "-f", f"{folder}/build.ninja"])
+        return [f"{folder}/{name}.o" for name in files]
 
 
 def find_nvcc():
@@ -229,17 +220,16 @@ def architectures(known):
 def run(command):
     """What a program says; L2L_VERBOSE shows it."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True)
     except OSError as error:
         raise NotBuilt(f"{command[0]} does not run ({error})") from None
-    said = done.stdout + done.stderr
     if os.environ.get("L2L_VERBOSE"):
-        print(said, file=sys.stderr)
+        print(done.stdout, file=sys.stderr)
     if done.returncode:
-        lines = said.strip().splitlines() or ["no message"]
+        lines = done.stdout.strip().splitlines() or ["no message"]
         errors = [line for line in lines if re.search("error|fatal|not found|No such", line)]
         raise NotBuilt(f"{command[0]} failed ({(errors or lines)[0].strip()})")
-    return said
+    return done.stdout
 
 
 if __name__ == "__main__":  # the tests import this file
