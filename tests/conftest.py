@@ -203,9 +203,8 @@ def use_emulated(fused, monkeypatch):
 @cache
 def register_emulated(fused):
     """An operator is told of its derivative once."""
-    rules = {"theta_step": fused._backward, "preprocess": fused._preprocess_backward}
-    for name, rule in rules.items():
-        operator = f"l2l_ref_emulated::{name}"
+    for name in ("theta_step", "preprocess"):
+        operator, rule = f"l2l_ref_emulated::{name}", partial(fused._backward, name)
         torch.library.register_autograd(operator, rule, setup_context=fused._setup)
 
 

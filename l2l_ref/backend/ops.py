@@ -8,6 +8,7 @@ nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -67,48 +68,30 @@ def unroll_meta_gradient(
         return _ops.unroll_meta_gradient(gradients, state, cotangents, phi, thetas, **form)
 
 
-def _check_devices(**tensors: Tensor) -> None:
+# Of each operator what it returns on "meta", of its tensors in the order of its schema.
+_FAKES: dict[str, Callable] = {
+    "preprocess": lambda gradient: gradient.new_empty((2, *gradient.shape)),
+    "preprocess_backward": lambda gradient, _: torch.empty_like(gradient),
+    "theta_step_": lambda *inputs: None,
+    "theta_step": lambda *inputs: tuple(map(torch.empty_like, (inputs[0], inputs[2]))),
+    "theta_step_backward": lambda *inputs: tuple(map(torch.empty_like, inputs[:4])),
+    "unroll_meta_gradient": lambda *inputs: torch.empty_like(inputs[3]),
+}
+
+
+def _fake(name: str) -> Callable:
     """One tensor on "meta" among others brings a call here, which would return without a word."""
-    (first, device), *others = ((name, tensor.device) for name, tensor in tensors.items())
-    for name, other in others:
-        if other != device:
-            raise RuntimeError(f"{name} is on {other}, {first} on {device}: move one")
+    arguments = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
 
+    def fake(*tensors, **form):
+        devices = [(a, x.device) for a, x in zip(arguments, tensors, strict=False) if x is not None]
+        (first, device), *others = devices
+        for argument, other in others:
+            if other != device:
+                raise RuntimeError(f"{argument} is on {other}, {first} on {device}: move one")
+        return _FAKES[name](*tensors)
 
-@torch.library.register_fake("l2l_ref::preprocess")
-def _(gradient, *, p):
-    return gradient.new_empty((2, *gradient.shape))
-
-
-@torch.library.register_fake("l2l_ref::preprocess_backward")
-def _(gradient, d_result, *, p):
-    _check_devices(gradient=gradient, d_result=d_result)
-    return torch.empty_like(gradient)
-
-
-@torch.library.register_fake("l2l_ref::theta_step_")
-def _(theta, gradient, state, phi, **form):
-    _check_devices(theta=theta, gradient=gradient, state=state, phi=phi)
-
-
-@torch.library.register_fake("l2l_ref::theta_step")
-def _(theta, gradient, state, phi, **form):
-    _check_devices(theta=theta, gradient=gradient, state=state, phi=phi)
-    return torch.empty_like(theta), torch.empty_like(state)
-
-
-@torch.library.register_fake("l2l_ref::theta_step_backward")
-def _(theta, gradient, state, phi, d_next_theta, d_next_state, **form):
-    inputs = {"theta": theta, "gradient": gradient, "state": state, "phi": phi}
-    _check_devices(**inputs, d_next_theta=d_next_theta, d_next_state=d_next_state)
-    return tuple(map(torch.empty_like, inputs.values()))
-
-
-@torch.library.register_fake("l2l_ref::unroll_meta_gradient")
-def _(gradients, state, cotangents, phi, thetas, **form):
-    seen = {} if thetas is None else {"thetas": thetas}
-    _check_devices(gradients=gradients, state=state, cotangents=cotangents, phi=phi, **seen)
-    return torch.empty_like(phi)
+    return fake
 
 
 def _setup(ctx, inputs, keyword_only_inputs, output):
@@ -116,38 +99,26 @@ def _setup(ctx, inputs, keyword_only_inputs, output):
     ctx.form = keyword_only_inputs
 
 
-def _backward(ctx, d_next_theta, d_next_state):
-    return _ops.theta_step_backward(
-        *ctx.saved_tensors, d_next_theta.contiguous(), d_next_state.contiguous(), **ctx.form
-    )
+def _backward(name, ctx, *cotangents):
+    """The derivative by the engine's own operator."""
+    derivative = getattr(_ops, f"{name}_backward")
+    return derivative(*ctx.saved_tensors, *(d.contiguous() for d in cotangents), **ctx.form)
 
 
-def _double_backward(ctx, *cotangents):
+def _double_backward(name, ctx, *cotangents):
     """The derivative of the derivative, rarely asked for: autograd through the reference."""
+    count = len(cotangents)  # a derivative has as many results as its operator has inputs
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        outputs = equations.theta_step(*inputs[:4], **ctx.form)
-        first = torch.autograd.grad(outputs, inputs[:4], inputs[4:], create_graph=True)
+        outputs = getattr(equations, name)(*inputs[:count], **ctx.form)
+        first = torch.autograd.grad(outputs, inputs[:count], inputs[count:], create_graph=True)
         return torch.autograd.grad(first, inputs, cotangents, allow_unused=True)
 
 
-def _preprocess_backward(ctx, d_result):
-    return _ops.preprocess_backward(*ctx.saved_tensors, d_result.contiguous(), **ctx.form)
-
-
-def _preprocess_double_backward(ctx, cotangent):
-    with torch.enable_grad():
-        gradient, d_result = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        result = equations.preprocess(gradient, **ctx.form)
-        (first,) = torch.autograd.grad(result, gradient, d_result, create_graph=True)
-        return torch.autograd.grad(first, (gradient, d_result), cotangent)
-
-
-_RULES: dict[str, Callable] = {
-    "theta_step": _backward,
-    "theta_step_backward": _double_backward,
-    "preprocess": _preprocess_backward,
-    "preprocess_backward": _preprocess_double_backward,
-}
-for _name, _rule in _RULES.items():
-    torch.library.register_autograd(f"l2l_ref::{_name}", _rule, setup_context=_setup)
+for _name in _FAKES:
+    torch.library.register_fake(f"l2l_ref::{_name}", _fake(_name))
+for _name in ("theta_step", "preprocess"):
+    for _operator, _rule in ((_name, _backward), (f"{_name}_backward", _double_backward)):
+        torch.library.register_autograd(
+            f"l2l_ref::{_operator}", partial(_rule, _name), setup_context=_setup
+        )
