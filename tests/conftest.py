@@ -109,11 +109,13 @@ def small_data(monkeypatch, small_digits, small_textures):
 @pytest.fixture
 def few_candidates(monkeypatch):
     """The grids of the baselines have two candidates at most, for tests of something else."""
-    monkeypatch.setattr(tuning, "image_grids", partial(first_two, tuning.image_grids))
+    monkeypatch.setattr(tuning, "candidates", partial(first_two, tuning.candidates))
 
 
-def first_two(grids, config, eps):
-    return {label: grid[:2] for label, grid in grids(config, eps).items()}
+def first_two(candidates, config, eps):
+    count = 2 // config.tune_every
+    return {label: dict(list(grid.items())[:count])
+            for label, grid in candidates(config, eps).items()}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +15,6 @@ from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
 RECIPES = ("paper", "robust", "penalty")
-JUDGES = ("test", "validation")
 GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
 
 
@@ -113,7 +113,7 @@ class Config:
     judge_steps: int = option(TRANSFER, "of the PGD that judges", 20)
     restarts: int = option(TRANSFER, "of that, on each of its two losses", 2, {"quick": 1})
     judge: str = option(TRANSFER, "test, or validation: the meta half only", "test",
-        choices=JUDGES)
+        choices=("test", "validation"))
 
     quick: bool = option(RUN, "a miniature of all of it", False)
     seed: int = option(RUN, "base of all randomness", 0)
@@ -130,10 +130,8 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        for name in ("attack_steps", "hidden_size", "num_layers", "episodes", "tasks", "unroll",
-                     "steps", "batch_size", "seeds", "meta_seeds", "tune_seeds", "tune_every",
-                     "eval_samples", "curve_samples", "record_every", "judge_steps",
-                     "restarts"):  # fmt: skip
+        require("folds", self.folds in (1, 2), self.folds, "1 or 2")
+        for name in [one.name for one in fields(self) if one.type is int and one.name != "seed"]:
             require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
         few = self.images is not None and self.images < self.batch_size
         require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
@@ -145,7 +143,6 @@ class Config:
         require("curriculum", ordered, list(shares), "two shares from 0 to 1, the smaller first")
         ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
         require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
-        require("judge", self.judge in JUDGES, self.judge, f"one of {', '.join(JUDGES)}")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
         for name in ("output_scale", "meta_lr", "clip"):
             value = getattr(self, name)
@@ -155,7 +152,6 @@ class Config:
         for eps in self.eps:
             require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
-        require("folds", self.folds in (1, 2), self.folds, "1 or 2")
         require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
         if self.penalty and self.read_alpha == 0:
             raise InputError(
@@ -186,35 +182,30 @@ def names_of(of: str) -> set[str]:
     return {name for name, option in OPTIONS.items() if option.of == of}
 
 
-def defaults(dataset: str, attack: str | None, recipe: str, quick: bool) -> dict[str, Any]:
-    """Every option's default; `attack` None is that of the data set."""
-    words = {dataset, recipe}
-    if recipe == "penalty":
-        words.add("robust")
-    if quick:
-        words.add("quick")
-    words.add(attack or OPTIONS["attack"].value(words))
-    return {name: option.value(words) for name, option in OPTIONS.items()}
-
-
 def complete(given: dict[str, Any]) -> Config:
     """A Config from the settings that are given; the rest from recipe, data set and --quick."""
     recipe = given.get("recipe", "paper")
-    settings = defaults(
-        given.get("dataset", "mnist"), given.get("attack"), recipe, given.get("quick", False)
-    )
+    words = {given.get("dataset", "mnist"), recipe}
+    if recipe == "penalty":
+        words.add("robust")
+    if given.get("quick"):
+        words.add("quick")
+    words.add(given.get("attack") or OPTIONS["attack"].value(words))
+    settings = {name: option.value(words) for name, option in OPTIONS.items()}
     if recipe == "paper" and "alpha" in given:  # the paper has one α for all
         settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
     settings |= given
     if settings["record_every"] is None:
         settings["record_every"] = math.ceil(settings["steps"] / POINTS)
-    return Config(**settings)
+    config = Config(**settings)
+    for point in combinations(config.grid):
+        with_grid(config, point)  # raises where a candidate is out of range
+    return config
 
 
-def grid_points(config: Config) -> list[dict[str, float]]:
-    """Every combination of `--grid`, {name: value}."""
-    combinations = itertools.product(*config.grid.values())
-    return [dict(zip(config.grid, values, strict=True)) for values in combinations]
+def combinations(axes: Mapping[str, Iterable[float]]) -> list[dict[str, float]]:
+    """Every point {name: value} of a grid, the last axis the fastest."""
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 def with_grid(config: Config, chosen: dict[str, float]) -> Config:

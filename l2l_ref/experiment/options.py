@@ -60,10 +60,9 @@ class Option:
         """The help, with the defaults behind it."""
         if self.said is not None or self.default is None or self.default is False:
             return self.help + (f" ({self.said})" if self.said else "")
-        exceptions = [(words, other) for words, other in self.exceptions.items()
-                      if "quick" not in words]  # fmt: skip
         shown = [show(self.default)]
-        shown += [f"{TITLES.get(words, words)}: {show(other)}" for words, other in exceptions]
+        shown += [f"{TITLES.get(words, words)}: {show(other)}"
+                  for words, other in self.exceptions.items() if "quick" not in words]  # fmt: skip
         return f"{self.help} ({'; '.join(shown)})"
 
     def arguments(self, type_: Any) -> dict[str, Any]:

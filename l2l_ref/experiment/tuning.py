@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from l2l_ref import data, evaluate
-from l2l_ref.experiment.config import Config, grid_points, with_grid
+from l2l_ref.experiment.config import Config, combinations, with_grid
 from l2l_ref.experiment.pieces import Piece
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.setting import Fold, Setting
@@ -54,56 +54,31 @@ def default_adam() -> Method:
 
 def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     """The grids of the baselines: {label: {settings in words: the method}}."""
+    grids: dict[str, dict[str, Method]] = {}
+
+    def add(label: str, axes: dict[str, Sequence[float]], optimizer=adam, **fixed: Any) -> None:
+        """A baseline over the product of `axes`: learning rates, and weights of L1 and λ/ε."""
+        grids[label] = {}
+        for point in combinations(axes)[:: config.tune_every]:
+            options = {"l1": point.get("L1", 0.0), "penalty": point.get("λ/ε", 0.0) * eps, **fixed}
+            words = ", ".join(f"{name} {value:g}" for name, value in point.items())
+            grids[label][words] = Method(label, partial(optimizer, point["lr"]), **options)
+
     if config.dataset == "quadratic":
-        sgd_lrs = [lr * config.batch_size for lr in QUADRATIC_SGD_LRS]
-        grids = {
-            "Adam": [({"lr": lr}, Method("Adam", partial(adam, lr))) for lr in QUADRATIC_ADAM_LRS],
-            "SGD": [({"lr": lr}, Method("SGD", partial(sgd, lr))) for lr in sgd_lrs],
-        }
-    else:
-        grids = image_grids(config, eps)
-    every = slice(None, None, config.tune_every)
-    return {
-        label: {
-            ", ".join(f"{name} {value:g}" for name, value in words.items()): method
-            for words, method in grid[every]
-        }
-        for label, grid in grids.items()
-    }
-
-
-def image_grids(config: Config, eps: float) -> dict[str, list[tuple[dict[str, float], Method]]]:
-    """Those of a classifier of images."""
-
-    def adams(label: str, *axes: tuple[str, tuple[float, ...]], **fixed: Any):
-        """Adam over the product of axes (name, values): lr, L1 and λ/ε."""
-        names, values = zip(*axes, strict=True)
-        grid = []
-        for point in itertools.product(*values):
-            words = dict(zip(names, point, strict=True))
-            options = {"l1": words.get("L1", 0.0), "penalty": words.get("λ/ε", 0.0) * eps}
-            method = Method(label, partial(adam, words["lr"]), **options, **fixed)
-            grid.append((words, method))
-        return grid
-
-    rates, few = ("lr", ADAM_LRS), ("lr", L1_LRS)
-    l1, little = ("L1", L1_WEIGHTS), ("L1", LITTLE_L1)
-    sgds = [({"lr": lr}, Method("SGD", partial(sgd, lr))) for lr in SGD_LRS]
-    grids = {
-        "Adam": adams("Adam", rates),
-        "SGD": sgds,
-        "Adam + L1": adams("Adam + L1", few, l1),
-    }
-    if config.dataset == "mnist":
-        label = "Adam + L1, cosine"
-        grids[label] = adams(label, few, l1, cosine=True)
+        add("Adam", {"lr": QUADRATIC_ADAM_LRS})
+        add("SGD", {"lr": [lr * config.batch_size for lr in QUADRATIC_SGD_LRS]}, sgd)
+        return grids
+    mnist, alpha = config.dataset == "mnist", config.attacked_alpha
+    add("Adam", {"lr": ADAM_LRS})
+    add("SGD", {"lr": SGD_LRS}, sgd)
+    add("Adam + L1", {"lr": L1_LRS, "L1": L1_WEIGHTS})
+    if mnist:
+        add("Adam + L1, cosine", {"lr": L1_LRS, "L1": L1_WEIGHTS}, cosine=True)
     if config.attack != "none":
-        label, penalties = "Adam + penalty + L1", PENALTIES[: 2 if config.dataset == "mnist" else 1]
-        grids[label] = adams(label, few, little, ("λ/ε", penalties))
-        alpha = config.attacked_alpha
-        grids["Adam (attacked)"] = adams("Adam (attacked)", rates, alpha=alpha)
-        label = "Adam (attacked) + L1"
-        grids[label] = adams(label, few, ("L1", LITTLE_L1[1:]), alpha=alpha)
+        penalties = PENALTIES if mnist else PENALTIES[:1]
+        add("Adam + penalty + L1", {"lr": L1_LRS, "L1": LITTLE_L1, "λ/ε": penalties})
+        add("Adam (attacked)", {"lr": ADAM_LRS}, alpha=alpha)
+        add("Adam (attacked) + L1", {"lr": L1_LRS, "L1": LITTLE_L1[1:]}, alpha=alpha)
     return grids
 
 
@@ -128,9 +103,8 @@ class Grid:
     label: str
     methods: dict[str, Method]
 
-    def name(self, *what: Any) -> str:
-        start = f"tune-fold{self.fold.number}-eps{self.eps}-{self.label}"
-        return "-".join(map(str, (start, *what)))
+    def name(self, what: str) -> str:
+        return f"tune-fold{self.fold.number}-eps{self.eps}-{self.label}-{what}"
 
     @property
     def places(self) -> int:
@@ -138,22 +112,18 @@ class Grid:
         return math.ceil(len(self.methods) / STAY) if self.setting.config.tune_seeds > 1 else 0
 
     def first(self) -> list[str]:
-        return [self.name(settings, "seed0") for settings in self.methods]
+        return [self.name(f"{settings}-seed0") for settings in self.methods]
 
     def pieces(self) -> list[Piece]:
         """All that `chosen` needs."""
-        seeds = range(1, self.setting.config.tune_seeds)
+        c, first = self.setting.config, tuple(self.first())
+        costs = [cost(c, method.alpha, method.penalty) for method in self.methods.values()]
         result = []
-        for name, (settings, method) in zip(self.first(), self.methods.items(), strict=True):
-            own = cost(self.setting.config, method.alpha, method.penalty)
+        for name, settings, own in zip(first, self.methods, costs, strict=True):
             result.append(Piece(name, partial(self.run, settings, 0), self.label, own))
-        for place, seed in itertools.product(range(self.places), seeds):
-            dearest = max(
-                cost(self.setting.config, m.alpha, m.penalty) for m in self.methods.values()
-            )
-            result.append(Piece(self.name("place", place, f"seed{seed}"),
-                                partial(self.run_place, place, seed), self.label, dearest,
-                                tuple(self.first())))  # fmt: skip
+        for place, seed in itertools.product(range(self.places), range(1, c.tune_seeds)):
+            name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
+            result.append(Piece(self.name(name), run, self.label, max(costs), first))
         return result
 
     def needs(self) -> tuple[str, ...]:
@@ -230,10 +200,11 @@ class Search:
 
     def points(self) -> dict[str, dict[str, float]]:
         """The candidates, by the names of their pieces."""
-        points = grid_points(self.setting.config) if self.setting.config.grid else []
-        words = ["-".join(f"{key} {value:g}" for key, value in point.items()) for point in points]
-        start = f"grid-fold{self.fold.number}-"
-        return {start + name: point for name, point in zip(words, points, strict=True)}
+        grid, names = self.setting.config.grid, {}
+        for point in combinations(grid) if grid else []:
+            words = "-".join(f"{key} {value:g}" for key, value in point.items())
+            names[f"grid-fold{self.fold.number}-{words}"] = point
+        return names
 
     def pieces(self) -> list[Piece]:
         c = self.setting.config
