@@ -17,28 +17,22 @@ class Samples(Protocol):
 
     def halves(self, seed: int) -> tuple["Samples", "Samples"]:
         """Two disjoint halves in the random order of `seed`."""
-        ...
 
     def shuffled(self, generator: torch.Generator) -> "Samples":
         """All, in an order drawn on the CPU."""
-        ...
 
     def first(self, count: int | None) -> "Samples":
         """The first `count`, or as many as there are; None is all."""
-        ...
 
     def rest(self, count: int) -> "Samples":
         """All but the first `count`."""
-        ...
 
     def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (x, y) of `size`; with K > 1 generators, of K tasks as `problems.Stacked` takes
         them."""
-        ...
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(x, y) by which a curve is recorded; `generator` is that of the batches, at its start."""
-        ...
 
 
 @dataclass(frozen=True)

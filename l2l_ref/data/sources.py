@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from threading import Thread
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from l2l_ref.errors import InputError
+from l2l_ref.files import replace_with
 
 CLASSES = 10
 PATIENCE = 10  # seconds that a silent network may take
@@ -152,10 +154,7 @@ def _from_folders(name: str, folder: Path) -> Found:
     data = checked(name, source, folder, tuple(tensors))
     saved = {"key": key, "checksum": data.checksum, "tensors": tuple(tensors)}
     with suppress(OSError, RuntimeError):  # no room or no right to write: decode again next time
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as draft:
-            torch.save(saved, f"{draft}/{cache.name}")
-            os.replace(f"{draft}/{cache.name}", cache)
+        replace_with(cache, partial(torch.save, saved))
     return data
 
 

@@ -43,13 +43,7 @@ def coloured_digits(
 ) -> tuple[Tensor, ...]:
     """Paint a stand-in for CIFAR-10: the ten digits in random colours, with noise.
 
-    Args:
-        n_train, n_test: pictures in each set; every class has its tenth, up to rounding.
-        seed: any integer; the training set does not depend on `n_test`.
-
-    Returns:
-        (train_images, train_labels, test_images, test_labels): uint8 [n, 3, 32, 32] and
-        int64 [n] in 0..9, on the CPU.
+    As `digits`, but for images of [n, 3, 32, 32].
     """
     return _two_sets(n_train, n_test, seed, _paint_digits)
 
