@@ -56,22 +56,18 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
         raise InputError(f"backend '{backend}' is unknown: choose one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    if not built():
-        return _fall_back(
-            backend,
-            "needs the compiled extension, which this installation does not have: with a C++ "
-            f"compiler '{BUILD}' in a checkout, or 'pip install .', builds it",
-        )
     kind = torch.device(device).type
-    if kind not in DEVICES:
-        return _fall_back(backend, f"does not run on {device}")
-    if not built(kind):
-        return _fall_back(
-            backend,
-            "was built without CUDA: with a CUDA toolkit of PyTorch's version "
-            f"'{BUILD_CUDA}' in a checkout builds it",
-        )
-    return "fused"
+    if not built():
+        why = "needs the compiled extension, which this installation does not have: with a C++ "
+        why += f"compiler '{BUILD}' in a checkout, or 'pip install .', builds it"
+    elif kind not in DEVICES:
+        why = f"does not run on {device}"
+    elif not built(kind):
+        why = "was built without CUDA: with a CUDA toolkit of PyTorch's version "
+        why += f"'{BUILD_CUDA}' in a checkout builds it"
+    else:
+        return "fused"
+    return _fall_back(backend, why)
 
 
 def operators(backend: str, state: Tensor) -> ModuleType:

@@ -1,6 +1,5 @@
 """The paper's figure: loss under attack over the steps of training, one panel for each ε."""
 
-import io
 import math
 import textwrap
 from pathlib import Path
@@ -49,7 +48,6 @@ def draw_curves(
         runs: those of `protocol.Results`.
         summary: rows of `summary.summarise`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(2, len(config.eps))
@@ -96,6 +94,4 @@ def draw_curves(
         for line in footer.splitlines()
     )
     figure.supxlabel(footer, fontsize=7, color="0.35")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=130)
-    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))
+    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

@@ -1,5 +1,6 @@
 """A run's folder: which it is, and that what is continued there is the same run."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -11,14 +12,9 @@ from l2l_ref.experiment.config import Config, as_saved, names_of
 from l2l_ref.files import replace_with
 
 
-def default_name(config: Config) -> str:
-    """The name of a run's folder, e.g. mnist-fgsm-paper-quick."""
-    parts = [config.dataset, config.attack, config.recipe] + ["quick"] * config.quick
-    return "-".join(parts)
-
-
 def new(config: Config, root: Path = Path("runs")) -> Path:
-    """Choose the folder of this run: `--out`, or runs/<name>, with -2, -3, … where that is taken.
+    """Choose the folder of this run: `--out`, or a name such as runs/mnist-fgsm-paper-quick, with
+    -2, -3, … behind it where that is taken.
 
     A run never writes over another. With `--resume` the newest folder of the name is continued.
 
@@ -28,12 +24,12 @@ def new(config: Config, root: Path = Path("runs")) -> Path:
     if config.out is not None:
         folder = Path(config.out)
     else:
-        name, count = default_name(config), 1
+        parts = [config.dataset, config.attack, config.recipe] + ["quick"] * config.quick
+        name = "-".join(parts)
         folder = root / name
-        while folder.exists():
-            count += 1
-            following = root / f"{name}-{count}"
-            if config.resume and not following.exists():
+        for number in itertools.count(2):
+            following = root / f"{name}-{number}"
+            if not folder.exists() or (config.resume and not following.exists()):
                 break
             folder = following
     if folder.exists() and not folder.is_dir():

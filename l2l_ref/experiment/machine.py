@@ -80,13 +80,10 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    words = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]  # without tags
     try:
-        commit, changed = (
-            subprocess.check_output(
-                ["git", "-C", str(root), *words], stderr=subprocess.DEVNULL, text=True, timeout=10
-            ).strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
-        )
+        return subprocess.check_output(
+            ["git", "-C", str(root), *words], stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changed else "")

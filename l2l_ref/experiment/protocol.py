@@ -25,14 +25,15 @@ from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import save
 from l2l_ref.transfer import Method
 
+KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, None for a baseline
+
 
 @dataclass(frozen=True)
 class Results:
     """All that a report is made of.
 
     Attributes:
-        runs: one dict a run: eps, method, fold, phi (meta-seed, or None), seed, and what
-            `run_method` returns.
+        runs: one dict a run: its `KEY`, and what `run_method` returns.
         chosen: {eps: {fold: {baseline: its tuned settings}}}.
         grid: what `--grid` tried, one dict a candidate.
         meta_training: {φ's name: its History as a dict}.
@@ -141,18 +142,14 @@ class Experiment:
         for fold, eps in product(self.folds, c.eps):
             contenders = self.contenders(fold, eps)
             for seed, contender in product(range(c.seeds), contenders):
-                key: dict[str, Any] = {
-                    "eps": eps,
-                    "method": contender.method.label,
-                    "fold": fold.number,
-                    "phi": contender.meta_seed,
-                    "seed": seed,
-                }
+                method, meta_seed = contender.method, contender.meta_seed
+                values = eps, method.label, fold.number, meta_seed, seed
+                key: dict[str, Any] = dict(zip(KEY, values, strict=True))
                 name = "-".join(["run", *(f"{k}{v}" for k, v in key.items() if v is not None)])
                 compute = partial(self.run_one, contender, fold, eps, seed)
-                cost = tuning.cost(c, contender.method.alpha, contender.method.penalty)
-                cost += c.steps * (contender.meta_seed is not None)  # the LSTM
-                result.append((key, Piece(name, compute, key["method"], cost, contender.needs)))
+                cost = tuning.cost(c, method.alpha, method.penalty)
+                cost += c.steps * (meta_seed is not None)  # the LSTM
+                result.append((key, Piece(name, compute, method.label, cost, contender.needs)))
         return result
 
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:

@@ -8,7 +8,7 @@ from typing import Any
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.figure import draw_curves, marks
 from l2l_ref.experiment.folder import write_json
-from l2l_ref.experiment.protocol import Results
+from l2l_ref.experiment.protocol import KEY, Results
 from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.summary import METRICS, differences, summarise, verdicts
 from l2l_ref.files import replace_with
@@ -83,10 +83,9 @@ def curves_csv(results: Results, data: str) -> str:
     """One row for each ε, method, fold, φ, seed and step; the last column says what data it was."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    columns = ["eps", "method", "fold", "phi", "seed"]
-    writer.writerow([*columns, "step", "clean_loss", "attacked_loss", "data"])
+    writer.writerow([*KEY, "step", "clean_loss", "attacked_loss", "data"])
     for run in results.runs:
-        key = [run[column] for column in columns]
+        key = [run[column] for column in KEY]
         curves = (run.get(name, []) for name in ("steps", "clean", "attacked"))
         for row in zip(*curves, strict=True):
             writer.writerow([*key, *row, data])

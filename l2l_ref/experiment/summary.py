@@ -130,13 +130,10 @@ def mean(runs: list[dict[str, Any]], name: str) -> float | None:
 
 def interval(values: list[float]) -> dict[str, float | None]:
     """Mean, and half the width of the 95 % interval of Student's t; None as in `spread`."""
-    half = None
-    if not all(map(math.isfinite, values)):
-        return {"mean": None, "half_width": None}
-    if len(values) > 1:
-        quantile = student(len(values) - 1)
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": statistics.fmean(values), "half_width": half}
+    of, half = spread(values), None
+    if of["std"] is not None:
+        half = student(len(values) - 1) * of["std"] / math.sqrt(len(values))
+    return {"mean": of["mean"], "half_width": half}
 
 
 def student(freedom: int) -> float:

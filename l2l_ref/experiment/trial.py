@@ -5,7 +5,7 @@ all methods of a seed start from the same θ₀ and see the same batches, and no
 was computed before it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,23 +47,14 @@ class Trial:
         """A fresh optimizee."""
         return self.setting.problem.draw(self.stream("theta"), self.setting.device)
 
-    def batches(self, samples: data.Samples) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless batches."""
-        return samples.batches(self.setting.config.batch_size, self.stream("batches"))
-
     def attack(self, eps: float) -> attacks.Attack:
         """The attack that trains and is recorded, its random starts from a stream of its own.
 
         It draws on the setting's device, so a GPU has other random starts than a CPU.
         """
-        c, device = self.setting.config, self.setting.device
-        return attacks.make(
-            c.attack,
-            eps=eps,
-            steps=c.attack_steps,
-            step_size=c.attack_step_size,
-            generator=self.stream("attack", device),
-        )
+        c, generator = self.setting.config, self.stream("attack", self.setting.device)
+        steps, size = c.attack_steps, c.attack_step_size
+        return attacks.make(c.attack, eps=eps, steps=steps, step_size=size, generator=generator)
 
     def probe(
         self, samples: data.Samples, eps: float
@@ -87,7 +78,7 @@ class Trial:
         curve = train(
             model,
             method,
-            self.batches(samples),
+            samples.batches(c.batch_size, self.stream("batches")),
             loss=self.setting.problem.loss,
             attack=self.attack(eps),
             steps=c.steps,
@@ -117,11 +108,8 @@ class Trial:
 def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
     """An untrained φ of a kind; NOMINAL's is as small as can be, and its update frozen at zero."""
     c = setting.config
-    form: dict[str, Any] = {
-        name: getattr(c, name)
-        for name in ("hidden_size", "num_layers", "p", "output_scale", "theta_input", "odd")
-    }
-    form["nominal"] = c.nominal
+    names = ("hidden_size", "num_layers", "p", "output_scale", "theta_input", "odd", "nominal")
+    form = {name: getattr(c, name) for name in names}
     if kind == NOMINAL:
         form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
     generator = stream(c.seed, "phi", fold, meta_seed)
