@@ -1,7 +1,10 @@
 """What the tests share: small data and where the real data is, small models, chosen kernels."""
 
 import itertools
+import math
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -15,6 +18,7 @@ from l2l_ref import data, problems
 from l2l_ref.backend import BUILD, BUILD_CUDA, built
 from l2l_ref.data import stand_in
 from l2l_ref.experiment import tuning
+from l2l_ref.meta_optimizer import MetaOptimizer
 
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
 
@@ -23,6 +27,8 @@ LOADING = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "-
 TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
 FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
 every_form = pytest.mark.parametrize("theta_input, odd", FORMS)
+DRAW = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
+SHAPE = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 # Inputs [b, 5], three classes.
 SMALL = problems.Problem(
     "small",
@@ -53,6 +59,18 @@ def derivative(model: nn.Module, value: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
 
 
+def random_phi(seed=0, dtype=torch.float32, **settings) -> MetaOptimizer:
+    """One whose head is not zero, so that every weight matters, and whose η, if it has one, is far
+    from where it begins."""
+    noise = generator(seed)
+    meta = MetaOptimizer(generator=noise, **settings)
+    for weight in meta.head.parameters():
+        nn.init.normal_(weight, generator=noise)
+    if meta.nominal:
+        nn.init.constant_(meta.log_eta, math.log(0.02))
+    return meta.to(dtype)
+
+
 def wild(steps, n, dtype=torch.float64, seed=0) -> Tensor:
     """Gradients from 1e-12 to 1e4 of any sign, some of them zero. [steps, n]"""
     noise = generator(seed)
@@ -66,6 +84,18 @@ def zeroing(model: nn.Module) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_post_hook(lambda *_: [p.data.zero_() for p in model.parameters()])
     return optimizer
+
+
+def call_script(*arguments: str, cwd: Path, processes: int | None = None):
+    """run.py as a process, or as several by torchrun."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                    str(processes)]  # fmt: skip
+    script = str(Path(__file__).resolve().parents[1] / "run.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, script, *arguments], cwd=cwd, timeout=120,
+                          capture_output=True, text=True, env=environment)  # fmt: skip
 
 
 @pytest.fixture
@@ -83,20 +113,22 @@ def backend(request):
     return request.param
 
 
+def drawn(name: str, *sizes: int) -> data.Data:
+    x, y, x_test, y_test = DRAW[name](*sizes)
+    train, test = data.ImageSet(x, y), data.ImageSet(x_test, y_test)
+    return data.Data(name, "stand-in", train, test, "0" * 64)
+
+
 @pytest.fixture(scope="session")
 def small_digits() -> data.Data:
     """1,200 + 300 stand-in digits."""
-    x, y, x_test, y_test = stand_in.digits(1200, 300)
-    train, test = data.ImageSet(x, y), data.ImageSet(x_test, y_test)
-    return data.Data("mnist", "stand-in", train, test, "0" * 64)
+    return drawn("mnist", 1200, 300)
 
 
 @pytest.fixture(scope="session")
 def small_textures() -> data.Data:
     """600 + 200 stand-in pictures of CIFAR-10."""
-    x, y, x_test, y_test = stand_in.coloured_digits(600, 200)
-    train, test = data.ImageSet(x, y), data.ImageSet(x_test, y_test)
-    return data.Data("cifar10", "stand-in", train, test, "0" * 64)
+    return drawn("cifar10", 600, 200)
 
 
 @pytest.fixture
@@ -104,6 +136,23 @@ def small_data(monkeypatch, small_digits, small_textures):
     """`data.load` gives the small sets, whatever it is asked for."""
     sets = {"mnist": small_digits, "cifar10": small_textures}
     monkeypatch.setattr(data, "load", lambda name, data_dir, **options: sets[name])
+
+
+def pictures(images: data.ImageSet) -> set[bytes]:
+    return {row.numpy().tobytes() for row in images.images}
+
+
+@pytest.fixture
+def seen_pictures(monkeypatch) -> set[bytes]:
+    """Those that batches are made of from now on."""
+    seen, batch = set(), data.ImageSet.batch
+
+    def spy(self, index, *args):
+        seen.update(pictures(self.subset(index)))
+        return batch(self, index, *args)
+
+    monkeypatch.setattr(data.ImageSet, "batch", spy)
+    return seen
 
 
 @pytest.fixture
@@ -145,20 +194,21 @@ def device(request, fused):
 
 
 @pytest.fixture
-def killed_at_step(monkeypatch):
-    """A context in which a run must end as one that is killed, at that step of an Adam (from 0)."""
+def killed_at(monkeypatch):
+    """A context in which a run must end as one that is killed, at that call of a function of a
+    module or class (from 0)."""
 
     @contextmanager
-    def context(count: int):
-        step, calls = torch.optim.Adam.step, itertools.count()
+    def context(owner, name: str, count: int):
+        function, calls = getattr(owner, name), itertools.count()
 
-        def killed(self, *args):
+        def killed(*args, **options):
             if next(calls) == count:
                 raise RuntimeError("killed")
-            return step(self, *args)
+            return function(*args, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(torch.optim.Adam, "step", killed)
+            patch.setattr(owner, name, killed)
             with pytest.raises(RuntimeError, match="killed"):
                 yield
 

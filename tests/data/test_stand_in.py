@@ -6,14 +6,10 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import generator
+from conftest import DRAW, SHAPE, generator
 from torch import nn
 
 from l2l_ref.data import ImageSet, stand_in
-
-DRAW = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
-SHAPE = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_stand_ins_are_balanced_and_seeded(name):

@@ -2,22 +2,17 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from conftest import call_script
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import pieces
 from l2l_ref.experiment.pieces import Clock, Parts, Piece, Ranks, compute_all
 from l2l_ref.experiment.progress import duration
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Graph:
@@ -146,10 +141,8 @@ def together(graph, parts, world):
         except BaseException as error:
             errors.append(error)
 
-    threads = [
-        threading.Thread(target=work, args=(rank,), name=str(rank), daemon=True)
-        for rank in range(world)
-    ]
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank), daemon=True)
+               for rank in range(world)]  # fmt: skip
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -217,11 +210,8 @@ class TestClock:
         assert clock.left([self.c]) == pytest.approx(6 * 3 / 14)
         clock.count(self.a, 4.0)  # now 6 s for 8
         assert clock.left([self.a, self.b]) == pytest.approx(3.0 + 1.0)
-
-    def test_processes_share_what_is_left(self):
-        clock = Clock([self.a], world=4)
-        clock.count(self.a, 2.0)
-        assert clock.left([self.a, self.a]) == pytest.approx(1.0)
+        clock.world = 4  # processes, which share what is left
+        assert clock.left([self.a, self.b]) == pytest.approx(1.0)
 
     def test_tells_every_twentieth(self):
         said, clock = [], Clock([Piece(str(i), None, "", 1.0) for i in range(100)], world=1)
@@ -256,27 +246,17 @@ class TestTorchrun:
     tiny = ["--dataset", "quadratic", "--quick", "--steps", "4", "--unroll", "2", "--episodes", "2",
             "--episode-steps", "2", "5", "--seeds", "1", "--nominal"]  # fmt: skip
 
-    def call(self, *arguments, cwd, processes=None):
-        command = [sys.executable]
-        if processes:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                        str(processes)]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run([*command, str(ROOT / "run.py"), *arguments], cwd=cwd, timeout=120,
-                              capture_output=True, text=True, env=environment)  # fmt: skip
-
     def test_two_processes_give_the_bits_of_one(self, tmp_path):
-        alone = self.call(*self.tiny, "--out", "one", cwd=tmp_path)
-        both = self.call(*self.tiny, "--out", "two", cwd=tmp_path, processes=2)
+        alone = call_script(*self.tiny, "--out", "one", cwd=tmp_path)
+        both = call_script(*self.tiny, "--out", "two", cwd=tmp_path, processes=2)
         assert alone.returncode == both.returncode == 0, both.stderr
         one, two = tmp_path / "one", tmp_path / "two"
         text = (two / "metrics.csv").read_text()
         assert text == (one / "metrics.csv").read_text()
         methods = {row["method"] for row in csv.DictReader(text.splitlines())}
         assert methods == {"L2L-Transfer", "Nominal alone", "SGD", "Adam", "Adam, lr 0.001"}
-        assert {p.name for p in (one / "parts").iterdir()} == {
-            p.name for p in (two / "parts").iterdir()
-        }
+        ours, theirs = ({p.name for p in (out / "parts").iterdir()} for out in (one, two))
+        assert ours == theirs
         a, b = (json.loads((out / "summary.json").read_text()) for out in (one, two))
         assert a["meta_training"] == b["meta_training"] and a["tuned"] == b["tuned"]
         # what rank 0 says, it says once
@@ -284,12 +264,12 @@ class TestTorchrun:
         assert both.stdout.count("| Nominal alone") == 1
 
     def test_a_mistake_is_one_sentence_and_an_end(self, tmp_path):
-        done = self.call("--eps", "2", cwd=tmp_path, processes=2)
+        done = call_script("--eps", "2", cwd=tmp_path, processes=2)
         assert done.returncode != 0 and done.stdout == ""
         sentence = "run.py: --eps is 2.0: it must be between 0 and 1"
         assert done.stderr.count("run.py: --") == done.stderr.count(sentence) == 1
         assert list(tmp_path.iterdir()) == []
 
     def test_help_leaves_no_process_waiting(self, tmp_path):
-        done = self.call("--help", cwd=tmp_path, processes=2)
+        done = call_script("--help", cwd=tmp_path, processes=2)
         assert done.returncode == 0 and done.stdout.count("usage: run.py") == 1
