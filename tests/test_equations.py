@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import conftest
 import pytest
 import torch
 from conftest import FORMS, SMALL, derivative, generator, small_batch, wild
@@ -24,13 +25,7 @@ FORMS = [dict(theta_input=theta_input, odd=odd) for theta_input, odd in FORMS]
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 
 
-def random_phi(seed=0, dtype=torch.float64, **settings) -> MetaOptimizer:
-    """A φ whose head is not zero, so that every weight matters."""
-    noise = generator(seed)
-    meta = MetaOptimizer(generator=noise, **settings).to(dtype)
-    for weight in meta.head.parameters():
-        nn.init.normal_(weight, generator=noise)
-    return meta
+random_phi = partial(conftest.random_phi, dtype=torch.float64)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -53,11 +48,13 @@ class TestPreprocess:
             (math.inf, (math.inf, 1.0)),
             (-math.inf, (math.inf, -1.0)),
             (1e-310, (-1.0, 2.2026465794806717e-306)),  # denormal in float64
+            (math.nan, (-1.0, math.nan)),
         ],
     )
     def test_by_hand(self, gradient, expected):
         actual = preprocess(torch.tensor(gradient, dtype=torch.float64), 10.0)
-        torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("sign", [1, -1])
@@ -72,26 +69,19 @@ class TestPreprocess:
         torch.testing.assert_close(log, torch.full_like(log, -1.0), rtol=tiny, atol=0)
         torch.testing.assert_close(direction, torch.full_like(direction, sign), rtol=tiny, atol=0)
 
-    def test_the_two_sides_are_told_apart(self):
-        # One ulp apart: exp(10)·g is visibly below 1 only where the linear branch is taken.
-        just_below = torch.tensor(math.exp(-10.0) * (1 - 1e-9), dtype=torch.float64)
-        assert preprocess(just_below, 10.0)[1] < 1
-        assert preprocess(just_below * (1 + 2e-9), 10.0)[1] == 1
-
-    def test_nan_stays_nan(self):
-        assert preprocess(torch.tensor([math.nan]), 10.0)[1].isnan().all()
-
     def test_float32_denormals_enter_linearly(self):
         g = torch.tensor([1e-44, -1e-40])
         log, direction = preprocess(g, 10.0)
         assert (log == -1).all()
         torch.testing.assert_close(direction, g * 22026.465794806718)
 
-    def test_p_sets_threshold_and_scale(self):
-        g = torch.tensor([math.exp(-3.0) * 1.01, math.exp(-3.0) * 0.99], dtype=torch.float64)
-        log, direction = preprocess(g, 3.0)
+    @pytest.mark.parametrize("p, apart", [(3.0, 0.01), (10.0, 1e-9)])
+    def test_p_sets_threshold_and_scale(self, p, apart):
+        """However near, exp(p)·g is visibly below 1 only where the linear branch is taken."""
+        above, below = (math.exp(-p) * (1 + way * apart) for way in (1, -1))
+        log, direction = preprocess(torch.tensor([above, below], dtype=torch.float64), p)
         assert direction[0] == 1 and direction[1] < 1
-        assert log[0] == pytest.approx((-3 + math.log(1.01)) / 3) and log[1] == -1
+        assert log[0].item() == pytest.approx((math.log1p(apart) - p) / p) and log[1] == -1
 
     @pytest.mark.parametrize("p", [1e-3, 10.0, equations.MAX_P])
     def test_zero_is_minus_one_and_zero_for_every_allowed_p(self, p):
@@ -138,14 +128,6 @@ class TestStep:
         torch.testing.assert_close(after, torch.cat((after_plus, after_minus), dim=-1))
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_odd_means_odd(self, form):
-        meta = random_phi(**form)
-        theta, gradient, state = normal(6), normal(6, seed=1), meta.init_state(6)
-        u, _ = equations.update(theta, gradient, state, meta.phi(), **meta.form)
-        mirrored, _ = equations.update(-theta, -gradient, state, meta.phi(), **meta.form)
-        assert torch.allclose(mirrored, -u) == form["odd"]
-
-    @pytest.mark.parametrize("form", FORMS)
     def test_zeroed_head_changes_nothing(self, form):
         meta = MetaOptimizer(**form)
         theta, state = normal(9, dtype=torch.float32), meta.init_state(9)
@@ -189,70 +171,24 @@ class TestStep:
 
 
 class TestMetaGradient:
-    """The closed form against autograd through the whole unroll, optimizee included."""
+    """The closed form; tests/test_episode.py has it through a whole unroll, optimizee included."""
 
-    steps, hidden = 6, 5
-
-    def whole_unroll(self, meta, model, data, also):
-        """Σ_t L_t(θ_t) with its graph kept: gradients, and θ where φ sees it, enter detached."""
-        theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-        state = meta.init_state(len(theta))
-        shapes = [p.shape for p in model.parameters()]
-
-        def loss(theta, x, y):
-            parts = theta.split([s.numel() for s in shapes])
-            weights = [part.view(s) for part, s in zip(parts, shapes, strict=True)]
-            names = [name for name, _ in model.named_parameters()]
-            logits = torch.func.functional_call(model, dict(zip(names, weights, strict=True)), x)
-            return nn.functional.cross_entropy(logits, y)
-
-        def gradient(theta, x, y):
-            theta = theta.detach().requires_grad_()
-            return torch.autograd.grad(loss(theta, x, y), theta)[0]
-
-        total, seen, reads, judged = 0.0, [], [], []
-        for t in range(self.steps):
-            seen.append(theta.detach())
-            reads.append(gradient(theta, *data[t]))
-            u, state = equations.update(theta.detach(), reads[-1], state, meta.phi(), **meta.form)
-            theta = theta + u + also
-            total = total + loss(theta, *data[t + 1])
-            judged.append(gradient(theta, *data[t + 1]))
-        expected = torch.autograd.grad(total, list(meta.parameters()))
-        rows = [torch.stack(each) for each in (seen, reads, judged)]
-        return *rows, torch.cat([g.reshape(-1) for g in expected])
-
-    @pytest.mark.parametrize("block", [2048, 7])
-    @pytest.mark.parametrize("also", [0.0, 0.05])
+    @pytest.mark.parametrize("block", [2048, 3])
     @pytest.mark.parametrize("form", FORMS)
-    def test_equals_autograd_through_everything(self, form, also, block, monkeypatch):
-        """Even where θ moves by more than φ's update: by `also` in every step."""
+    def test_is_autograd_through_the_updates(self, form, block, monkeypatch):
+        """From any state, and whatever moved θ from one update to the next."""
         monkeypatch.setattr(equations, "BLOCK", block)
-        meta = random_phi(hidden_size=self.hidden, output_scale=0.3, **form)
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-        data = [(normal(8, 4, seed=t), torch.arange(8) % 3) for t in range(self.steps + 1)]
-        seen, reads, judged, expected = self.whole_unroll(meta, model, data, also)
-        actual = unroll_meta_gradient(
-            reads,
-            meta.init_state(seen.shape[1]),
-            equations.update_cotangents(judged),
-            meta.phi(),
-            seen if meta.form["theta_input"] else None,
-            **meta.form,
-        )
-        assert expected.abs().max() > 1e-6
-        assert (actual - expected).norm() <= 1e-9 * expected.norm()
-
-    def test_starts_from_the_given_state(self):
-        meta = random_phi(hidden_size=self.hidden, odd=True)
-        gradients, cotangents = normal(3, 4), normal(3, 4, seed=1)
-        state = normal(*meta.init_state(4).shape, seed=2)
+        meta = random_phi(hidden_size=5, **form)
+        gradients, cotangents, thetas = (normal(4, 7, seed=seed) for seed in range(3))
+        seen = thetas if form["theta_input"] else None
+        state = normal(*meta.init_state(7).shape, seed=3)
         phi = meta.phi().detach().requires_grad_()
-        updates, _ = equations.unroll(gradients, state, phi, **meta.form)
-        (expected,) = torch.autograd.grad((updates * cotangents).sum(), phi)
-        actual = unroll_meta_gradient(gradients, state, cotangents, phi, **meta.form)
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+        updates, after = [], state
+        for theta, gradient in zip(thetas, gradients, strict=True):
+            u, after = equations.update(theta, gradient, after, phi, **meta.form)
+            updates.append(u)
+        (expected,) = torch.autograd.grad((torch.stack(updates) * cotangents).sum(), phi)
+        close(unroll_meta_gradient(gradients, state, cotangents, phi, seen, **meta.form), expected)
 
     def test_cotangents_are_suffix_sums(self):
         rows = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
@@ -260,7 +196,7 @@ class TestMetaGradient:
         assert torch.equal(equations.update_cotangents(rows), expected)
 
     def test_keeps_no_graph_and_touches_nothing(self):
-        meta = random_phi(hidden_size=self.hidden, theta_input=True)
+        meta = random_phi(hidden_size=5, theta_input=True)
         inputs = normal(3, 4), meta.init_state(4), normal(3, 4), meta.phi(), normal(3, 4)
         before = [t.detach().clone() for t in inputs]
         assert not unroll_meta_gradient(*inputs, **meta.form).requires_grad

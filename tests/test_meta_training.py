@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -180,24 +181,24 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == before and not (tmp_path / "new.pt").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_broken_checkpoints_are_named(tmp_path, content):
-    path = tmp_path / "phi.pt"
-    if content is not None:
+class Evil:
+    """Makes a folder in the current one when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", {"settings": Evil()}])
+def test_broken_checkpoints_are_named_and_never_executed(workdir, content):
+    path = workdir / "phi.pt"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="phi.pt"):
+    words = "does not exist" if content is None else "cannot be read"
+    with pytest.raises(InputError, match=f"phi.pt {words}"):
         read_checkpoint(path)
-
-
-def test_loading_a_checkpoint_never_executes_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    torch.save({"settings": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "executed").exists()
+    assert not (workdir / "executed").exists()
 
 
 def test_a_meta_gradient_that_is_not_finite_is_skipped_counted_and_survived():
@@ -297,45 +298,46 @@ class TestMetaAdam:
         assert found[1e-3] > 1.5e-3 and found[2.0] < 1.6
 
 
+OK, COLLAPSED, DIVERGED = ["ok"], ["collapsed"], ["diverged"]
+LATE_CLEAN = {"curriculum": (0.5, 0.75)}
+
+
 class TestWatch:
-    def end(self, ends, episodes=20, **options):
-        """The number of episodes that are watched until φ is given up, and why."""
-        history, chosen = History(), MetaSettings(episodes, **options)
+    @pytest.mark.parametrize(
+        "ends, options, given_up",
+        [
+            # five collapsed or three not finite
+            (4 * OK + 4 * COLLAPSED, {}, None),
+            (4 * OK + 5 * COLLAPSED, {}, (9, "collapsed")),
+            (4 * OK + 2 * DIVERGED, {}, None),
+            (4 * OK + 3 * DIVERGED, {}, (7, "diverged")),
+            # in a row, and one bad end does not count for the other
+            (4 * OK + 3 * (4 * COLLAPSED + OK), {}, None),
+            (4 * OK + 2 * DIVERGED + OK + 2 * DIVERGED, {}, None),
+            (4 * OK + 4 * (2 * COLLAPSED + 2 * DIVERGED), {}, None),
+            (4 * OK + 4 * COLLAPSED + DIVERGED + 4 * COLLAPSED, {}, None),
+            (4 * OK + 4 * COLLAPSED + DIVERGED + 5 * COLLAPSED, {}, (14, "collapsed")),
+            # once the first fifth is over: of 20 episodes the first four do not count
+            (20 * DIVERGED, {}, (7, "diverged")),
+            (20 * COLLAPSED, {}, (9, "collapsed")),
+            (6 * DIVERGED, {}, None),
+            (20 * DIVERGED, {"episodes": 5}, (4, "diverged")),
+            # not while the curriculum is clean: there a φ that has not begun to move leaves its
+            # optimizees where they started
+            (10 * COLLAPSED, LATE_CLEAN, None),
+            (20 * COLLAPSED, LATE_CLEAN, (15, "collapsed")),
+        ],
+    )
+    def test_when_phi_is_given_up(self, ends, options, given_up):
+        """After how many episodes, and why."""
+        history, chosen = History(), MetaSettings(**{"episodes": 20, **options})
+        found = None
         for number, end in enumerate(ends):
             watch(history, chosen, number, end)
             if history.ended:
-                return number + 1, history.ended
-        return None
-
-    def test_five_collapsed_or_three_not_finite(self):
-        fine = ["ok"] * 4
-        assert self.end([*fine, *["collapsed"] * 4]) is None
-        assert self.end([*fine, *["collapsed"] * 5]) == (9, "collapsed")
-        assert self.end([*fine, *["diverged"] * 2]) is None
-        assert self.end([*fine, *["diverged"] * 3]) == (7, "diverged")
-
-    def test_not_while_the_curriculum_is_clean(self):
-        """There a φ that has not begun to move leaves its optimizees where they started."""
-        idle = ["collapsed"] * 10
-        assert self.end(idle) == (9, "collapsed")
-        assert self.end(idle, curriculum=(0.5, 0.75)) is None
-        assert self.end(idle * 2, curriculum=(0.5, 0.75)) == (15, "collapsed")
-
-    def test_in_a_row(self):
-        late = ["ok"] * 4
-        assert self.end([*late, *(["collapsed"] * 4 + ["ok"]) * 3]) is None
-        assert self.end([*late, *["diverged", "diverged", "ok", "diverged", "diverged"]]) is None
-        # one bad end does not count for the other
-        assert self.end([*late, *["collapsed", "collapsed", "diverged", "diverged"] * 4]) is None
-        mixed = [*late, *["collapsed"] * 4, "diverged", *["collapsed"] * 4]
-        assert self.end(mixed) is None and self.end([*mixed, "collapsed"]) == (14, "collapsed")
-
-    def test_not_before_the_first_fifth_is_over(self):
-        # of 20 episodes the first four do not count
-        assert self.end(["diverged"] * 20) == (7, "diverged")
-        assert self.end(["collapsed"] * 20) == (9, "collapsed")
-        assert self.end(["diverged"] * 6) is None
-        assert self.end(["diverged"] * 20, episodes=5) == (4, "diverged")
+                found = number + 1, history.ended
+                break
+        assert found == given_up
 
     def classify(self, logits, loss):
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 10))
