@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -135,7 +136,14 @@ def small_textures() -> data.Data:
 def small_data(monkeypatch, small_digits, small_textures):
     """`data.load` gives the small sets, whatever it is asked for."""
     sets = {"mnist": small_digits, "cifar10": small_textures}
-    monkeypatch.setattr(data, "load", lambda name, data_dir, **options: sets[name])
+
+    def load(name, data_dir, *, device="cpu", **options):
+        found = sets[name]
+        train, test = (data.ImageSet(one.images.to(device), one.labels.to(device))
+                       for one in (found.train, found.test))  # fmt: skip
+        return replace(found, train=train, test=test)
+
+    monkeypatch.setattr(data, "load", load)
 
 
 def pictures(images: data.ImageSet) -> set[bytes]:

@@ -1,4 +1,4 @@
-"""K optimizees at once do what each does alone: outputs, attacks, unrolls and batches."""
+"""K optimizees at once do what each does alone: outputs, gradients, attacks and batches."""
 
 import copy
 from functools import partial
@@ -9,9 +9,9 @@ from conftest import SHAPE, generator
 from torch import nn
 
 from l2l_ref import attacks, data, problems
-from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
+from l2l_ref.equations import penalised
 from l2l_ref.errors import InputError
-from l2l_ref.meta_optimizer import new_phi, phi_groups
+from l2l_ref.meta_optimizer import phi_groups
 from l2l_ref.problems import Problem, Stacked
 
 K, BATCH = 3, 8
@@ -22,7 +22,6 @@ PROBLEMS = {
     "convnet": Problem("", lambda: nn.Sequential(*problems.convnet()), problems.cross_entropy, 10),
     "quadratic": problems.make("quadratic", batch_size=BATCH),
 }
-EVERY = pytest.mark.parametrize("name", PROBLEMS)
 BOTH_WAYS = pytest.mark.parametrize("vectorize", [False, True])
 exactly = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
@@ -54,20 +53,23 @@ def joint(each):
     ]
 
 
-@EVERY
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
 @BOTH_WAYS
-def test_outputs_gradients_and_statistics(name, vectorize):
+def test_outputs_gradients_and_statistics(name, penalty, vectorize):
+    """So episodes (tests/test_episode.py) are those of each alone, and judged by their mean."""
     models, each = draw(name), batches(name, 2)
     together = Stacked(copy.deepcopy(models), vectorize=vectorize)
-    for x, y in joint(each):  # two, so that the running statistics of the first are kept
-        loss = PROBLEMS[name].loss(together, x, y)
-    loss.backward()
-    losses = []
-    for model, own in zip(models, each, strict=True):
-        for x, y in own:
-            single = PROBLEMS[name].loss(model, x, y)
-        single.backward()
-        losses.append(single)
+
+    def loss_of(model, batches):
+        """Of the last of two, so that the running statistics of the first are kept."""
+        for x, y in batches:
+            loss = penalised(PROBLEMS[name].loss, model, x, y, penalty)
+        loss.backward()
+        return loss
+
+    loss = loss_of(together, joint(each))
+    losses = [loss_of(*own) for own in zip(models, each, strict=True)]
     exactly(loss, torch.stack(losses).mean())
     theirs = zip(*(model.named_parameters() for model in models), strict=True)
     for stacked, alone in zip(together.parameters(), theirs, strict=True):
@@ -120,61 +122,6 @@ def test_attacks_meet_each_model_and_leave_no_trace(vectorize):
         exactly(attack(together, x, y), expected)
     assert all(torch.equal(value, before[key]) for key, value in together.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in together.parameters())
-
-
-UNROLLS = [  # what φ reads, with which penalty, and is judged by
-    ("mlp", "fgsm", 0.5, 0.0, 0.5),  # the paper's recipe
-    ("mlp", "fgsm", 1.0, 0.0, 0.0),  # the robust one
-    ("mlp", "fgsm", 1.0, 0.1, 0.0),  # with the penalty
-    ("mlp", "none", 1.0, 0.0, 1.0),
-    ("convnet", "fgsm", 0.5, 0.0, 0.5),
-    ("convnet", "fgsm", 1.0, 0.0, 0.0),
-    ("convnet", "none", 1.0, 0.0, 1.0),
-    ("quadratic", "none", 1.0, 0.0, 1.0),
-]
-
-
-@pytest.mark.parametrize("name, attack, read_alpha, penalty, alpha", UNROLLS)
-@BOTH_WAYS
-def test_k_at_once_follow_the_paths_of_each_alone(
-    name, attack, read_alpha, penalty, alpha, vectorize
-):
-    """θ, losses, running statistics; dφ is the mean of theirs. The same φ throughout."""
-    problem, models, each = PROBLEMS[name], draw(name), batches(name, 6)
-    attack = attacks.make(attack, eps=0.1)
-    robust = read_alpha != alpha
-    phi = new_phi(
-        problem.build(), generator=generator(1), output_scale=0.1, odd=robust, theta_input=robust
-    ).double()
-    for meta in phi.values():
-        nn.init.uniform_(meta.head.weight, -0.5, 0.5, generator=generator(2))
-
-    def unrolls(model, its_batches, tasks):
-        """Of five steps by three: {φ-group: θ}, dφ and losses after each unroll."""
-        settings = MetaSettings(1, steps=5, unroll=3, read_alpha=read_alpha, penalty=penalty,
-                                alpha=alpha, tasks=tasks)  # fmt: skip
-        episode = Episode(model, iter(its_batches), attack, problem.loss)
-        for dphis, losses in truncated_unrolls(episode, phi, settings):
-            theta = [p.detach().clone() for p in model.parameters()]
-            yield theta, {key: dphi.clone() for key, dphi in dphis.items()}, losses
-
-    together = Stacked(copy.deepcopy(models), vectorize=vectorize)
-    at_once = list(unrolls(together, joint(each), K))
-    alone = zip(*(unrolls(m, own, 1) for m, own in zip(models, each, strict=True)), strict=True)
-    start = [p.detach().clone() for p in draw(name)[0].parameters()]
-    assert len(at_once) == 2
-    for (theta, dphis, losses), singles in zip(at_once, alone, strict=True):
-        thetas, their_dphis, their_losses = zip(*singles, strict=True)
-        for stacked, own in zip(theta, zip(*thetas, strict=True), strict=True):
-            exactly(stacked, torch.stack(own))
-        exactly(losses, torch.stack(their_losses).mean(0))
-        for key, dphi in dphis.items():
-            assert dphi.norm() > 0
-            exactly(dphi, torch.stack([own[key] for own in their_dphis]).mean(0))
-        assert not torch.allclose(theta[0][0], start[0])  # it moves
-    theirs = list(zip(*(m.buffers() for m in models), strict=True))
-    for stacked, own in zip(together.buffers(), theirs, strict=True):
-        exactly(stacked, torch.stack(own))
 
 
 def test_batches_of_several_streams_are_those_of_each():

@@ -1,6 +1,7 @@
 """What the tests of the fused engine share: problems of every shape, and what they are held to."""
 
 import math
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -125,6 +126,35 @@ def run_unroll(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor]:
     """unroll_meta_gradient: dφ. What φ does not see is not given."""
     names = UNROLL if case.theta_input else UNROLL[:-1]
     return (module.unroll_meta_gradient(*(given[name] for name in names), **case.form),)
+
+
+RUNS = (run_update, run_gradients, run_unroll)
+
+
+def run_all(module, case: Case, given: dict[str, Tensor]) -> list[Tensor]:
+    """The results of all three."""
+    return [result for run in RUNS for result in run(module, case, given)]
+
+
+@contextmanager
+def threads(count: int):
+    """So many work within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def edges(dtype, *more: float) -> Tensor:
+    """Gradients at the edge, of either sign: zeros, denormals, both sides of e^-10, `more`, the
+    largest, infinities; and last a NaN."""
+    limits, edge = torch.finfo(dtype), torch.tensor(math.exp(-10.0), dtype=dtype)
+    around = [edge, *(torch.nextafter(edge, edge + way) for way in (-1, 1))]
+    sizes = [0.0, limits.tiny / 1024, limits.tiny, *map(float, around), 1.0, *more]
+    sizes += [limits.max, math.inf]
+    return torch.tensor([sign * s for s in sizes for sign in (1, -1)] + [math.nan], dtype=dtype)
 
 
 def trajectory(module, case: Case, dtype) -> tuple[Tensor, Tensor]:

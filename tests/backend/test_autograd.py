@@ -5,12 +5,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import every_form
+from conftest import every_form, random_phi
 from engine_cases import (
     BACKWARD,
+    RUNS,
     STEP,
     UNROLL,
     Case,
@@ -20,8 +22,6 @@ from engine_cases import (
     run_unroll,
     run_update,
 )
-
-from l2l_ref.meta_optimizer import MetaOptimizer
 
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
@@ -41,9 +41,7 @@ OPERATORS = {
 }
 
 
-def take(
-    case: Case, names, dtype=torch.float64, requires_grad=(), device="cpu"
-) -> list[torch.Tensor]:
+def take(case: Case, names, dtype=torch.float64, requires_grad=(), device="cpu") -> list:
     """Those arguments of a case."""
     given = arguments(case, dtype)
     return [given[name].to(device).requires_grad_(name in requires_grad) for name in names]
@@ -123,9 +121,6 @@ class TestRegistration:
         form = {"p": case.p} if name.startswith("preprocess") else case.form
         torch.library.opcheck(operator, tuple(inputs), form)
 
-    def test_every_operator_is_checked(self, fused):
-        assert set(OPERATORS) <= set(dir(torch.ops.l2l_ref))
-
     @pytest.mark.parametrize("name, at", [("theta", 0), ("state", 2)])
     def test_autograd_notices_a_tensor_changed_in_place(self, fused, name, at):
         case = Case(5, 2, 3)
@@ -159,29 +154,23 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
-    def check(self, fused, run, **functions):
-        class Compiled:
-            """A module like `fused` whose functions are compiled."""
-
-        for name in functions:
-            function = torch.compile(getattr(fused, name), fullgraph=True)
-            setattr(Compiled, name, staticmethod(function))
+    @pytest.mark.parametrize(
+        "name, run",
+        [
+            ("theta_step_", run_update),
+            ("theta_step", run_gradients),
+            ("unroll_meta_gradient", run_unroll),
+        ],
+    )
+    def test_an_operator(self, fused, name, run):
+        compiled = SimpleNamespace(**{name: torch.compile(getattr(fused, name), fullgraph=True)})
         for case in (
             Case(5, 2, 3, steps=2),
             Case(70, 2, 3, steps=2),
             Case(6, 1, 4, True, True, steps=3),
         ):
             given = arguments(case, torch.float32)
-            assert all(map(torch.equal, run(Compiled, case, given), run(fused, case, given)))
-
-    def test_theta_step_in_place(self, fused):
-        self.check(fused, run_update, theta_step_=True)
-
-    def test_theta_step_and_its_gradients(self, fused):
-        self.check(fused, run_gradients, theta_step=True)
-
-    def test_unroll_meta_gradient(self, fused):
-        self.check(fused, run_unroll, unroll_meta_gradient=True)
+            assert all(map(torch.equal, run(compiled, case, given), run(fused, case, given)))
 
     def test_in_the_middle_of_a_graph(self, fused):
         case = Case(5, 2, 3)
@@ -199,20 +188,16 @@ class TestCompile:
     @pytest.mark.parametrize("backend", ["auto", "fused"])
     def test_meta_optimizer(self, fused, backend):
         """Dynamo follows a module with an nn.LSTM in it only with allow_rnn."""
-        meta = MetaOptimizer(hidden_size=4, generator=torch.Generator().manual_seed(0))
-        torch.nn.init.ones_(meta.head.weight)
+        meta = random_phi(hidden_size=4)
         inputs = torch.zeros(5), torch.linspace(-1, 1, 5), meta.init_state(5)
+        results = []
         with torch._dynamo.config.patch(allow_rnn=True):
-            compiled = torch.compile(meta, fullgraph=True)
-            theta, state = compiled(*inputs, backend=backend)
-        theta.square().sum().backward()
-        actual = [theta.detach(), state.detach(), *(p.grad.clone() for p in meta.parameters())]
-        meta.zero_grad()
-        theta, state = meta(*inputs, backend=backend)
-        theta.square().sum().backward()
-        expected = [theta.detach(), state.detach(), *(p.grad for p in meta.parameters())]
-        expect_close(actual, expected, 1e-6)
-        assert expected[-2].abs().sum() > 0
+            for call in (torch.compile(meta, fullgraph=True), meta):
+                theta, state = call(*inputs, backend=backend)
+                d_phi = torch.autograd.grad(theta.square().sum(), list(meta.parameters()))
+                results.append([theta.detach(), state.detach(), *d_phi])
+        expect_close(*results, 1e-6)
+        assert results[1][-2].abs().sum() > 0
 
 
 class TestMemory:
@@ -246,11 +231,8 @@ class TestMemory:
         """The heap is the same before and after, whichever operator."""
 
         class Heap(ctypes.Structure):
-            _fields_ = [
-                (name, ctypes.c_size_t)
-                for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks".split()
-                + ["fordblks", "keepcost"]
-            ]
+            names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+            _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
         mallinfo2 = ctypes.CDLL(None).mallinfo2
         mallinfo2.restype = Heap
@@ -261,7 +243,7 @@ class TestMemory:
 
         case = Case(1000, 2, 20, True, True, steps=3)
         given = arguments(case, torch.float32)
-        for run in (run_update, run_unroll, run_gradients):
+        for run in RUNS:
             for _ in range(3):
                 run(fused, case, given)
             before = in_use()

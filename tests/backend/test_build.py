@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no shell scripts")
@@ -34,41 +35,45 @@ def script(path: Path, text: str) -> Path:
 NVCC = "sm_75\nsm_80\nsm_86\nsm_90\nsm_100\nsm_120\n"
 
 
+def flag(number: str, code: str) -> str:
+    return f"-gencode=arch=compute_{number},code={code}_{number}"
+
+
 class TestArchitectures:
     def test_all_that_the_toolkit_knows_and_what_follows(self, build):
         names, flags = build.architectures(NVCC)
         assert names == ["7.5", "8.0", "9.0+PTX", "10.0", "12.0+PTX"]
         codes = [("75", "sm"), ("80", "sm"), ("90", "sm"), ("90", "compute"), ("100", "sm")]
         codes += [("120", "sm"), ("120", "compute")]
-        assert sorted(flags) == sorted(f"-gencode=arch=compute_{n},code={c}_{n}" for n, c in codes)
+        assert sorted(flags) == sorted(flag(*code) for code in codes)
 
     def test_an_older_toolkit(self, build):
         names, flags = build.architectures("sm_80\nsm_90\nsm_90a\n")
         assert names == ["8.0", "9.0+PTX"] and len(flags) == 3
 
-    def test_a_toolkit_without_any(self, build):
-        with pytest.raises(build.NotBuilt, match="the toolkit knows none of 7.5, 8.0"):
-            build.architectures("sm_35\nsm_60\n")
-
-    @pytest.mark.parametrize("wish", ["8.6;9.0a+PTX", "8.6 9.0a+PTX"])
-    def test_what_is_asked_for(self, build, monkeypatch, wish):
+    @pytest.mark.parametrize(
+        "wish, expected",
+        [
+            ("8.6;9.0a+PTX", [("86", "sm"), ("90a", "compute"), ("90a", "sm")]),
+            ("8.6 9.0a+PTX", [("86", "sm"), ("90a", "compute"), ("90a", "sm")]),
+            ("Hopper", [("90", "compute"), ("90", "sm")]),  # a name of torch
+        ],
+    )
+    def test_what_is_asked_for(self, build, monkeypatch, wish, expected):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
-        names, flags = build.architectures(NVCC)
-        assert names == ["8.6", "9.0a+PTX"]
-        assert sorted(flags) == [
-            "-gencode=arch=compute_86,code=sm_86",
-            "-gencode=arch=compute_90a,code=compute_90a",
-            "-gencode=arch=compute_90a,code=sm_90a",
-        ]
+        assert sorted(build.architectures(NVCC)[1]) == [flag(*code) for code in expected]
 
-    def test_another_name(self, build, monkeypatch):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Lovelace")
-        with pytest.raises(build.NotBuilt, match="_LIST is '8.0 Lovelace': Unknown.*Lovelace"):
-            build.architectures(NVCC)
-
-    def test_a_name_of_torch(self, build, monkeypatch):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-        assert len(build.architectures(NVCC)[1]) == 2  # and its PTX
+    @pytest.mark.parametrize(
+        "toolkit, wish, words",
+        [
+            ("sm_35\nsm_60\n", "", "the toolkit knows none of 7.5, 8.0"),
+            (NVCC, "8.0 Lovelace", "_LIST is '8.0 Lovelace': Unknown.*Lovelace"),
+        ],
+    )
+    def test_none(self, build, monkeypatch, toolkit, wish, words):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+        with pytest.raises(build.NotBuilt, match=words):
+            build.architectures(toolkit)
 
 
 class TestNvcc:
@@ -94,43 +99,35 @@ class TestNvcc:
 
     def test_what_fails_is_quoted(self, build, tmp_path):
         tool = script(tmp_path / "nvcc", "echo 'kernels.cu(3): error: no such thing' >&2; exit 2")
-        with pytest.raises(
-            build.NotBuilt, match=r"nvcc failed \(kernels.cu\(3\): error: no such thing"
-        ):
+        with pytest.raises(build.NotBuilt, match=r"nvcc failed \(kernels.cu\(3\): error: no such"):
             build.run([str(tool)])
         with pytest.raises(build.NotBuilt, match="does not run"):
             build.run([str(tmp_path / "missing")])
 
 
-class TestLeftOut:
-    """`build_cuda` before it compiles anything."""
+def engine(build):
+    """The command that builds the extension."""
+    return build.BuildEngine(Distribution())
 
-    def attempt(self, build):
-        from setuptools import Distribution
 
-        command = build.BuildEngine(Distribution())
-        command.compiler = SimpleNamespace(include_dirs=[])
-        return command.build_cuda("_engine_cuda.so")
-
-    @pytest.mark.parametrize(
-        "wish, words", [("0", "USE_CUDA is 0"), ("yes", "USE_CUDA is 'yes', it must be 0, 1")]
-    )
-    def test_on_demand(self, build, monkeypatch, wish, words):
-        monkeypatch.setenv("USE_CUDA", wish)
-        with pytest.raises(build.NotBuilt, match=words):
-            self.attempt(build)
-
-    def test_a_torch_without_cuda(self, build, monkeypatch):
-        monkeypatch.setattr("torch.version.cuda", None)
-        with pytest.raises(build.NotBuilt, match="this torch is without CUDA"):
-            self.attempt(build)
-
-    def test_a_toolkit_of_another_version(self, build, monkeypatch, tmp_path):
-        script(tmp_path / "bin" / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        monkeypatch.setattr("torch.version.cuda", "13.2")
-        with pytest.raises(build.NotBuilt, match="nvcc is of CUDA 11.8, torch of 13.2"):
-            self.attempt(build)
+@pytest.mark.parametrize(
+    "wish, torch_has, words",
+    [
+        ("0", "13.2", "USE_CUDA is 0"),
+        ("yes", "13.2", "USE_CUDA is 'yes', it must be 0, 1"),
+        ("", None, "this torch is without CUDA"),
+        ("", "13.2", "nvcc is of CUDA 11.8, torch of 13.2"),
+    ],
+)
+def test_left_out_before_anything_is_compiled(build, monkeypatch, tmp_path, wish, torch_has, words):
+    script(tmp_path / "bin" / "nvcc", "echo 'Cuda compilation tools, release 11.8, V11.8.89'")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("USE_CUDA", wish)
+    monkeypatch.setattr("torch.version.cuda", torch_has)
+    command = engine(build)
+    command.compiler = SimpleNamespace(include_dirs=[])
+    with pytest.raises(build.NotBuilt, match=words):
+        command.build_cuda("_engine_cuda.so")
 
 
 class TestCompile:
@@ -138,9 +135,7 @@ class TestCompile:
 
     @pytest.fixture
     def command(self, build, tmp_path):
-        from setuptools import Distribution
-
-        command = build.BuildEngine(Distribution())
+        command = engine(build)
         command.build_temp, command.force = str(tmp_path / "of objects"), False
         return command
 

@@ -3,17 +3,17 @@
 import copy
 import pickle
 import warnings
+from contextlib import contextmanager
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import generator, weights
+from conftest import generator, random_phi, weights
 from torch import nn
 
 from l2l_ref import equations
 from l2l_ref.backend import _takes, _warn, build_info, operators, resolve
 from l2l_ref.errors import InputError
-from l2l_ref.meta_optimizer import MetaOptimizer
 from l2l_ref.optimizer import LearnedOptimizer
 
 
@@ -32,12 +32,11 @@ def state(hidden=20, dtype=torch.float32, device="cpu"):
     return torch.zeros(2, 2, hidden, 3, dtype=dtype, device=device)
 
 
-def make_phi(dtype=torch.float32, **settings) -> MetaOptimizer:
-    noise = generator()
-    meta = MetaOptimizer(generator=noise, **settings)
-    for weight in meta.head.parameters():
-        nn.init.normal_(weight, generator=noise)
-    return meta.to(dtype)
+@contextmanager
+def silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 class TestChoice:
@@ -67,8 +66,7 @@ class TestChoice:
     def test_what_it_does_not_serve(self, fused, given, words):
         with pytest.warns(UserWarning, match=words):
             assert operators("auto", given) is equations
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # once is enough
+        with silent():  # once is enough
             assert operators("auto", given) is equations
             assert operators("reference", given) is equations
         with pytest.raises(InputError, match=words + ".*or use backend 'reference'"):
@@ -77,14 +75,13 @@ class TestChoice:
     def test_not_built(self, not_built):
         with pytest.warns(UserWarning, match="needs the compiled extension.*build_ext --inplace"):
             assert resolve("auto") == "reference"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with silent():
             assert resolve("auto") == "reference"
             assert operators("auto", state()) is equations
         with pytest.raises(InputError, match="'fused' needs the compiled extension"):
             resolve("fused")
         with pytest.raises(InputError, match="'fused' needs the compiled extension"):
-            LearnedOptimizer([nn.Parameter(torch.zeros(2))], make_phi(), backend="fused")
+            LearnedOptimizer([nn.Parameter(torch.zeros(2))], random_phi(), backend="fused")
         assert build_info() is None
 
     def test_built_without_cuda(self, fused, monkeypatch):
@@ -124,10 +121,6 @@ class TestChoice:
             operators("fused", large)
         _takes.cache_clear()
 
-    def test_unknown(self):
-        with pytest.raises(InputError, match="'cuda' is unknown: choose one of auto, reference"):
-            resolve("cuda")
-
     def test_build_info(self, cpu_level, fused):
         info = build_info()
         assert info["kernel"] == cpu_level and cpu_level in info["kernels"]
@@ -144,7 +137,8 @@ def train(backend, dtype=torch.float32, steps=10, pause=lambda model, optimizer:
     for param in model.parameters():
         nn.init.normal_(param, generator=noise)
     x = torch.randn(16, 6, generator=noise).to(dtype)
-    optimizer = LearnedOptimizer(model.parameters(), make_phi(dtype, **settings), backend=backend)
+    phi = random_phi(dtype=dtype, **settings)
+    optimizer = LearnedOptimizer(model.parameters(), phi, backend=backend)
     for t in range(steps):
         if t == steps // 2:
             model, optimizer = pause(model, optimizer) or (model, optimizer)
@@ -156,17 +150,6 @@ def train(backend, dtype=torch.float32, steps=10, pause=lambda model, optimizer:
 
 class TestWhoeverRuns:
     """The same results with either backend."""
-
-    @pytest.mark.parametrize(
-        "settings",
-        [{}, {"odd": True, "theta_input": True}, {"num_layers": 1, "hidden_size": 5, "p": 3.0}],
-    )
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_learned_optimizer(self, fused, dtype, settings):
-        (a, _), (b, _) = (train(backend, dtype, **settings) for backend in ("fused", "reference"))
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-        assert not torch.equal(a, train("fused", dtype, steps=0)[0])
 
     @pytest.mark.parametrize("first, then", [("fused", "reference"), ("reference", "fused")])
     def test_a_state_dict_goes_from_one_to_the_other(self, fused, first, then):
@@ -184,16 +167,16 @@ class TestWhoeverRuns:
     @pytest.mark.parametrize(
         "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
     )
-    def test_a_copy_continues_alike(self, fused, copied):
-        a, _ = train("fused", pause=lambda *both: copied(both))
-        assert torch.equal(a, train("fused")[0])
+    def test_a_copy_continues_alike(self, backend, copied):
+        a, _ = train(backend, pause=lambda *both: copied(both))
+        assert torch.equal(a, train(backend)[0])
 
     def test_inference_mode(self, fused):
         """A step under inference_mode changes the parameters as one under no_grad."""
         results = []
         for mode in (torch.inference_mode, torch.no_grad):
             param = nn.Parameter(torch.linspace(-1, 1, 5))
-            optimizer = LearnedOptimizer([param], make_phi(), backend="fused")
+            optimizer = LearnedOptimizer([param], random_phi(), backend="fused")
             for _ in range(3):
                 param.grad = param.detach().square()
                 with mode():
@@ -202,32 +185,9 @@ class TestWhoeverRuns:
         assert torch.equal(*results)
         assert not torch.equal(results[0], torch.linspace(-1, 1, 5))
 
-    def test_a_phi_moved_to_another_dtype(self, fused):
-        meta = make_phi(torch.float64)
-        param = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        param.grad = torch.ones_like(param)
-        LearnedOptimizer([param], meta, backend="fused").step()
-        assert param.dtype == torch.float64 and (param != 1).all()
-
     def test_bfloat16_runs_on_the_reference(self, fused):
         with pytest.warns(UserWarning, match="bfloat16"):
             a, _ = train("auto", torch.bfloat16)
         assert torch.equal(a, train("reference", torch.bfloat16)[0])
         with pytest.raises(InputError, match="bfloat16"):
             train("fused", torch.bfloat16)
-
-    @pytest.mark.parametrize("settings", [{}, {"odd": True, "theta_input": True}])
-    def test_meta_optimizer_forward(self, fused, settings):
-        results = []
-        for backend in ("fused", "reference"):
-            meta = make_phi(torch.float64, **settings)
-            theta, state = torch.linspace(-1, 1, 7).double(), meta.init_state(7)
-            gradient = torch.linspace(-2, 2, 7).double().requires_grad_()
-            for _ in range(3):
-                theta, state = meta(theta, gradient, state, backend=backend)
-            theta.square().sum().backward()
-            grads = [p.grad for p in meta.parameters()]
-            results.append([theta.detach(), state.detach(), gradient.grad, *grads])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-        assert all(x.abs().sum() > 0 for x in results[0][:-1])

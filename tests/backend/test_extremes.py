@@ -8,9 +8,11 @@ import torch
 from conftest import every_form
 from engine_cases import (
     DTYPES,
+    RUNS,
     Case,
     arguments,
     by_id,
+    edges,
     run_gradients,
     run_unroll,
     run_update,
@@ -20,19 +22,10 @@ from engine_cases import (
 from l2l_ref import equations
 
 inf, nan = math.inf, math.nan
+SIZES = 1e-30, 1e-3, 1e30  # beside those at the edge
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 # Every kernel has its own arithmetic of infinities; the forms take turns beside them.
 everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
-
-
-def gradients(dtype) -> torch.Tensor:
-    """Zeros, denormals, both sides of e^-10, sizes without a name, infinities, NaN."""
-    limits = torch.finfo(dtype)
-    edge = torch.tensor(math.exp(-10.0), dtype=dtype)
-    around = [torch.nextafter(edge, edge + way) for way in (-1, 1)]
-    sizes = [0.0, limits.tiny / 1024, limits.tiny, 1e-30, float(edge), *map(float, around)]
-    sizes += [1e-3, 1.0, 1e30, limits.max, inf]
-    return torch.tensor([sign * size for size in sizes for sign in (1, -1)] + [nan], dtype=dtype)
 
 
 def expect_same(actual, reference, dtype):
@@ -53,7 +46,7 @@ def run_both(fused, run, case, given, dtype):
 @every_form
 class TestExtremeGradients:
     def test_update(self, level, fused, theta_input, odd, dtype):
-        g = gradients(dtype)
+        g = edges(dtype, *SIZES)
         case = Case(len(g), 2, 7, theta_input, odd)
         given = arguments(case, dtype) | {"gradient": g}
         u, h, c = run_update(fused, case, given)
@@ -62,13 +55,13 @@ class TestExtremeGradients:
 
     def test_derivatives(self, level, fused, theta_input, odd, dtype):
         """One coordinate at a time, as dφ is a sum; the gradient's own is finite but for NaN."""
-        for g in gradients(dtype):
+        for g in edges(dtype, *SIZES):
             case = Case(1, 2, 7, theta_input, odd)
             given = arguments(case, dtype) | {"gradient": g[None]}
             run_both(fused, run_gradients, case, given, dtype)
 
     def test_unroll(self, level, fused, theta_input, odd, dtype):
-        g = gradients(dtype)
+        g = edges(dtype, *SIZES)
         case = Case(len(g) - 3, 2, 7, theta_input, odd, steps=3)  # without infinities and NaN
         given = arguments(case, dtype) | {"gradients": g[:-3].repeat(3, 1).roll(1, 0)}
         assert run_unroll(fused, case, given)[0].isfinite().all()
@@ -111,9 +104,8 @@ class TestExtremeTensors:
         for layer in (0, 1):
             for unit in range(3):
                 given["state"][layer, row, unit, 4 * unit + 7 * layer] = value
-        run_both(fused, run_update, case, given, dtype)
-        run_both(fused, run_gradients, case, given, dtype)
-        run_both(fused, run_unroll, case, given, dtype)
+        for run in RUNS:
+            run_both(fused, run, case, given, dtype)
 
     @every_form
     def test_theta(self, level, fused, theta_input, odd, value, dtype):

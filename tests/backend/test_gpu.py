@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import every_form, need_cuda, use_emulated
 from engine_cases import (
+    RUNS,
     STEP,
     Case,
     arguments,
     expect_close,
     expected,
+    run_all,
     run_gradients,
     run_unroll,
     run_update,
@@ -80,7 +82,7 @@ class TestLaunches:
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))
 
-    @pytest.mark.parametrize("run", [run_update, run_unroll, run_gradients])
+    @pytest.mark.parametrize("run", RUNS)
     def test_what_does_not_fit_is_refused(self, fused, emulate, run):
         """Nothing is written either."""
         emulate("little shared memory")
@@ -203,8 +205,7 @@ class TestCuda:
     @every_form
     def test_the_same_bits_every_time(self, cuda, theta_input, odd):
         case = Case(20_000, 2, 20, theta_input, odd, steps=5)
-        every = (run_update, run_unroll, run_gradients)
-        runs = [[x for run in every for x in run(cuda, case, on_gpu(case))] for _ in range(5)]
+        runs = [run_all(cuda, case, on_gpu(case)) for _ in range(5)]
         for other in runs[1:]:
             assert all(map(torch.equal, runs[0], other))
 
@@ -284,9 +285,8 @@ class TestCuda:
         for row in range(40):  # without a second copy of it all
             at = divmod(row, 20)
             for part in (0, 1):
-                state[at[0], part, at[1]] = some["state"][at[0], part, at[1]].repeat(n // 1000 + 1)[
-                    :n
-                ]
+                own = some["state"][at[0], part, at[1]]
+                state[at[0], part, at[1]] = own.repeat(n // 1000 + 1)[:n]
         cuda.theta_step_(theta, gradient, state, some["phi"], **case.form)
         u, h, c = run_update(cuda, few, some)
         last = slice(n - n % 1000 - 1000, n - n % 1000)
@@ -310,13 +310,12 @@ class TestCuda:
             given = on_gpu(case, device=device)
             results.append([*run_update(cuda, case, given), *run_unroll(cuda, case, given)])
             assert all(str(x.device) == device for x in results[-1])
+            results[-1] = [x.cpu() for x in results[-1]]
         for other in results[1:]:
-            assert all(
-                torch.equal(a.cpu(), b.cpu()) for a, b in zip(results[0], other, strict=True)
-            )
+            assert all(map(torch.equal, results[0], other))
 
     def test_the_reference_agrees_there(self, cuda):
         case = Case(200, 2, 20, True, True, steps=3)
         given = on_gpu(case, dtype=torch.float64)
-        for run in (run_update, run_gradients, run_unroll):
+        for run in RUNS:
             expect_close(run(cuda, case, given), run(equations, case, given), 1e-10)

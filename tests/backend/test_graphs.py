@@ -1,11 +1,12 @@
 """A step that is captured and replayed is the step: counts, copies, errors, whole trajectories."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import generator
+from conftest import SHAPE, generator
 from graph_emulator import REFUSED, Emulated
 
 import run
@@ -36,6 +37,13 @@ def emulated(monkeypatch):
     return made
 
 
+def warm(step, *inputs):
+    """Up to the call that is captured."""
+    for _ in range(EAGER_CALLS):
+        step(*inputs)
+    return step
+
+
 class TestGraphed:
     def test_on_a_cpu_a_call_is_a_call(self):
         seen = []
@@ -62,9 +70,7 @@ class TestGraphed:
 
     def test_inputs_are_copied_and_outputs_stay_where_they_are(self, emulated):
         held = []
-        step = Graphed(lambda x: held.append(x) or x + 1, CPU)
-        for _ in range(EAGER_CALLS):
-            step(torch.zeros(2))
+        step = warm(Graphed(lambda x: held.append(x) or x + 1, CPU), torch.zeros(2))
         first = torch.tensor([1.0, 2.0])
         out = step(first)
         assert held[-1] is not first
@@ -80,16 +86,13 @@ class TestGraphed:
         assert not emulated
 
     def test_other_shapes_are_refused(self, emulated):
-        step = Graphed(lambda x: x + 1, CPU)
-        for _ in range(EAGER_CALLS + 1):
-            step(torch.zeros(3))
+        step = warm(Graphed(lambda x: x + 1, CPU), torch.zeros(3))
+        step(torch.zeros(3))
         with pytest.raises(InputError, match=r"shape \[1\] but .* captured with \[3\].*capture=F"):
             step(torch.zeros(1))
 
     def test_a_step_that_waits_for_the_device_is_named(self, emulated):
-        step = Graphed(lambda x: x.item(), CPU)
-        for _ in range(EAGER_CALLS):
-            step(torch.zeros(()))
+        step = warm(Graphed(lambda x: x.item(), CPU), torch.zeros(()))
         with pytest.raises(InputError, match=f"cannot be captured.*{REFUSED}.*capture=False"):
             step(torch.zeros(()))
 
@@ -103,16 +106,15 @@ class TestGraphed:
 
         monkeypatch.setattr(cuda_graphs, "graphs_of", Broken)
 
-        def fails(x):
-            if calls == EAGER_CALLS:
+        calls = itertools.count()
+
+        def fails():
+            if next(calls) == EAGER_CALLS:
                 raise ValueError("the true cause")
 
-        step = Graphed(fails, CPU)
-        for calls in range(EAGER_CALLS):  # noqa: B007  `fails` reads it
-            step(torch.zeros(()))
-        calls = EAGER_CALLS
+        step = warm(Graphed(fails, CPU))
         with pytest.raises(InputError, match="the true cause"):
-            step(torch.zeros(()))
+            step()
 
     def test_a_generator_must_be_known(self, emulated):
         noise = generator()
@@ -120,9 +122,7 @@ class TestGraphed:
         step, expected = Graphed(draw, CPU, generators=[noise]), generator()
         for _ in range(8):
             assert torch.equal(step(), torch.empty(3).uniform_(generator=expected))
-        step = Graphed(draw, CPU)
-        for _ in range(EAGER_CALLS):
-            step()
+        step = warm(Graphed(draw, CPU))
         with pytest.raises(InputError, match="not registered"):
             step()
 
@@ -136,17 +136,20 @@ def test_the_generators_of_an_attack_are_found():
         assert attacks.generators(none) == []
 
 
+def noise_images(dataset, count, device):
+    images = torch.randint(256, (count, *SHAPE[dataset]), generator=generator(3)).byte()
+    return data.ImageSet(images.to(device), (torch.arange(count) % 10).to(device))
+
+
 def cases(device=CPU):
     """Episodes of 11 updates by three: optimizee, attack, α that φ reads and is judged by, K, λ,
     and whether φ has a nominal term."""
-    shapes = {"mlp": (1, 28, 28), "convnet": (3, 32, 32)}
+    datasets = {"mlp": "mnist", "convnet": "cifar10", "quadratic": "quadratic"}
 
     def case(name, attack, read_alpha, alpha, tasks=1, penalty=0.0, nominal=False):
-        dataset = {"mlp": "mnist", "convnet": "cifar10"}.get(name, name)
-        problem = problems.make(dataset, batch_size=8)
-        settings = MetaSettings(
-            1, steps=11, unroll=3, read_alpha=read_alpha, alpha=alpha, tasks=tasks, penalty=penalty
-        )
+        problem = problems.make(datasets[name], batch_size=8)
+        settings = MetaSettings(1, steps=11, unroll=3, read_alpha=read_alpha, alpha=alpha,
+                                tasks=tasks, penalty=penalty)  # fmt: skip
 
         def episode():
             models = [problem.draw(generator(k), device) for k in range(tasks)]
@@ -154,10 +157,7 @@ def cases(device=CPU):
             if name == "quadratic":
                 batches = problems.quadratics(8, *streams, device=device)
             else:
-                images = torch.randint(256, (40, *shapes[name]), generator=generator(3))
-                labels = torch.arange(40) % 10
-                images = data.ImageSet(images.byte().to(device), labels.to(device))
-                batches = images.batches(8, *streams)
+                batches = noise_images(datasets[name], 40, device).batches(8, *streams)
             noise = generator(5, device)
             chosen = attacks.make(attack, eps=0.1, steps=2, generator=noise)
             model = models[0] if tasks == 1 else problems.Stacked(models)
@@ -215,47 +215,36 @@ def test_a_replayed_unroll_is_the_unroll_to_the_bit(emulated, number):
     assert len(eager) == len(replayed) and all(map(torch.equal, eager, replayed))
 
 
-def transfer_run(
-    optimizer, capture, alpha=0.5, l1=0.0, penalty=0.0, device=CPU, problem="mnist", phi=None
-):
+def transfer_run(dataset, kind, capture, device=CPU, **options):
     """A curve, and the model behind it; batches, PGD and recordings from streams of their own."""
-    problem = problems.make(problem)
+    problem = problems.make(dataset)
+    optimizer = {
+        "sgd": partial(tuning.sgd, 0.1),
+        "adam": partial(tuning.adam, 1e-3),
+        "learned": partial(LearnedOptimizer.for_model, phi=new_phi(problem, device)),
+    }.get(kind, kind)
     model = problem.draw(generator(0), device)
-    pixels = (1, 28, 28) if problem.name == "mlp" else (3, 32, 32)
-    images = torch.randint(256, (64, *pixels), generator=generator(3)).byte().to(device)
-    images = data.ImageSet(images, (torch.arange(64) % 10).to(device))
+    images = noise_images(dataset, 64, device)
     pgd = [attacks.make("pgd", eps=0.1, steps=2, generator=generator(s, device)) for s in (4, 5)]
     x, y = images.batch(torch.arange(16))
     curve = train(
-        model,
-        Method("", optimizer, alpha=alpha, l1=l1, penalty=penalty),
-        images.batches(8, generator(6)),
-        loss=problem.loss,
-        attack=pgd[0],
-        steps=10,
-        record=partial(evaluate.losses, x=x, y=y, attack=pgd[1]),
-        capture=capture,
-    )
+        model, Method("", optimizer, **options), images.batches(8, generator(6)),
+        loss=problem.loss, attack=pgd[0], steps=10,
+        record=partial(evaluate.losses, x=x, y=y, attack=pgd[1]), capture=capture,
+    )  # fmt: skip
     return curve, [*model.parameters(), *model.buffers()]
-
-
-def by_phi(problem, device=CPU):
-    """A learned optimizer's constructor."""
-    return partial(LearnedOptimizer.for_model, phi=new_phi(problems.make(problem), device))
 
 
 LOSSES = [{"alpha": 1.0}, {"alpha": 0.5}, {"alpha": 1.0, "l1": 1e-2},
           {"alpha": 0.5, "penalty": 0.1}]  # fmt: skip
 
 
-@pytest.mark.parametrize("problem", ["mnist", "cifar10"])
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 @pytest.mark.parametrize("options", LOSSES)
 @pytest.mark.parametrize("kind", ["sgd", "learned"])
-def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, options, kind):
-    optimizer = {"sgd": partial(tuning.sgd, 0.1), "learned": by_phi(problem)}[kind]
-    options = {**options, "problem": problem}
+def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, dataset, options, kind):
     (eager, state), (replayed, final) = (
-        transfer_run(optimizer, capture, **options) for capture in (False, True)
+        transfer_run(dataset, kind, capture, **options) for capture in (False, True)
     )
     update, probe = emulated
     assert (update.captures, update.replays) == (1, 10 - EAGER_CALLS)
@@ -267,13 +256,12 @@ def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, problem, optio
 
 def test_an_optimizer_that_cannot_be_captured_is_named(emulated):
     with pytest.raises(InputError, match="cannot be captured.*capture=False"):
-        transfer_run(partial(tuning.adam, 1e-3), True)  # on a CPU its step count is read
+        transfer_run("mnist", "adam", True)  # on a CPU its step count is read
 
 
-def test_a_run_captures_unless_told_not_to(tmp_path, monkeypatch, emulated):
+def test_a_run_captures_unless_told_not_to(workdir, monkeypatch, emulated):
     """With and without, the same results. SGD is in Adam's place, which reads its step count on a
     CPU."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tuning, "adam", tuning.sgd)
     arguments = ["--quick", "--dataset", "quadratic", "--steps", "8", "--unroll", "4"]
     run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "a"])
@@ -281,7 +269,7 @@ def test_a_run_captures_unless_told_not_to(tmp_path, monkeypatch, emulated):
     emulated.clear()
     run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "b", "--no-graphs"])
     assert emulated == []
-    assert (tmp_path / "a/metrics.csv").read_text() == (tmp_path / "b/metrics.csv").read_text()
+    assert (workdir / "a/metrics.csv").read_text() == (workdir / "b/metrics.csv").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -306,20 +294,13 @@ class TestOnAGpu:
         )
         self.close(replayed, eager)
 
-    @pytest.mark.parametrize("problem", ["mnist", "cifar10"])
+    @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
     @pytest.mark.parametrize("options", LOSSES)
     @pytest.mark.parametrize("kind", ["sgd", "adam", "learned"])
-    def test_transfer(self, problem, options, kind):
-        optimizer = {
-            "sgd": partial(tuning.sgd, 0.1),
-            "adam": partial(tuning.adam, 1e-3),
-            "learned": partial(
-                LearnedOptimizer.for_model, phi=new_phi(problems.make(problem), self.device)
-            ),
-        }[kind]
-        options = {**options, "problem": problem, "device": self.device}
+    def test_transfer(self, dataset, options, kind):
         (eager, state), (replayed, final) = (
-            transfer_run(optimizer, capture, **options) for capture in (False, True)
+            transfer_run(dataset, kind, capture, self.device, **options)
+            for capture in (False, True)
         )
         self.close(replayed.clean, eager.clean)
         self.close(replayed.attacked, eager.attacked)
@@ -328,25 +309,14 @@ class TestOnAGpu:
 
     def test_an_optimizer_that_cannot_be_captured_is_named(self):
         with pytest.raises(InputError, match="cannot be captured.*capturable is False"):
-            transfer_run(lambda m: torch.optim.Adam(m.parameters()), True, device=self.device)
+            transfer_run("mnist", lambda m: torch.optim.Adam(m.parameters()), True, self.device)
 
     @pytest.mark.parametrize("tasks", [1, 3])
     @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
-    def test_a_run(self, tmp_path, monkeypatch, small_digits, small_textures, dataset, tasks):
-        monkeypatch.chdir(tmp_path)
-
-        def load(name, data_dir, device, **options):
-            found = {"mnist": small_digits, "cifar10": small_textures}[name]
-            train, test = (
-                data.ImageSet(s.images.to(device), s.labels.to(device))
-                for s in (found.train, found.test)
-            )
-            return replace(found, train=train, test=test)
-
-        monkeypatch.setattr(data, "load", load)
+    def test_a_run(self, workdir, small_data, dataset, tasks):
         arguments = ["--quick", "--dataset", dataset, "--steps", "8", "--unroll", "4"]
         arguments += ["--attack", "pgd"] * (dataset != "quadratic")
         arguments += ["--batch-size", "32", "--tasks", str(tasks), "--device", "cuda"]
         for out in "ab":  # the same command, the same bits
             run.main([*arguments, "--out", out])
-        assert (tmp_path / "a/metrics.csv").read_text() == (tmp_path / "b/metrics.csv").read_text()
+        assert (workdir / "a/metrics.csv").read_text() == (workdir / "b/metrics.csv").read_text()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import CPU_LEVELS, every_form
+from conftest import CPU_LEVELS, FORMS, every_form
 from engine_cases import (
     DTYPES,
     STEP,
@@ -22,9 +22,11 @@ from engine_cases import (
     expect_close,
     expected,
     phi,
+    run_all,
     run_gradients,
     run_unroll,
     run_update,
+    threads,
     trajectory,
 )
 
@@ -36,6 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Through 100 steps, or summed over thousands of coordinates, float32 keeps a digit less; it must
 # then be as good as the float32 reference, which loses it too.
 LONG = 1e-4
+LONG_UNROLLS = [Case(65, 2, 20, *form, steps=100) for form in FORMS]
 
 
 def expect_as_good_as_the_reference(run, case, dtype, actual):
@@ -51,24 +54,14 @@ def expect_as_good_as_the_reference(run, case, dtype, actual):
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 class TestAgainstTheReference:
     @pytest.mark.parametrize("case", covering(SIZES), ids=by_id)
-    def test_theta_step_in_place(self, level, fused, case, dtype):
-        actual = run_update(fused, case, arguments(case, dtype))
+    @pytest.mark.parametrize("run", [run_update, run_gradients])
+    def test_a_step_and_its_gradients(self, level, fused, run, case, dtype):
+        actual = run(fused, case, arguments(case, dtype))
         assert all(a.dtype == dtype for a in actual)
-        expect_close(actual, expected(run_update, case), TOLERANCE[dtype])
+        expect_close(actual, expected(run, case), TOLERANCE[dtype])
 
-    @pytest.mark.parametrize("case", covering(SIZES), ids=by_id)
-    def test_theta_step_and_its_gradients(self, level, fused, case, dtype):
-        actual = run_gradients(fused, case, arguments(case, dtype))
-        expect_close(actual, expected(run_gradients, case), TOLERANCE[dtype])
-
-    @pytest.mark.parametrize("case", covering(SIZES, steps=(1, 5, 20, 3)), ids=by_id)
+    @pytest.mark.parametrize("case", covering(SIZES, steps=(1, 5, 20, 3)) + LONG_UNROLLS, ids=by_id)
     def test_unroll_meta_gradient(self, level, fused, case, dtype):
-        actual = run_unroll(fused, case, arguments(case, dtype))
-        expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
-
-    @every_form
-    def test_unroll_of_100_steps(self, level, fused, dtype, theta_input, odd):
-        case = Case(65, 2, 20, theta_input, odd, steps=100)
         actual = run_unroll(fused, case, arguments(case, dtype))
         expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
 
@@ -148,15 +141,10 @@ def test_a_trajectory_of_100_steps(level, fused, layers, theta_input, odd):
 def test_threads_do_not_change_a_bit(level, fused, dtype, theta_input, odd):
     """Nor does another run."""
     case = Case(3000, 2, 8, theta_input, odd, steps=3)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2, 1):
-            torch.set_num_threads(count)
-            given = arguments(case, dtype)
-            runs = (run_update, run_unroll, run_gradients)
-            results.append([result for run in runs for result in run(fused, case, given)])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 2, 1):
+        with threads(count):
+            results.append(run_all(fused, case, arguments(case, dtype)))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 
@@ -166,9 +154,7 @@ def test_calls_from_several_python_threads_do_not_meet(level, fused):
     cases = [Case(300 + 50 * i, 1 + i % 3, 5 + 4 * i, odd=i % 2 == 0, steps=2) for i in range(8)]
 
     def everything(case):
-        given = arguments(case, torch.float32)
-        runs = (run_update, run_unroll, run_gradients)
-        return [result for run in runs for result in run(fused, case, given)]
+        return run_all(fused, case, arguments(case, torch.float32))
 
     alone = [everything(case) for case in cases]
     with ThreadPoolExecutor(4) as pool:

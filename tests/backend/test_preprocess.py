@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from engine_cases import DTYPES, by_id, expect_close
+from engine_cases import DTYPES, by_id, edges, expect_close, threads
 
 from l2l_ref import equations
 
@@ -37,13 +37,9 @@ def test_result_and_derivatives(level, fused, shape, p, dtype):
 
 @everywhere
 def test_numbers_at_the_edge(level, fused, dtype):
-    """Zeros, denormals, both sides of e^-10, the largest, infinities and NaN."""
-    limits, edge = torch.finfo(dtype), torch.tensor(math.exp(-10.0), dtype=dtype)
-    around = [edge, *(torch.nextafter(edge, edge + way) for way in (-1, 1))]
-    sizes = [0.0, limits.tiny / 1024, limits.tiny, *map(float, around), 1.0, limits.max, math.inf]
-    g = torch.tensor([sign * s for s in sizes for sign in (1, -1)] + [math.nan], dtype=dtype)
+    g = edges(dtype)
     actual, reference = fused.preprocess(g, 10.0), equations.preprocess(g, 10.0)
-    tolerance = 4 * limits.eps
+    tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(actual, reference, rtol=tolerance, atol=0, equal_nan=True)
 
 
@@ -54,13 +50,10 @@ def test_gradcheck(fused):
 
 
 def test_threads_share_the_work(fused):
-    threads, results, gradient = torch.get_num_threads(), [], gradients(100_003)
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    results, gradient = [], gradients(100_003)
+    for count in (1, 2):
+        with threads(count):
             results.append(fused.preprocess(gradient, 10.0))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(*results)
 
 

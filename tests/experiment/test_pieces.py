@@ -166,12 +166,6 @@ class TestTogether:
         assert sorted(graph.done) == sorted(names)
         assert there[0] == names.keys()  # rank 0 goes on to report, so it waits for all
 
-    def test_they_share_the_work(self, parts):
-        graph, all_three = Graph({name: (1, "") for name in "abc"}), threading.Barrier(3)
-        graph.before = lambda name: all_three.wait(10)  # until each process has one
-        together(graph, parts, 3)
-        assert sorted(graph.done) == ["a", "b", "c"]
-
     def test_another_goes_on_while_the_longest_runs(self, parts):
         graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
         free = threading.Event()

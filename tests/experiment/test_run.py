@@ -211,10 +211,8 @@ class TestResumeAndLoad:
             with pytest.raises(InputError, match=words):
                 run.main([*LOADING, "--load", file, *arguments, "--out", "x"])
             assert not (workdir / "x").exists()
-        run.main([*self.arguments[:-1], "c", "--judge", "validation"])
-        run.main(
-            [*LOADING, "--load", "c/meta_optimizer.pt", "--out", "x"]
-        )  # saw a part of the half
+        run.main([*self.arguments[:-1], "c", "--judge", "validation"])  # sees a part of the half
+        run.main([*LOADING, "--load", "c/meta_optimizer.pt", "--out", "x"])
 
     def test_other_data_are_refused(self, workdir, small_digits, monkeypatch):
         def serve(**changes):

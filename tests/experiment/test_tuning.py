@@ -34,10 +34,11 @@ def computed(pieces, parts=None) -> dict:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """{settings: outcomes by seed} -> what is chosen of them, and (settings, seed) as they ran."""
+    """{settings: outcomes by seed} -> what is chosen of them, and what ran on other seeds than the
+    first, on which all run: (settings, seed)."""
     setting = prepare(cli.parse(["--dataset", "quadratic"]))
 
-    def choose(outcomes, tune_seeds=2):
+    def choose(outcomes):
         ran = []
 
         def validate(setting, method, fold, eps, seed):
@@ -46,81 +47,75 @@ def choose(monkeypatch):
             return outcomes[method.label][seed]
 
         monkeypatch.setattr(tuning, "validate", validate)
+        (tune_seeds,) = {len(by_seed) for by_seed in outcomes.values()}
         own = replace(setting, config=replace(setting.config, tune_seeds=tune_seeds))
         methods = {name: Method(name, partial(sgd, 0.1)) for name in outcomes}
         grid = Grid(own, Fold(0, *[None] * 5), 0.2, "a baseline", methods)
         parts = computed(grid.pieces())
         assert set(grid.needs()) == parts.keys()
         assert grid.method(parts) is methods[grid.chosen(parts)]
-        return grid.chosen(parts), ran
+        assert ran[: len(outcomes)] == [(name, 0) for name in outcomes]
+        return grid.chosen(parts), sorted(ran[len(outcomes) :])
 
     return choose
 
 
+def losses(*by_seed):
+    return [outcome(loss) for loss in by_seed]
+
+
+BEST_COLLAPSED = [outcome(0.1, collapsed=True)] * 2
+COLLAPSED_LATER = [outcome(1.0), outcome(0.1, collapsed=True)]
+
+
 class TestGrid:
-    def test_all_run_once_and_the_best_third_on_the_other_seeds(self, choose):
-        losses = {"a": [5.0, 0.0, 0.0], "b": [1.0, 4.0, 4.0], "c": [2.0, 2.0, 2.0],
-                  "d": [6.0, 0.0, 0.0], "e": [3.0, 0.0, 0.0]}  # fmt: skip
-        outcomes = {name: [outcome(loss) for loss in of] for name, of in losses.items()}
-        chosen, ran = choose(outcomes, tune_seeds=3)
-        # of five candidates two stay, b and c; c has the better mean, 2 against 3
-        assert chosen == "c"
-        assert ran[:5] == [(name, 0) for name in "abcde"]
-        assert sorted(ran[5:]) == [("b", 1), ("b", 2), ("c", 1), ("c", 2)]
+    @pytest.mark.parametrize(
+        "outcomes, chosen, later",
+        [
+            # of five candidates two stay, b and c; c has the better mean, 2 against 3
+            ({"a": losses(5, 0, 0), "b": losses(1, 4, 4), "c": losses(2, 2, 2),
+              "d": losses(6, 0, 0), "e": losses(3, 0, 0)},
+             "c", [("b", 1), ("b", 2), ("c", 1), ("c", 2)]),
+            # with one seed the first runs are all
+            ({"a": losses(2), "b": losses(1), "c": losses(3)}, "b", []),
+            # the first seed counts too: 4.5 against 5; c's 4.25 is of one seed
+            ({"a": losses(1, 9), "b": losses(4, 5), "c": losses(4.25, 0), "d": losses(8, 0)},
+             "b", [("a", 1), ("b", 1)]),
+            # one that collapsed is never chosen, on whichever seed
+            ({"a": BEST_COLLAPSED[:1], "b": losses(3), "c": losses(4), "d": losses(5)}, "b", []),
+            ({"a": BEST_COLLAPSED, "b": losses(3, 3), "c": losses(4, 4), "d": losses(5, 5)},
+             "b", [("b", 1), ("c", 1)]),
+            ({"a": COLLAPSED_LATER, "b": losses(3, 3), "c": losses(4, 4), "d": losses(5, 5)},
+             "b", [("a", 1), ("b", 1)]),
+            # where all of the best third collapse, one that was dropped is chosen
+            ({"a": COLLAPSED_LATER, "b": losses(3, 3), "c": losses(4, 4)}, "b", [("a", 1)]),
+        ],
+    )  # fmt: skip
+    def test_the_best_of_all_seeds(self, choose, outcomes, chosen, later):
+        """All candidates run once, the best third on the other seeds too."""
+        assert choose(outcomes) == (chosen, later)
 
     @pytest.mark.parametrize("count, stay", [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
     def test_a_third_is_rounded_up(self, choose, count, stay):
-        outcomes = {str(i): [outcome(i), outcome(i)] for i in range(count)}
-        chosen, ran = choose(outcomes)
-        assert chosen == "0" and ran[count:] == [(str(i), 1) for i in range(stay)]
-
-    def test_one_seed_is_one_run_each(self, choose):
-        outcomes = {"a": [outcome(2.0)], "b": [outcome(1.0)], "c": [outcome(3.0)]}
-        assert choose(outcomes, tune_seeds=1) == ("b", [("a", 0), ("b", 0), ("c", 0)])
-
-    def test_the_mean_is_over_all_seeds(self, choose):
-        """The first seed counts too, and a dropped candidate's low loss does not."""
-        losses = {"a": [1.0, 9.0], "b": [4.0, 5.0], "c": [4.25, 0.0], "d": [8.0, 0.0]}
-        chosen, _ = choose({name: [outcome(x) for x in of] for name, of in losses.items()})
-        assert chosen == "b"  # 4.5 against 5; c's 4.25 is of one seed
-
-    @pytest.mark.parametrize("tune_seeds", [1, 2])
-    def test_a_collapsed_one_is_never_chosen(self, choose, tune_seeds):
-        outcomes = {"a": [outcome(0.1, True)] * 2, "b": [outcome(3.0)] * 2, "c": [outcome(4.0)] * 2,
-                    "d": [outcome(5.0)] * 2}  # fmt: skip
-        chosen, ran = choose(outcomes, tune_seeds)
-        assert chosen == "b" and ("a", 1) not in ran
-
-    def test_nor_one_that_collapses_on_another_seed(self, choose):
-        outcomes = {"a": [outcome(1.0), outcome(0.1, True)], "b": [outcome(3.0)] * 2,
-                    "c": [outcome(4.0)] * 2, "d": [outcome(5.0)] * 2}  # fmt: skip
-        assert choose(outcomes)[0] == "b"
-
-    def test_where_all_of_the_best_third_collapse_one_that_was_dropped_is_chosen(self, choose):
-        outcomes = {"a": [outcome(1.0), outcome(0.1, True)], "b": [outcome(3.0)] * 2,
-                    "c": [outcome(4.0)] * 2}  # fmt: skip
-        assert choose(outcomes) == ("b", [("a", 0), ("b", 0), ("c", 0), ("a", 1)])
+        outcomes = {str(i): losses(i, i) for i in range(count)}
+        assert choose(outcomes) == ("0", [(str(i), 1) for i in range(stay)])
 
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
     def test_one_that_is_not_finite_comes_last_but_before_a_collapse(self, choose, loss):
-        fine, broken = [outcome(9.0)] * 2, [outcome(loss)] * 2
-        assert choose({"a": broken, "b": fine, "c": broken, "d": broken})[0] == "b"
-        assert choose({"a": [outcome(1.0, True)] * 2, "b": broken})[0] == "b"
+        broken = losses(loss, loss)
+        assert choose({"a": broken, "b": losses(9, 9), "c": broken, "d": broken})[0] == "b"
+        assert choose({"a": BEST_COLLAPSED, "b": broken})[0] == "b"
 
     def test_names_and_costs(self):
         setting = prepare(cli.parse([*TINY, "--dataset", "quadratic"]))
         setting = replace(setting, config=replace(setting.config, tune_seeds=2))
         methods = {"x": Method("", None), "y": Method("", None, penalty=1.0)}
-        grid = Grid(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods)
-        pieces = {piece.name: piece for piece in grid.pieces()}
-        assert list(pieces) == [
-            "tune-fold1-eps0.2-Adam-x-seed0",
-            "tune-fold1-eps0.2-Adam-y-seed0",
-            "tune-fold1-eps0.2-Adam-place-0-seed1",
+        pieces = Grid(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods).pieces()
+        assert [(piece.name, piece.kind, piece.cost, len(piece.needs)) for piece in pieces] == [
+            ("tune-fold1-eps0.2-Adam-x-seed0", "Adam", 4, 0),
+            ("tune-fold1-eps0.2-Adam-y-seed0", "Adam", 12, 0),
+            ("tune-fold1-eps0.2-Adam-place-0-seed1", "Adam", 12, 2),
         ]
-        assert [piece.cost for piece in pieces.values()] == [4, 12, 12]
-        assert {piece.kind for piece in pieces.values()} == {"Adam"}
-        assert [len(piece.needs) for piece in pieces.values()] == [0, 0, 2]
 
 
 def test_costs_in_gradients():
@@ -137,8 +132,8 @@ def test_costs_in_gradients():
 
 
 class TestCandidates:
-    def grids(self, *arguments, eps=0.1):
-        return tuning.candidates(cli.parse([*arguments]), eps)
+    def grids(self, *arguments):
+        return tuning.candidates(cli.parse([*arguments]), 0.1)
 
     def test_of_mnist(self):
         found = self.grids()
@@ -194,21 +189,20 @@ class TestValidate:
         """PGD's loss on the validation part; a diverged one has none, a constant one collapsed."""
         setting = prepare(cli.parse(TINY))
         (fold,) = folds(setting)
-        found = tuning.validate(setting, Method("", partial(sgd, 0.0)), fold, 0.1, 0)
-        trial = Trial(setting, ("tune", 0, 0))
-        model, _ = trial.train(Method("", partial(sgd, 0.0)), fold.fit, fold.validation, 0.1)
-        judged = trial.judge(model, fold.validation, 0.1)
-        assert found == outcome(judged["pgd_loss"])
-        assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
-        other = tuning.validate(setting, Method("", partial(sgd, 0.0)), fold, 0.1, 1)
-        assert other["loss"] != found["loss"]  # another θ₀
-        broken = tuning.validate(setting, Method("", partial(sgd, math.inf)), fold, 0.1, 0)
-        assert math.isnan(broken["loss"]) and not broken["collapsed"]
 
-        assert tuning.validate(setting, Method("", zeroing), fold, 0.1, 0) == {
-            "collapsed": True,
-            "loss": pytest.approx(math.log(10)),
-        }
+        def ends(optimizer, seed=0):
+            return tuning.validate(setting, Method("", optimizer), fold, 0.1, seed)
+
+        idle = partial(sgd, 0.0)
+        trial = Trial(setting, ("tune", 0, 0))
+        model, _ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
+        judged = trial.judge(model, fold.validation, 0.1)
+        assert ends(idle) == outcome(judged["pgd_loss"])
+        assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
+        assert ends(idle, seed=1)["loss"] != ends(idle)["loss"]  # another θ₀
+        broken = ends(partial(sgd, math.inf))
+        assert math.isnan(broken["loss"]) and not broken["collapsed"]
+        assert ends(zeroing) == outcome(pytest.approx(math.log(10)), collapsed=True)
 
 
 class TestSearch:
