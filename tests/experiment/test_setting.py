@@ -9,7 +9,7 @@ from conftest import TINY, pictures, zeroing
 
 from l2l_ref.experiment import cli, phis, protocol, tuning
 from l2l_ref.experiment.setting import folds, prepare, stream
-from l2l_ref.experiment.trial import NOMINAL, Trial, train_phi, untrained
+from l2l_ref.experiment.trial import NOMINAL, train_phi, untrained
 from l2l_ref.experiment.tuning import sgd
 from l2l_ref.meta_training import History
 from l2l_ref.transfer import Method
@@ -17,9 +17,13 @@ from l2l_ref.transfer import Method
 QUICK = [*TINY, "--episodes", "2"]
 
 
+def prepared(*arguments):
+    return prepare(cli.parse([*QUICK, *arguments]))
+
+
 @pytest.fixture
 def setting(small_data):
-    return prepare(cli.parse(QUICK))
+    return prepared()
 
 
 def test_streams_depend_on_their_labels_alone():
@@ -33,7 +37,7 @@ def test_streams_depend_on_their_labels_alone():
 
 
 def test_halves_do_not_overlap_and_folds_swap_them(small_data):
-    setting = prepare(cli.parse([*QUICK, "--folds", "2"]))
+    setting = prepared("--folds", "2")
     first, second = folds(setting)
     assert pictures(first.meta) == pictures(second.transfer)
     assert pictures(first.transfer) == pictures(second.meta)
@@ -110,36 +114,39 @@ def test_bad_ends_are_marked(setting):
     """A rate of 0 leaves θ₀ alone, one of infinity makes it nan; weights of 0 predict nothing."""
     (fold,) = folds(setting)
 
-    ends = [
-        protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"]
-        for optimizer in (partial(sgd, 0.0), partial(sgd, math.inf), zeroing)
-    ]
-    assert ends == ["ok", "diverged", "collapsed"]
+    ends = {"ok": partial(sgd, 0.0), "diverged": partial(sgd, math.inf), "collapsed": zeroing}
+    for end, optimizer in ends.items():
+        assert protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"] == end
 
 
-@pytest.mark.parametrize("half", ["meta", "transfer"])
-def test_each_method_trains_on_its_half(setting, seen_pictures, half):
+@pytest.mark.parametrize("images", [None, 40])
+@pytest.mark.parametrize("half", ["meta", "transfer", "fit"])
+def test_each_method_trains_on_its_half_or_so_many_images_of_it(
+    small_data, seen_pictures, half, images
+):
+    """And while it is tuned, on its part of the meta-training half. φ meta-trains on all."""
+    setting = prepared(*["--images", str(images)] * bool(images))
     (fold,) = folds(setting)
-    protocol.run_method(setting, Method("a", partial(sgd, 0.1), half=half), fold, 0.1, 0)
-    own = pictures(getattr(fold, half))
-    assert seen_pictures & own and seen_pictures <= own | pictures(fold.test)
+    assert len(fold.meta) == len(fold.transfer) == len(setting.train) // 2
+    method = Method("a", partial(sgd, 0.1), half=half)
+    if half == "fit":
+        tuning.validate(setting, method, fold, 0.1, 0)
+    else:
+        protocol.run_method(setting, method, fold, 0.1, 0)
+    own = pictures(getattr(fold, half).first(images))
+    probed = pictures(fold.validation if half == "fit" else fold.test)
+    assert seen_pictures & own and seen_pictures <= own | probed
 
 
-def test_tuning_never_sees_transfer_half_or_test_set(setting, seen_pictures):
-    (fold,) = folds(setting)
-    tuning.validate(setting, Method("a", partial(sgd, 0.1)), fold, 0.1, 0)
-    assert seen_pictures and seen_pictures <= pictures(fold.meta)
-
-
-def test_transfer_not_meets_no_attack(setting, monkeypatch):
+def test_transfer_not_meets_no_attack(setting):
     """Its φ is meta-trained with α = 1: no attack is called, and ε changes nothing."""
     (fold,) = folds(setting)
-    phis = [
-        train_phi(setting, fold.meta, "not", eps, 0, 0, lambda *a: None)[0] for eps in (0.1, 0.3)
-    ]
-    assert all(map(torch.equal, phis[0].parameters(), phis[1].parameters()))
-    attacked = train_phi(setting, fold.meta, "transfer", 0.3, 0, 0, lambda *a: None)[0]
-    assert not all(map(torch.equal, phis[0].parameters(), attacked.parameters()))
+    clean, other, attacked = (
+        train_phi(setting, fold.meta, kind, eps, 0, 0, lambda *a: None)[0]
+        for kind, eps in (("not", 0.1), ("not", 0.3), ("transfer", 0.3))
+    )
+    assert all(map(torch.equal, clean.parameters(), other.parameters()))
+    assert not all(map(torch.equal, clean.parameters(), attacked.parameters()))
 
 
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
@@ -152,7 +159,7 @@ def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
     assert not meta.head.weight.any() and not meta.head.bias.any()
     assert meta.log_eta != start.log_eta and meta.log_eta.requires_grad
     # what a run's own φ has does not reach it, nor does its seed
-    robust = prepare(cli.parse([*QUICK, "--recipe", "robust"]))
+    robust = prepared("--recipe", "robust")
     assert untrained(robust, NOMINAL, 0, 0)["linear"].settings == meta.settings
     other = untrained(setting, "transfer", 0, 0)["linear"]
     assert not other.nominal and other.hidden_size == 20
@@ -175,16 +182,14 @@ def drawn(setting, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
 
 
 def test_the_curriculum_scales_eps_and_strength(small_data, monkeypatch):
-    arguments = [*QUICK, "--attack", "pgd", "--episodes", "9"]
-    thirds = cli.parse([*arguments, "--curriculum", "1/3", "2/3"])
-    settings, episodes = drawn(prepare(thirds), monkeypatch)
+    pgd = "--attack", "pgd", "--episodes", "9"
+    settings, episodes = drawn(prepared(*pgd, "--curriculum", "1/3", "2/3"), monkeypatch)
     assert settings.curriculum == (1 / 3, 2 / 3)
     expected = [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert [episode.strength for episode in episodes] == expected
     radii = [episode.attack.keywords["eps"] for episode in episodes]
     assert radii == pytest.approx([0.3 * strength for strength in expected])
-    whole = prepare(cli.parse([*arguments, "--curriculum", "0", "0"]))
-    _, episodes = drawn(whole, monkeypatch)
+    _, episodes = drawn(prepared(*pgd, "--curriculum", "0", "0"), monkeypatch)
     assert {(e.strength, e.attack.keywords["eps"]) for e in episodes} == {(1.0, 0.3)}
 
 
@@ -192,78 +197,50 @@ def test_settings_of_each_kind(small_data, monkeypatch):
     """α that φ reads and is judged by, λ; those of Transfer-NOT are clean."""
 
     def losses(kind, *arguments):
-        settings, _ = drawn(prepare(cli.parse([*QUICK, *arguments])), monkeypatch, kind)
+        settings, _ = drawn(prepared(*arguments), monkeypatch, kind)
         return settings.read_alpha, settings.alpha, settings.penalty
 
     assert losses("transfer") == losses("nominal") == (0.5, 0.5, 0.0)
     assert losses("transfer", "--recipe", "robust") == (1.0, 0.0, 0.0)
-    penalised = 1.0, 0.0, pytest.approx(2 * 0.3)
-    assert losses("transfer", "--recipe", "penalty", "--penalty", "2") == penalised
-    assert losses("nominal", "--recipe", "penalty", "--penalty", "2") == penalised
+    for kind in ("transfer", "nominal"):
+        penalised = losses(kind, "--recipe", "penalty", "--penalty", "2")
+        assert penalised == (1.0, 0.0, pytest.approx(2 * 0.3))
     for recipe in ("paper", "robust", "penalty"):
         assert losses("not", "--recipe", recipe) == (1.0, 1.0, 0.0)
 
 
 def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, monkeypatch):
     def lengths(*arguments, meta_seed=0, kind="transfer"):
-        setting = prepare(cli.parse([*QUICK, *arguments]))
-        settings, episodes = drawn(setting, monkeypatch, kind, meta_seed=meta_seed)
+        settings, episodes = drawn(prepared(*arguments), monkeypatch, kind, meta_seed=meta_seed)
         found = [episode.steps for episode in episodes]
         assert settings.steps >= max(found)
         return found
 
-    many = lengths("--episodes", "60", "--episode-steps", "3", "7")
+    sixty = "--episodes", "60", "--episode-steps", "3", "7"
+    many = lengths(*sixty)
     assert set(many) == {3, 4, 5, 6, 7}  # both bounds too
     # stratified: of equal shares of log(length) each holds one, so no φ meets few long episodes
     long = sorted(lengths("--episodes", "20", "--episode-steps", "100", "1000"))
     strata = [20 * math.log10(n / 100) for n in long]
     assert all(i - 0.05 <= at <= i + 1.05 for i, at in enumerate(strata))
-    assert lengths("--episodes", "60", "--episode-steps", "3", "7", kind="not") == many
-    assert lengths("--episodes", "60", "--episode-steps", "3", "7", meta_seed=1) != many
-    assert lengths("--episodes", "60", "--episode-steps", "3", "7", "--seed", "1") != many
+    assert lengths(*sixty, kind="not") == many
+    assert lengths(*sixty, meta_seed=1) != many and lengths(*sixty, "--seed", "1") != many
     assert set(lengths("--episodes", "5", "--episode-steps", "6")) == {6}
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, number):
-    arguments = [*QUICK, "--folds", "2"]
-    plain = prepare(cli.parse(arguments))
-    plain = folds(plain)[number]
-    setting = prepare(cli.parse([*arguments, "--judge", "validation"]))
-    fold = folds(setting)[number]
+    plain = folds(prepared("--folds", "2"))[number]
+    fold = folds(prepared("--folds", "2", "--judge", "validation"))[number]
     assert pictures(fold.meta) == pictures(fold.transfer) == pictures(plain.fit)
     assert pictures(fold.fit) == pictures(plain.fit)
     assert pictures(fold.test) == pictures(fold.validation) == pictures(plain.validation)
     assert not pictures(fold.test) & pictures(fold.transfer)
 
 
-@pytest.mark.parametrize("half", ["meta", "transfer"])
-def test_images_bounds_what_optimizees_train_on(small_data, monkeypatch, half):
-    """Those of tuning and of all that is compared; φ meta-trains on all."""
-    setting = prepare(cli.parse([*QUICK, "--images", "40"]))
-    (fold,) = folds(setting)
-    (whole,) = folds(prepare(cli.parse(QUICK)))
-    assert all(len(getattr(fold, name)) == len(getattr(whole, name))
-               for name in ("meta", "fit", "validation", "transfer", "test"))  # fmt: skip
-    seen = []
-
-    def spy(self, method, images, *rest, **options):
-        seen.append(images)
-        raise StopIteration
-
-    monkeypatch.setattr(Trial, "train", spy)
-    with pytest.raises(StopIteration):
-        protocol.run_method(setting, Method("a", None, half=half), fold, 0.1, 0)
-    with pytest.raises(StopIteration):
-        tuning.validate(setting, Method("a", None), fold, 0.1, 0)
-    for images, of in zip(seen, (getattr(fold, half), fold.fit), strict=True):
-        assert torch.equal(images.images, of.images[:40])
-        assert torch.equal(images.labels, of.labels[:40])
-
-
 def test_every_task_has_streams_of_its_own(small_data, monkeypatch):
     """Two episodes of three tasks draw what six episodes of one do."""
-    setting = prepare(cli.parse([*QUICK, "--tasks", "3"]))
+    setting = prepared("--tasks", "3")
     (fold,) = folds(setting)
     _, episodes = drawn(setting, monkeypatch)
     seen = []
