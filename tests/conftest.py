@@ -55,6 +55,21 @@ def small_batch(seed=0, b=4) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (b,), generator=noise)
 
 
+def snapshot(model: nn.Module) -> dict:
+    """What an attack or a judge may not change: modes, and every tensor's identity, version and
+    value."""
+
+    def facts(t: Tensor | None):
+        return None if t is None else (id(t), t._version, t.requires_grad, t.tolist())
+
+    return {
+        "modes": [module.training for module in model.modules()],
+        "parameters": {name: facts(p) for name, p in model.named_parameters()},
+        "grads": {name: facts(p.grad) for name, p in model.named_parameters()},
+        "buffers": {name: facts(b) for name, b in model.named_buffers()},
+    }
+
+
 def derivative(model: nn.Module, value: Tensor) -> Tensor:
     """Of a value by all parameters, on one axis."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import generator
+from conftest import generator, snapshot
 from torch import Tensor, nn
 
 from l2l_ref import attacks
@@ -214,20 +214,6 @@ def test_the_margin_climbs_towards_the_best_wrong_class():
     attack = partial(pgd, model, x, y, eps=0.125, steps=1, step_size=0.125, random_start=False)
     assert torch.equal(attack(loss="margin"), torch.tensor([[0.625, 0.5, 0.375]]))
     assert torch.equal(attack(), torch.tensor([[0.625, 0.625, 0.375]]))
-
-
-def snapshot(model: nn.Module) -> dict:
-    """All that an attack may not change: modes, and every tensor's identity, version and value."""
-
-    def facts(t: Tensor | None):
-        return None if t is None else (id(t), t._version, t.requires_grad, t.tolist())
-
-    return {
-        "modes": [module.training for module in model.modules()],
-        "parameters": {name: facts(p) for name, p in model.named_parameters()},
-        "grads": {name: facts(p.grad) for name, p in model.named_parameters()},
-        "buffers": {name: facts(b) for name, b in model.named_buffers()},
-    }
 
 
 def rude(model, x, y, *, eps):

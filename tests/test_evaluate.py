@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import snapshot
 from torch import Tensor, nn
 
 from l2l_ref.attacks import fgsm, none, pgd
@@ -47,12 +48,6 @@ def batch_norm_net() -> tuple[nn.Module, Tensor, Tensor]:
         model[1](10 * torch.randn(50, 8) + 5)
         assert (model(x).argmax(1) != model.eval()(x).argmax(1)).any()
     return model.train(), x, y
-
-
-def state(model: nn.Module) -> list:
-    tensors = [*model.parameters(), *model.buffers()]
-    grads = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-    return [t.tolist() for t in tensors] + grads + [module.training for module in model.modules()]
 
 
 def rude(model, x, y):
@@ -142,11 +137,11 @@ def test_judges_in_eval_mode_and_leaves_nothing_behind(attack, training):
         expected_losses = F.cross_entropy(model(x), y), F.cross_entropy(model(x_adv), y)
     model.train(training)
     model[0].eval()
-    before = state(model)
+    before = snapshot(model)
     with torch.no_grad():  # as an evaluation is often called
         assert robust_accuracy(model, Samples(x, y), attack) == pytest.approx(expected)
         torch.testing.assert_close(losses(model, x, y, attack), expected_losses)
-    assert state(model) == before
+    assert snapshot(model) == before
 
 
 def test_modes_are_restored_when_the_attack_raises():
@@ -154,12 +149,12 @@ def test_modes_are_restored_when_the_attack_raises():
         raise KeyError("half way")
 
     model, x, y = batch_norm_net()
-    before = state(model)
+    before = snapshot(model)
     with pytest.raises(KeyError):
         robust_accuracy(model, Samples(x, y), attack)
     with pytest.raises(KeyError):
         losses(model, x, y, attack)
-    assert state(model) == before and torch.is_grad_enabled()
+    assert snapshot(model) == before and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import torch
+from conftest import generator
 
 from examples import own_loop
 from l2l_ref.meta_optimizer import new_phi
@@ -13,8 +13,7 @@ from l2l_ref.problems import make
 
 def test_own_loop(tmp_path, small_data, capsys):
     """With a φ that is Adam, the nominal term alone, which learns in a hundred steps."""
-    generator = torch.Generator().manual_seed(0)
-    phi = new_phi(make("mnist").build(), generator=generator, hidden_size=1, nominal=True)
+    phi = new_phi(make("mnist").build(), generator=generator(), hidden_size=1, nominal=True)
     save(tmp_path / "phi.pt", {"transfer": phi}, {})
     accuracy = own_loop.main(str(tmp_path / "phi.pt"))
     assert accuracy["clean"] > 0.5 > accuracy["PGD-20 at 0.1"]

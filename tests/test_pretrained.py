@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import generator
 from torch import nn
 
 import l2l_ref
@@ -16,9 +17,8 @@ def file(tmp_path):
     """Two φ of another form, the first of them by which `load` goes."""
     phis = {}
     for seed, name in enumerate(("transfer", "not")):
-        generator = torch.Generator().manual_seed(seed)
         form = {"hidden_size": 3, "odd": True, "nominal": True}
-        phis[name] = new_phi(make("mnist").build(), generator=generator, **form)
+        phis[name] = new_phi(make("mnist").build(), generator=generator(seed), **form)
     save(tmp_path / "phi.pt", phis, {"data": "none"})
     return tmp_path / "phi.pt", phis
 

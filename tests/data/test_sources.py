@@ -247,16 +247,20 @@ def test_a_change_on_disk_rebuilds_the_cache(folders, tmp_path, decoded, change)
 def test_a_broken_cache_is_rebuilt(folders, tmp_path, decoded, damage):
     first = find("mnist", tmp_path)
     [cache] = (tmp_path / "cache" / "l2l_ref").iterdir()
-    content = cache.read_bytes()
-    if damage == "one pixel":
-        pixels = first.train.images.numpy().tobytes()
-        assert content.count(pixels) == 1
-        cache.write_bytes(content.replace(pixels, bytes([pixels[0] ^ 1]) + pixels[1:]))
-    elif damage in ("foreign", "code"):
-        torch.save({"foreign": [1, 2, 3], "code": Trap(tmp_path / "trapped")}[damage], cache)
+    content, pixels = cache.read_bytes(), first.train.images.numpy().tobytes()
+    assert content.count(pixels) == 1
+    damaged = {
+        "garbage": b"garbage",
+        "cut short": content[:-900],
+        "empty": b"",
+        "one pixel": content.replace(pixels, bytes([pixels[0] ^ 1]) + pixels[1:]),
+        "foreign": [1, 2, 3],
+        "code": Trap(tmp_path / "trapped"),
+    }[damage]
+    if isinstance(damaged, bytes):
+        cache.write_bytes(damaged)
     else:
-        damaged = {"garbage": b"garbage", "cut short": content[:-900], "empty": b""}
-        cache.write_bytes(damaged[damage])
+        torch.save(damaged, cache)
     again = find("mnist", tmp_path)
     assert len(decoded) == 100 and torch.equal(again.train.images, first.train.images)
     find("mnist", tmp_path)
