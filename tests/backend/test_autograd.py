@@ -229,7 +229,7 @@ class TestMemory:
     @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
     @pytest.mark.parametrize("run", RUNS)
     def test_a_thousand_calls_do_not_grow_the_process(self, cpu_level, fused, run):
-        case = Case(200, 2, 20, True, True, steps=3)
+        case = Case(100, 2, 20, True, True, steps=3)
         given = arguments(case, torch.float32)
 
         def grown(calls):
