@@ -5,7 +5,7 @@ import torch
 from conftest import SMALL, every_form, generator, weights
 from torch import nn
 
-from l2l_ref import attacks, equations, problems
+from l2l_ref import attacks, equations
 from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import new_phi
@@ -116,18 +116,6 @@ def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, od
         assert error[nominal:].max() <= 1e-9 * slope[nominal:].max()
         if nominal:  # log η, first in order
             assert slope[0] > 1e-4 and error[0] <= 1e-9 * slope[0]
-
-
-def test_an_episode_brings_its_own_length():
-    problem = problems.make("quadratic", batch_size=BATCH)
-    settings = MetaSettings(1, steps=6, unroll=5, read_alpha=1.0, alpha=1.0)
-    for length, counts in ((1, [1]), (4, [4]), (5, [5]), (13, [5, 5, 3]), (None, [5, 1])):
-        batches = problems.quadratics(BATCH, generator())
-        model = problem.draw(generator())
-        episode = Episode(model, batches, attacks.none, problem.loss, steps=length)
-        phi = new_phi(problem.build(), generator=generator())
-        found = truncated_unrolls(episode, phi, settings)
-        assert [len(losses) for _, losses in found] == counts
 
 
 def test_the_model_must_hold_as_many_tasks_as_the_settings_say():

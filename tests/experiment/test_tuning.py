@@ -199,7 +199,7 @@ class TestValidate:
         judged = trial.judge(model, fold.validation, 0.1)
         assert ends(idle) == outcome(judged["pgd_loss"])
         assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
-        assert ends(idle, seed=1)["loss"] != ends(idle)["loss"]  # another θ₀
+        assert ends(idle, seed=1)["loss"] != judged["pgd_loss"]  # another θ₀
         broken = ends(partial(sgd, math.inf))
         assert math.isnan(broken["loss"]) and not broken["collapsed"]
         assert ends(zeroing) == outcome(pytest.approx(math.log(10)), collapsed=True)
