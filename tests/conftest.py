@@ -105,7 +105,7 @@ def call_script(*arguments: str, cwd: Path, processes: int | None = None):
                     str(processes)]  # fmt: skip
     script = str(Path(__file__).resolve().parents[1] / "run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, script, *arguments], cwd=cwd, timeout=120,
+    return subprocess.run([*command, script, *arguments], cwd=cwd, timeout=300,
                           capture_output=True, text=True, env=environment)  # fmt: skip
 
 
