@@ -258,6 +258,9 @@ def test_eta_begins_at_a_thousandth():
     assert MetaOptimizer(nominal=True).log_eta.exp().item() == pytest.approx(1e-3)
     plain = MetaOptimizer()
     assert plain.log_eta is None and not plain.nominal and plain.init_moments(3) is None
+    theta, state = plain(torch.zeros(3), torch.ones(3), plain.init_state(3))
+    assert not theta.any() and state.any()  # an untrained φ without that term changes nothing
+    assert "nominal=False" in repr(LearnedOptimizer(net().parameters(), plain))
 
 
 def test_moments_that_are_missing_or_not_wanted_are_refused():
