@@ -25,8 +25,9 @@ from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.flatten import flatten_
 from l2l_ref.meta_optimizer import MetaOptimizer
-from l2l_ref.optimizer import LearnedOptimizer, flatten_
+from l2l_ref.optimizer import LearnedOptimizer
 
 ADAM = "Adam (fused)"  # the ratios are over its time
 CLASSES = 10

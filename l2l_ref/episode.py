@@ -1,7 +1,6 @@
 """One episode of meta-training: a fresh optimizee, trained by φ in truncated unrolls, each of which
 has a meta-gradient."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,57 +11,13 @@ from torch import Tensor, nn
 from l2l_ref.attacks import Attack, generators
 from l2l_ref.backend import operators
 from l2l_ref.backend.cuda_graphs import Graphed
+from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangents
 from l2l_ref.errors import InputError
+from l2l_ref.flatten import flatten_
+from l2l_ref.guard import leaves_no_trace
 from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
-from l2l_ref.optimizer import flatten_
-
-
-@dataclass(frozen=True)
-class MetaSettings:
-    """How φ is meta-trained.
-
-    Attributes:
-        episodes: how many; each trains fresh optimizees.
-        steps: updates an episode, where it does not bring its own number.
-        unroll: updates a truncated unroll; one step of Adam on φ follows each.
-        meta_lr: learning rate of that Adam.
-        eta_lr: its learning rate on log η, of the nominal term.
-        schedule: "constant", or "cosine" from those rates to 0 over all episodes.
-        clip: largest norm of the meta-gradient; of that of log η likewise.
-        read_alpha: α in Eq. 6 of the loss whose gradient φ reads.
-        penalty: λ of that loss (`equations.penalised`).
-        alpha: α in Eq. 6 of the loss that judges φ; the paper has one α for both.
-        curriculum: shares of the episodes, (a, b): clean ones up to a, then both α and ε (`draw`)
-            move evenly to their values, which they have from b on; (0, 0) from the start.
-        tasks: K, the optimizees that an episode trains at once.
-    """
-
-    episodes: int
-    steps: int = 100
-    unroll: int = 20
-    meta_lr: float = 1e-3
-    eta_lr: float = 0.02
-    schedule: str = "constant"
-    clip: float = 1.0
-    read_alpha: float = 0.5
-    penalty: float = 0.0
-    alpha: float = 0.5
-    curriculum: tuple[float, float] = (0.0, 0.0)
-    tasks: int = 1
-
-    def strength(self, episode: int) -> float:
-        """How far the curriculum is in an episode (from 0): 0 all clean, 1 as it is set."""
-        clean, full = (share * self.episodes for share in self.curriculum)
-        if episode < clean:
-            return 0.0
-        return 1.0 if episode >= full else (episode + 1 - clean) / (full - clean + 1)
-
-    def rate(self, episode: int, share: float) -> float:
-        """The factor of both learning rates when `share` of an episode (from 0) is done."""
-        if self.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (episode + share) / self.episodes))
+from l2l_ref.meta_settings import MetaSettings
 
 
 @dataclass
@@ -71,7 +26,7 @@ class Episode:
 
     Attributes:
         model: the optimizee; K at once are one `problems.Stacked`, and x and y those of all.
-        batches: endless (x, y).
+        batches: (x, y), an iterator without end, or what is begun again, such as a DataLoader.
         attack: (model, x, y) -> x'.
         loss: of the model on a batch.
         classes: of a classifier, whose collapse `meta_train` looks out for; 0 of anything else.
@@ -80,7 +35,7 @@ class Episode:
     """
 
     model: nn.Module
-    batches: Iterator[tuple[Tensor, Tensor]]
+    batches: Iterable[tuple[Tensor, Tensor]]
     attack: Attack
     loss: Loss = cross_entropy
     classes: int = 0
@@ -112,7 +67,9 @@ class Coordinates:
         backend: str,
     ):
         self.meta_optimizer, self.backend = meta_optimizer, backend
-        self.theta = flatten_(params)
+        self.params = list(params)
+        self.theta = flatten_(self.params)
+        self.ties = [(param.data_ptr(), param.grad) for param in self.params]
         assert self.theta.grad is not None  # `flatten_` made it
         self.gradient = self.theta.grad
         n = len(self.theta)
@@ -124,6 +81,15 @@ class Coordinates:
         self.thetas = torch.empty_like(self.read) if meta_optimizer.form["theta_input"] else None
         self.directions = torch.empty_like(self.read) if meta_optimizer.nominal else None
         self.direction = torch.empty_like(self.theta)
+
+    def check_tied(self) -> None:
+        """Raise an InputError if a parameter or its gradient has left `theta`."""
+        for param, (address, gradient) in zip(self.params, self.ties, strict=True):
+            if param.data_ptr() != address or param.grad is not gradient:
+                raise InputError(
+                    "a parameter or its .grad was replaced while an episode ran: the loss may "
+                    "change them in place only (no zero_grad, no .to)"
+                )
 
     def begin(self) -> None:
         """An unroll starts here, with φ as it is now."""
@@ -163,14 +129,12 @@ class Coordinates:
         cotangents = update_cotangents(self.judged[1 : length + 1])
         meta, dphi = self.meta_optimizer, torch.zeros_like(self.phi)
         if any(weight.requires_grad for weight in meta.weights()):
-            dphi = operators(self.backend, self.state).unroll_meta_gradient(
-                self.read[:length],
-                self.first_state,
-                cotangents,
-                self.phi,
-                None if self.thetas is None else self.thetas[:length],
-                **meta.form,
-            )
+            gradient_of = operators(self.backend, self.state).unroll_meta_gradient
+            thetas = None if self.thetas is None else self.thetas[:length]
+            with torch.autocast(self.theta.device.type, enabled=False):
+                dphi = gradient_of(
+                    self.read[:length], self.first_state, cotangents, self.phi, thetas, **meta.form
+                )
         if self.directions is None or meta.log_eta is None:
             return dphi
         slope = (self.directions[1 : length + 1] * cotangents).sum()
@@ -202,7 +166,9 @@ def truncated_unrolls(
         losses [T].
 
     Raises:
-        InputError: a model of other than `settings.tasks` tasks; an update that cannot be captured.
+        InputError: a model of other than `settings.tasks` tasks; φ-groups without φ; batches that
+            end; an attack that returns no such thing as x; a loss that replaces the gradients of
+            the model's parameters; an update that cannot be captured.
     """
     tasks = getattr(episode.model, "tasks", 1)
     if tasks != settings.tasks:
@@ -216,6 +182,13 @@ def truncated_unrolls(
     )
     separate = read_alpha != alpha or settings.penalty > 0
     by_group: dict[str, Any] = dict(meta_optimizers.items())
+    params_of = phi_groups(episode.model)
+    if missing := sorted(params_of.keys() - by_group.keys()):
+        raise InputError(
+            f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(by_group)}: "
+            "`new_phi` makes those of a model"
+        )
+    batches, attack = endless(episode.batches), leaves_no_trace(episode.attack)
     groups = {
         name: Coordinates(
             params,
@@ -224,7 +197,7 @@ def truncated_unrolls(
             separate=separate,
             backend=backend,
         )
-        for name, params in phi_groups(episode.model).items()
+        for name, params in params_of.items()
     }
     coordinates = groups.values()
 
@@ -233,9 +206,11 @@ def truncated_unrolls(
         for group in coordinates:
             group.gradient.zero_()
         loss = robust_loss(
-            episode.loss, episode.model, x, y, attack=episode.attack, alpha=alpha, penalty=penalty
+            episode.loss, episode.model, x, y, attack=attack, alpha=alpha, penalty=penalty
         )
         loss.backward(torch.full_like(loss, tasks))  # the mean of K losses: K times its gradient
+        for group in coordinates:
+            group.check_tied()
         return loss.detach()
 
     def evaluate(x: Tensor, y: Tensor) -> Tensor:
@@ -256,16 +231,16 @@ def truncated_unrolls(
     step = Graphed(
         advance,
         next(iter(coordinates)).theta.device,
-        generators=generators(episode.attack),
+        generators=generators(attack),
         capture=capture,
     )
-    evaluate(*next(episode.batches))
+    evaluate(*next(batches))
     for start in range(0, steps, settings.unroll):
         length, losses = min(settings.unroll, steps - start), []
         for group in coordinates:
             group.begin()
         for t in range(1, length + 1):
-            losses.append(step(*next(episode.batches)).clone())
+            losses.append(step(*next(batches)).clone())
             for group in coordinates:
                 group.record(t)
         dphis = {name: group.meta_gradient(length).div_(tasks) for name, group in groups.items()}

@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from l2l_ref.attacks import Attack, leaves_no_trace, untouched
+from l2l_ref.attacks import Attack
 from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
+from l2l_ref.guard import leaves_no_trace, untouched
 
 
 class Images(Protocol):

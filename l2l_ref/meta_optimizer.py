@@ -1,5 +1,6 @@
 """The meta-optimizer φ, and which parameters of a model share one."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -91,6 +92,11 @@ class MetaOptimizer(nn.Module):
         """All weights as one vector [P], differentiable: what the operators take."""
         return torch.cat([weight.reshape(-1) for weight in self.weights()])
 
+    def fingerprint(self) -> str:
+        """Of all that φ is: 16 hexadecimal digits, the same on every device."""
+        weights = {name: weight.tolist() for name, weight in self.state_dict().items()}
+        return hashlib.sha256(repr((self.settings, weights)).encode()).hexdigest()[:16]
+
     def init_state(self, coordinates: int) -> Tensor:
         """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
         m = 2 * coordinates if self.form["odd"] else coordinates
@@ -118,7 +124,8 @@ class MetaOptimizer(nn.Module):
         """
         self._check_moments(moments)
         step = operators(backend, state).theta_step
-        theta, state = step(theta, gradient, state, self.phi(), **self.form)
+        with torch.autocast(theta.device.type, enabled=False):  # φ computes in its own dtype
+            theta, state = step(theta, gradient, state, self.phi(), **self.form)
         if moments is None or self.log_eta is None:
             return theta, state
         direction, moments = adam_direction(gradient, moments)
@@ -148,7 +155,8 @@ class MetaOptimizer(nn.Module):
         """
         self._check_moments(moments)
         step = operators(backend, state).theta_step_
-        step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
+        with torch.autocast(theta.device.type, enabled=False):
+            step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
         if moments is None or self.log_eta is None:
             return None
         direction, following = adam_direction(gradient, moments)
@@ -169,17 +177,27 @@ class MetaOptimizer(nn.Module):
 
 
 def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters that share a φ: "linear", "convolutional" (with batch-norm), or what a module
-    names itself, in an attribute `phi_group`.
+    """The trainable parameters of a model by the φ that they share.
 
-    The paper gives convolutional and linear layers a φ each (section 4.2); groups named by the
-    kind of layer let a φ move to any optimizee that has layers of its kind.
+    Those of an `nn.Linear` are "linear", all others "convolutional" (batch-norm too), unless the
+    module says otherwise in an attribute `phi_group`, which may be set on any module:
+    `model.embedding.phi_group = "linear"`. The paper gives convolutional and linear layers a φ each
+    (section 4.2); groups named by the kind of layer let a φ move to any optimizee that has layers
+    of its kind. A frozen parameter is in no group, one that several modules share in the first's.
+
+    Raises:
+        InputError: a model without trainable parameters.
     """
     groups: dict[str, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
     for module in model.modules():
         kind = "linear" if isinstance(module, nn.Linear) else "convolutional"
-        if parameters := list(module.parameters(recurse=False)):
-            groups.setdefault(getattr(module, "phi_group", kind), []).extend(parameters)
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                groups.setdefault(getattr(module, "phi_group", kind), []).append(parameter)
+    if not groups:
+        raise InputError("the model has no parameter that requires a gradient: unfreeze some")
     return groups
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref.attacks import untouched
-from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
+from l2l_ref.data.images import endless
+from l2l_ref.episode import Episode, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import is_chance
 from l2l_ref.files import read_checkpoint, replace_with
+from l2l_ref.guard import untouched
+from l2l_ref.meta_settings import MetaSettings
 
 
 @dataclass
@@ -115,7 +117,7 @@ def how_it_ended(episode: Episode, loss: float) -> str:
     if not episode.classes or not is_chance(loss, episode.classes):
         return "ok"
     with torch.no_grad(), untouched(episode.model):
-        x, _ = next(episode.batches)
+        x, _ = next(endless(episode.batches))
         predicted = episode.model(x).argmax(-1).view(getattr(episode.model, "tasks", 1), -1)
     return "collapsed" if (predicted == predicted[:, :1]).all() else "ok"
 

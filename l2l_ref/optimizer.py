@@ -1,5 +1,6 @@
 """The optimizer that applies a meta-optimizer to the parameters of a model."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,23 +9,42 @@ from torch import Tensor, nn
 
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
+from l2l_ref.flatten import flatten_
 from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
+
+OWN = ("meta_optimizer", "backend")  # of a group, and never in a state dict
+# What PyTorch's schedulers and other libraries note down in a group.
+NOTES = ("param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose update rule is a meta-optimizer.
 
-    φ is not changed: train it with `meta_train`, or differentiate `MetaOptimizer.forward`. The
-    LSTM states and the moments of the nominal term live here, zero at the start. A parameter
-    without a gradient is left alone, its state too. No graph is kept.
+    φ is not changed: train it with `meta_train`, or differentiate `MetaOptimizer.forward`. A
+    parameter without a gradient is left alone, its state too. No graph is kept.
+
+    `state[param]` has "lstm", [L, 2, H, signs, *param.shape], zero at the start (signs is 2 in the
+    odd form), and "moments" of the nominal term, [3, *param.shape]. Nothing else is remembered: who
+    writes into `state` is heard. The arithmetic is in φ's dtype, whatever that of the parameters
+    (float64, float32, bfloat16, float16); θ is read and written in its own. A sharded parameter (a
+    `DTensor`, as FSDP2 makes them) has a state that is sharded like it.
 
     Args:
-        params: parameters, or groups of them; a group may bring its own "meta_optimizer".
+        params: parameters, or groups of them; a group may bring any of the options below.
         meta_optimizer: φ of the groups that bring none.
+        lr: >= 0, a number or a tensor: multiplies the update, so that 1 is what φ was meta-trained
+            for. Every scheduler of PyTorch's can move it. 0 leaves θ alone while the state goes on;
+            where there is none yet and the gradient is zero, it stays at its zeros.
+        weight_decay: >= 0, θ ← θ - lr·weight_decay·θ beside the update. AdamW's 0.01 stands beside
+            an lr of about 1e-3; with an lr of 1 the same decay is about 1e-5.
+        maximize: climb: φ reads -∇.
+        state_dtype: of the LSTM states; None is φ's. `torch.bfloat16` halves the memory, 320 bytes
+            a parameter of a φ with two layers of 20 units, 640 in the odd form.
         backend: "auto", "reference" or "fused".
 
     Raises:
-        InputError: a group without φ; dtypes or devices that differ from φ's; sparse gradients.
+        InputError: a group without φ or with an unknown option; a number out of range; parameters
+            that are not real, or on another device than φ; sparse gradients; a state of another φ.
 
     Example:
         >>> optimizer = LearnedOptimizer(model.parameters(), meta_optimizer)
@@ -37,11 +57,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params: Iterable,
         meta_optimizer: MetaOptimizer | None = None,
         *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ):
-        resolve(backend)  # a wrong name is wrong now, not at the first step
-        self._joint: dict[int, tuple[tuple[int, ...], Tensor, Tensor | None]] = {}
-        super().__init__(params, {"meta_optimizer": meta_optimizer, "backend": backend})
+        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        own = {"meta_optimizer": meta_optimizer, "backend": backend}
+        super().__init__(params, {**options, "state_dtype": state_dtype, **own})
 
     @classmethod
     def for_model(
@@ -49,50 +73,64 @@ class LearnedOptimizer(torch.optim.Optimizer):
         model: nn.Module,
         phi: nn.ModuleDict | Mapping[str, MetaOptimizer],
         *,
-        backend: str = "auto",
+        flat: bool = False,
+        **options: Any,
     ) -> "LearnedOptimizer":
-        """φ as the optimizer of a model: a group of parameters, on one vector, for each φ-group.
+        """φ as the optimizer of a model: a group of parameters for each φ-group (`phi_groups`).
 
         Args:
             phi: {φ-group: MetaOptimizer}, such as `l2l_ref.load` returns.
+            flat: first move each group's parameters onto one vector, of which they become views
+                (`flatten_`). One call for all of them saves time with many small parameters, and
+                asks that gradients are zeroed in place: `zero_grad(set_to_none=False)`.
+            options: those of the constructor.
 
         Raises:
-            InputError: a φ-group of the model (`phi_groups`) that `phi` lacks.
+            InputError: a φ-group of the model that `phi` lacks; what the constructor raises.
         """
         groups = phi_groups(model)
         if missing := sorted(groups.keys() - phi.keys()):
             raise InputError(
                 f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(phi)}: "
-                "take one that was meta-trained with such layers"
+                "take one that was meta-trained with such layers, or name its group in an "
+                "attribute `phi_group` of the layer"
             )
         return cls(
             [
-                {"params": [flatten_(own)], "meta_optimizer": phi[name]}
+                {"params": [flatten_(own)] if flat else own, "meta_optimizer": phi[name]}
                 for name, own in groups.items()
             ],
-            backend=backend,
+            **options,
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # after a copy or load_state_dict
-        super().__setstate__(state)
-        self._joint = {}
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        number = len(self.param_groups)
+        group = {**self.defaults, **param_group}
         meta_optimizer = group["meta_optimizer"]
         if not isinstance(meta_optimizer, MetaOptimizer):
             raise InputError(
-                f"parameter group {len(self.param_groups) - 1} has no φ: give LearnedOptimizer a "
-                "meta_optimizer, or the group one of its own"
+                f"parameter group {number} has no φ: give LearnedOptimizer a meta_optimizer, or "
+                "the group one of its own"
             )
-        weight = meta_optimizer.head.weight
-        for param in group["params"]:
-            if (param.dtype, param.device) != (weight.dtype, weight.device):
-                raise InputError(
-                    f"a parameter is {param.dtype} on {param.device} but its meta-optimizer is "
-                    f"{weight.dtype} on {weight.device}: move one with .to()"
-                )
+        if unknown := sorted(group.keys() - {"params", *self.defaults, *NOTES}):
+            raise InputError(
+                f"parameter group {number} has the option {', '.join(unknown)}, which is unknown: "
+                f"there are {', '.join(self.defaults)}"
+            )
+        resolve(group["backend"])  # a wrong name is wrong now, not at the first step
+        for name in ("lr", "weight_decay"):
+            if not 0 <= float(group[name]) < math.inf:
+                raise InputError(f"{name} is {group[name]}: it must be finite and at least 0")
+        kinds = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if group["state_dtype"] not in kinds:
+            raise InputError(f"state_dtype is {group['state_dtype']}: give a floating one, or None")
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                check_together(param, meta_optimizer)
+        except InputError:
+            del self.param_groups[-1]
+            raise
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -101,97 +139,159 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                self._step_group(index, group, params)
+            phi = group["meta_optimizer"].phi() if params else None
+            for param in params:
+                self._update(param, group, phi)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], params: list[Tensor]) -> None:
-        """One call of the operator for all coordinates of a φ-group."""
-        gradients = [param.grad for param in params if param.grad is not None]
-        if any(gradient.is_sparse for gradient in gradients):
+    def _update(self, param: Tensor, group: dict[str, Any], phi: Tensor) -> None:
+        """One call of the operator, on what this process holds of a parameter."""
+        lr, decay = group["lr"], group["weight_decay"]
+        theta, gradient = local(param), local(param.grad, like=param)
+        if gradient.layout != torch.strided:
             raise InputError("a gradient is sparse: LearnedOptimizer takes dense gradients only")
-        meta_optimizer = group["meta_optimizer"]
-        theta, gradient = joined(params), joined(gradients)
-        state, moments = self._joint_state(index, meta_optimizer, params)
-        meta_optimizer.step_(theta, gradient, state, moments, backend=group["backend"])
-        if theta is not params[0]:
-            parts = theta.split([param.numel() for param in params])
-            torch._foreach_copy_(params, [t.view_as(p) for t, p in zip(parts, params, strict=True)])
+        new = "lstm" not in self.state[param]
+        states = [local(state) for state in self._states(param, group)]
+        if theta.numel() == 0 or (new and float(lr) == 0 and not gradient.any()):
+            return  # the dummy step by which PyTorch asks an optimizer for its states
+        before, gradient, *inner = (flat(t, phi.dtype) for t in (theta, gradient, *states))
+        as_learned = not isinstance(lr, Tensor) and lr == 1 and decay == 0
+        after = before if as_learned else before.clone()
+        group["meta_optimizer"].step_(
+            after,
+            -gradient if group["maximize"] else gradient,
+            inner[0].view(*states[0].shape[:3], -1),
+            inner[1].view(3, -1) if len(inner) > 1 else None,
+            phi=phi,
+            backend=group["backend"],
+        )
+        for state, value in zip(states, inner, strict=True):
+            if not is_flat(state, phi.dtype):
+                state.copy_(value.view(state.shape))
+        if not isinstance(lr, Tensor) and lr == 0:
+            return
+        if not as_learned:
+            after = before * (1 - lr * decay) + (after - before) * lr
+        if not (as_learned and is_flat(theta, phi.dtype)):
+            theta.copy_(after.view(theta.shape))
 
-    def _joint_state(
-        self, index: int, meta: MetaOptimizer, params: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The states of `params` side by side, [L, 2, H, M], and the moments of the nominal term,
-        [3, N], as an update wants them.
-
-        `self.state[param]` has "lstm", [L, 2, H, signs, numel], and "moments", [3, numel], views of
-        its part, so nothing is gathered again until other parameters have gradients or a state dict
-        is loaded.
-        """
-        key = tuple(id(param) for param in params)
-        if index not in self._joint or self._joint[index][0] != key:
-            sizes = [param.numel() for param in params]
-            fresh = {"lstm": [meta.init_state(n).unflatten(-1, (-1, n)) for n in sizes]}
-            if meta.nominal:
-                fresh["moments"] = [meta.init_moments(n) for n in sizes]
-            joint = {name: self._join(name, params, states) for name, states in fresh.items()}
-            self._joint[index] = key, joint["lstm"].flatten(3), joint.get("moments")
-        return self._joint[index][1:]
-
-    def _join(self, name: str, params: list[Tensor], fresh: list[Tensor]) -> Tensor:
-        """The states called `name`, `fresh` where there is none yet, on one axis."""
-        states = []
-        for param, zeros in zip(params, fresh, strict=True):
-            state = self.state[param].get(name, zeros)
-            if state.shape != zeros.shape:
+    def _states(self, param: Tensor, group: dict[str, Any]) -> list[Tensor]:
+        """The LSTM state of a parameter, and its moments if there is a nominal term."""
+        meta, held = group["meta_optimizer"], self.state[param]
+        check_together(param, meta)
+        signs, dtype = 2 if meta.form["odd"] else 1, meta.head.weight.dtype
+        kinds: list[tuple[str, tuple[int, ...], torch.dtype | None]] = []
+        kinds += [("lstm", (meta.num_layers, 2, meta.hidden_size, signs), group["state_dtype"])]
+        kinds += [("moments", (3,), None)] * meta.nominal
+        for name, lead, kind in kinds:
+            if name not in held:
+                zeros = torch.zeros_like(param, dtype=kind or dtype)
+                held[name] = zeros.expand(*lead, *param.shape).contiguous()
+            found, needed = held[name], (*lead, *param.shape)
+            if found.shape != needed or found.device != param.device:
                 raise InputError(
-                    f"a loaded optimizer state has shape {list(state.shape)} where this "
-                    f"meta-optimizer needs {list(zeros.shape)}: load the state that was saved "
-                    "with it"
+                    f"a loaded optimizer state, '{name}', has shape {list(found.shape)} on "
+                    f"{found.device} where this meta-optimizer needs {list(needed)} on "
+                    f"{param.device}: load the state that was saved with it"
                 )
-            states.append(state)
-        joint = torch.cat(states, dim=-1)
-        views = joint.split([state.shape[-1] for state in states], dim=-1)
-        for param, view in zip(params, views, strict=True):
-            self.state[param][name] = view
-        return joint
+        return [held[name] for name, _, _ in kinds]
 
     def state_dict(self) -> dict[str, Any]:
-        """The states and groups, without φ and backend: φ is saved on its own."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            del group["meta_optimizer"], group["backend"]
-        return saved
+        """The states and groups; a fingerprint of φ in the place of φ, which is saved on its own,
+        and of the backend."""
+
+        def without_phi(_, saved: dict[str, Any]) -> None:
+            for group in saved["param_groups"]:
+                group["phi"] = group["meta_optimizer"].fingerprint()
+                for name in OWN:
+                    del group[name]
+
+        hook = self.register_state_dict_post_hook(without_phi, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the states of a `state_dict`; φ and backend stay those of this optimizer."""
-        own = [{k: g[k] for k in ("meta_optimizer", "backend")} for g in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, own, strict=True):
-            group.update(kept)  # the base class knows only what was saved
+        """Take the states of a `state_dict`, in their own dtypes; φ and backend stay those of this
+        optimizer.
+
+        Raises:
+            InputError: the state of another optimizer, or one that was saved with another φ.
+        """
+        groups, states = self.param_groups, {}
+
+        def check(_, saved: dict[str, Any]) -> None:
+            for number, pair in enumerate(zip(groups, saved["param_groups"], strict=False)):
+                self._check_saved(number, *pair, saved["state"])
+                params = zip(*(group["params"] for group in pair), strict=False)
+                states.update({p: saved["state"][i] for p, i in params if i in saved["state"]})
+
+        def complete(_) -> None:  # the base class knows what was saved, and casts it like θ
+            for own, group in zip(groups, self.param_groups, strict=True):
+                group.pop("phi", None)
+                group.update({k: v for k, v in own.items() if k in OWN or k not in group})
+            for param, state in states.items():
+                copies = {k: kept.to(param.device, copy=True) for k, kept in state.items()}
+                self.state[param] = copies
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(complete, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_saved(
+        self, number: int, own: dict[str, Any], group: dict[str, Any], states: dict[Any, Any]
+    ) -> None:
+        """Raise an InputError if a group of a state dict, and its states, are not of this φ."""
+        foreign = group.keys() - {"params", "phi", *self.defaults, *NOTES}
+        for index in group["params"]:
+            foreign |= states.get(index, {}).keys() - {"lstm", "moments"}
+        if foreign:
+            raise InputError(
+                f"parameter group {number} of the state has {', '.join(sorted(foreign))}: it is "
+                "that of another optimizer, load what a LearnedOptimizer saved"
+            )
+        ours = own["meta_optimizer"].fingerprint()
+        if group.get("phi", ours) != ours:
+            raise InputError(
+                f"parameter group {number} of the state was saved with another φ ({group['phi']}, "
+                f"this one is {ours}): build the optimizer with that φ"
+            )
 
 
-def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors on one axis [N]: a copy, or the one tensor itself where that is a vector."""
-    if len(tensors) == 1 and tensors[0].ndim == 1 and tensors[0].is_contiguous():
-        return tensors[0]
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def check_together(param: Tensor, meta: MetaOptimizer) -> None:
+    """Raise an InputError unless φ can update the parameter."""
+    weight = meta.head.weight
+    if not param.is_floating_point():
+        raise InputError(f"a parameter is {param.dtype}: LearnedOptimizer takes real numbers")
+    if param.device != weight.device:
+        raise InputError(
+            f"a parameter is on {param.device} but its meta-optimizer is on {weight.device}: move "
+            "one with .to()"
+        )
 
 
-def flatten_(params: Iterable[Tensor]) -> Tensor:
-    """Move parameters onto one vector θ [N] and their gradients onto θ.grad [N]; returns θ.
+def local(tensor: Any, like: Any = None) -> Tensor:
+    """What this process holds: of a `DTensor` its shard, placed as `like` is; of another all."""
+    if not hasattr(tensor, "to_local"):
+        return tensor.detach()
+    if like is not None:
+        tensor = tensor.redistribute(like.device_mesh, like.placements)
+    return tensor.detach().to_local()
 
-    From then on a parameter views its part of θ, and its `.grad` the same part of θ.grad, to which
-    `backward` adds. So any optimizer trains the whole as one tensor: `SGD([theta], lr)`. Zero
-    θ.grad in place, `zero_grad(set_to_none=False)`, for None would cut the tie. A parameter that
-    the loss does not reach has a gradient of zero. θ itself takes part in no graph.
-    """
-    params = list(params)
-    theta = torch.cat([param.detach().reshape(-1) for param in params])
-    theta.grad = torch.zeros_like(theta)
-    sizes = [param.numel() for param in params]
-    for param, data, grad in zip(params, theta.split(sizes), theta.grad.split(sizes), strict=True):
-        param.data, param.grad = data.view_as(param), grad.view_as(param)
-    return theta
+
+def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On one axis and of that dtype: the tensor itself if it `is_flat`, else a copy."""
+    return tensor.to(dtype).reshape(-1).contiguous()
+
+
+def is_flat(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_contiguous()

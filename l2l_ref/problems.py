@@ -21,7 +21,7 @@ class Problem:
 
     Attributes:
         name: as on the command line.
-        build: () -> an untrained module; `draw` gives it its θ₀.
+        build: () -> an untrained module, whose θ₀ is that of its own constructors.
         loss: (model, x, y) -> 0-dim loss, averaged over the batch.
         classes: how many, or 0 where there is nothing to classify.
     """
@@ -32,22 +32,16 @@ class Problem:
     classes: int
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> nn.Module:
-        """A fresh optimizee in training mode, its θ₀ from `generator` (a CPU one)."""
-        model = self.build()
-        for module in model.modules():
-            reset(module, generator)
+        """A fresh optimizee in training mode, its θ₀ from `generator` (a CPU one).
+
+        The generator stands in for torch's global one while the module is built, which is then as
+        it was: any module, whatever it draws, is the same for the same generator.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            model = self.build()
+            generator.set_state(torch.get_rng_state())
         return model.to(device)
-
-
-def reset(module: nn.Module, generator: torch.Generator) -> None:
-    """PyTorch's default initialisation, from a generator: uniform in ±1/√fan_in; θ of a quadratic
-    normal with deviation 0.01. Modules that start from constants (batch-norm) keep them."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        bound = module.weight[0].numel() ** -0.5
-        for parameter in module.parameters():
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    elif isinstance(module, Quadratic):
-        nn.init.normal_(module.theta, std=0.01, generator=generator)
 
 
 def mlp() -> nn.Module:
@@ -97,7 +91,8 @@ class Quadratic(nn.Module):
 
     def __init__(self, batch: int):
         super().__init__()
-        self.theta = nn.Parameter(torch.zeros(batch, self.dimension))
+        self.theta = nn.Parameter(torch.empty(batch, self.dimension))
+        nn.init.normal_(self.theta, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:  # [batch, 10, 10] -> [batch, 10]
         return (x @ self.theta[..., None]).squeeze(-1)

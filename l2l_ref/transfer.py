@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from l2l_ref import attacks
 from l2l_ref.backend.cuda_graphs import Graphed
+from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, robust_loss
+from l2l_ref.guard import leaves_no_trace
 
 Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]
 
@@ -67,7 +69,7 @@ class Curve:
 def train(
     model: nn.Module,
     method: Method,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
     loss: Loss,
     attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
@@ -79,7 +81,8 @@ def train(
     """Train `model` in place for `steps` updates.
 
     Args:
-        batches: endless (x, y); one is used an update.
+        batches: (x, y), one an update: an iterator without end, or what is begun again, such as a
+            DataLoader.
         loss: (model, x, y) -> 0-dim loss.
         attack: (model, x, y) -> x', for methods with alpha < 1.
         record: model -> (clean loss, attacked loss), on data that stays the same.
@@ -89,8 +92,10 @@ def train(
             that option.
 
     Raises:
-        InputError: what cannot be captured.
+        InputError: batches that end; an attack that returns no such thing as x; what cannot be
+            captured.
     """
+    batches, attack = endless(batches), leaves_no_trace(attack)
     optimizer = method.optimizer(model)
     device = next(model.parameters()).device
     rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]

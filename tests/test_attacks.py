@@ -11,8 +11,9 @@ from conftest import generator, snapshot
 from torch import Tensor, nn
 
 from l2l_ref import attacks
-from l2l_ref.attacks import fgsm, leaves_no_trace, make, none, pgd, untouched
+from l2l_ref.attacks import fgsm, make, none, pgd
 from l2l_ref.errors import InputError
+from l2l_ref.guard import leaves_no_trace, untouched
 
 EVERY = {"fgsm": fgsm, "pgd": pgd}
 every_attack = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY)

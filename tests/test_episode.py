@@ -6,9 +6,10 @@ from conftest import SMALL, every_form, generator, weights
 from torch import nn
 
 from l2l_ref import attacks, equations
-from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
+from l2l_ref.episode import Episode, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import new_phi
+from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.problems import Stacked
 
 BATCH, STEPS, UNROLL = 6, 7, 4

@@ -1,6 +1,6 @@
 """Samples: what an experiment cuts, trains on and judges by. Labelled images are such."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,3 +119,21 @@ class ImageSet:
     def all(self) -> tuple[Tensor, Tensor]:
         """The whole set as a batch."""
         return self.batch(torch.arange(len(self)))
+
+
+def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, begun again whenever they end, as a DataLoader can be.
+
+    Raises:
+        InputError: while it is read: batches that end and cannot be begun again, or none at all.
+    """
+    while True:
+        count = 0
+        for batch in batches:
+            yield batch
+            count += 1
+        if not count or iter(batches) is batches:
+            raise InputError(
+                f"the batches ended after {count}: give an iterator without end, or one that can "
+                "be begun again, such as a DataLoader"
+            )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref import attacks, data, evaluate, problems
-from l2l_ref.episode import Episode, MetaSettings
+from l2l_ref.episode import Episode
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.setting import Setting, stream
 from l2l_ref.meta_optimizer import new_phi
+from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 from l2l_ref.transfer import Curve, Method, train
 

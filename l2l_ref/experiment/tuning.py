@@ -17,7 +17,8 @@ from l2l_ref.experiment.pieces import Piece
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.setting import Fold, Setting
 from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
-from l2l_ref.optimizer import LearnedOptimizer, flatten_
+from l2l_ref.flatten import flatten_
+from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
 
 # Candidates of the baselines: learning rates from low to high, weights of the L1 norm, λ/ε.
@@ -220,7 +221,7 @@ class Search:
             phi, history = train_phi(setting, fold.fit, UNDER_ATTACK, eps, fold.number, 0, show)
             if history["ended"]:
                 return {"collapsed": True, "loss": math.inf}
-            by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
+            by_phi = partial(LearnedOptimizer.for_model, phi=phi, flat=True, backend=c.backend)
             method = Method("grid", by_phi, penalty=c.penalty * eps)
             outcomes += [validate(setting, method, fold, eps, seed) for seed in range(c.tune_seeds)]
         bad, losses = zip(*map(score, outcomes), strict=True)
