@@ -118,6 +118,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"there are {', '.join(self.defaults)}"
             )
         resolve(group["backend"])  # a wrong name is wrong now, not at the first step
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise InputError(f"Tensor lr must be 1-element, not {list(group['lr'].shape)}")
         for name in ("lr", "weight_decay"):
             if not 0 <= float(group[name]) < math.inf:
                 raise InputError(f"{name} is {group[name]}: it must be finite and at least 0")

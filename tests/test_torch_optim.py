@@ -1,0 +1,574 @@
+"""LearnedOptimizer among PyTorch's: what `torch.optim`'s own tests ask of an optimizer, by its own
+table of inputs, and what schedulers, wrappers and other libraries do to one.
+
+Of PyTorch's tests these do not apply: sparse gradients and complex parameters (refused by name);
+the flags foreach, fused, differentiable and capturable (there are none: every step may be captured
+in a CUDA graph); a state "step" that is no tensor (there is none); zero gradients as a no-op (a φ
+that is not odd may move θ without a gradient; the odd one is tested); several GPUs.
+"""
+
+import collections
+import copy
+import math
+import pickle
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from conftest import generator, weights
+from torch import nn
+from torch.optim import lr_scheduler, swa_utils
+
+from l2l_ref.errors import InputError
+from l2l_ref.meta_optimizer import MetaOptimizer, new_phi, phi_groups
+from l2l_ref.optimizer import LearnedOptimizer
+
+
+def phi(**settings) -> MetaOptimizer:
+    """One that moves θ by about 1e-3 a step, wherever."""
+    meta = MetaOptimizer(generator=generator(), **settings)
+    nn.init.normal_(meta.head.weight, std=0.3, generator=generator(1))
+    return meta
+
+
+def adam_like(**settings) -> MetaOptimizer:
+    """One that begins as Adam, and so goes where the gradient says."""
+    return MetaOptimizer(nominal=True, odd=True, generator=generator(), **settings)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def backward(model, seed=0):
+    x = torch.rand(8, 5, generator=generator(seed)).to(next(model.parameters()).dtype)
+    loss = nn.functional.cross_entropy(model(x).float(), torch.arange(8) % 3)
+    loss.backward()
+    return loss
+
+
+def steps(model, optimizer, seeds):
+    for seed in seeds:
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+    return weights(model)
+
+
+learned = partial(LearnedOptimizer, meta_optimizer=phi())
+
+
+@pytest.fixture(scope="module")
+def info():
+    """PyTorch's description of an optimizer under test, with LearnedOptimizer as an entry."""
+    table = pytest.importorskip("torch.testing._internal.common_optimizers")
+    meta = adam_like()
+
+    def inputs(device, dtype=None):
+        options = [
+            {}, {"lr": 0.3}, {"lr": torch.tensor(0.3)}, {"weight_decay": 1e-4},
+            {"maximize": True}, {"weight_decay": 1e-4, "maximize": True},
+            {"state_dtype": torch.bfloat16}, {"backend": "reference"},
+        ]  # fmt: skip
+        return [
+            table.OptimizerInput(params=None, kwargs={"meta_optimizer": meta, **one}, desc=str(one))
+            for one in options
+        ]
+
+    def mistakes(device, dtype):
+        param = [nn.Parameter(torch.randn(1, 1))]
+        return table.get_error_inputs_for_all_optims(device, dtype) + [
+            table.ErrorOptimizerInput(
+                table.OptimizerInput(params=param, kwargs={"lr": -0.1}, desc="a negative lr"),
+                error_type=ValueError,
+                error_regex="lr is -0.1: it must be finite and at least 0",
+            ),
+            table.ErrorOptimizerInput(
+                table.OptimizerInput(params=param, kwargs={"weight_decay": -1}, desc="decay"),
+                error_type=ValueError,
+                error_regex="weight_decay is -1: it must be finite and at least 0",
+            ),
+        ]
+
+    return table.OptimizerInfo(
+        LearnedOptimizer,
+        optim_inputs_func=inputs,
+        optim_error_inputs_func=mistakes,
+        supported_impls=(),
+        not_og_supported_flags=("maximize",),
+        supports_complex=False,
+    )
+
+
+class TestAsPyTorchTestsItsOwn:
+    @pytest.fixture
+    def inputs(self, info):
+        return info.optim_inputs_func("cpu")
+
+    def test_errors(self, info):
+        for mistake in info.optim_error_inputs_func("cpu", torch.float32):
+            given = mistake.optimizer_error_input
+            params = given.params or [nn.Parameter(torch.randn(1, 1))]
+            make = partial(info.optim_cls, params, phi(), **given.kwargs)
+            if issubclass(mistake.error_type, Warning):
+                with pytest.warns(mistake.error_type, match=mistake.error_regex):
+                    make()
+            else:
+                with pytest.raises(mistake.error_type, match=mistake.error_regex):
+                    make()
+
+    @pytest.mark.parametrize("contiguous", [True, False])
+    @pytest.mark.parametrize("scheduled", [False, True])
+    def test_it_goes_the_right_way(self, info, inputs, contiguous, scheduled):
+        for one in inputs:
+            for schedulers in info.scheduler_inputs if scheduled else [[]]:
+                torch.manual_seed(0)
+                weight = nn.Parameter(torch.randn(10, 5) if contiguous else torch.randn(5, 10).T)
+                bias, x = nn.Parameter(torch.randn(10, 2)[:, 0]), torch.randn(5)
+                assert weight.is_contiguous() == contiguous
+                options = copy.deepcopy(one.kwargs)
+                optimizer = info.optim_cls([{"params": weight}, {"params": [bias]}], **options)
+                schedules = [make(optimizer) for make in schedulers]
+
+                def closure(weight=weight, bias=bias, x=x, optimizer=optimizer):
+                    optimizer.zero_grad()
+                    loss = (weight.mv(x) + bias).square().sum()
+                    loss.backward()
+                    return loss
+
+                first = closure().item()
+                for _ in range(30):
+                    loss = optimizer.step(closure)
+                    for schedule in schedules:
+                        on = (
+                            (loss.item(),)
+                            if isinstance(schedule, lr_scheduler.ReduceLROnPlateau)
+                            else ()
+                        )
+                        schedule.step(*on)
+                rises = closure().item() > first
+                assert rises == options.get("maximize", False), one.desc
+
+    def test_state_dicts(self, info, inputs, tmp_path):
+        for one in inputs:
+            model = net()
+            optimizer = info.optim_cls(model.parameters(), **copy.deepcopy(one.kwargs))
+            steps(model, optimizer, range(3))
+            torch.save(optimizer.state_dict(), tmp_path / "o")
+            saved = torch.load(tmp_path / "o", weights_only=True)
+            twin = copy.deepcopy(model)
+            named = info.optim_cls(twin.named_parameters(), **copy.deepcopy(one.kwargs))
+            del saved["param_groups"][0]["maximize"]  # as one from before there was that option
+            if one.kwargs.get("maximize"):
+                saved["param_groups"][0]["maximize"] = True
+            kept = copy.deepcopy(saved)
+            named.load_state_dict(saved)
+            assert torch.equal(steps(model, optimizer, [3, 4]), steps(twin, named, [3, 4]))
+            for state, before in zip(saved["state"].values(), kept["state"].values(), strict=True):
+                assert all(torch.equal(state[name], before[name]) for name in state)
+            assert list(named.state_dict()["state"]) == list(optimizer.state_dict()["state"])
+            assert named.param_groups[0]["param_names"][0] == "0.weight"
+
+    def test_copies(self, info, inputs):
+        for one in inputs:
+            model = net()
+            optimizer = info.optim_cls(model.parameters(), **one.kwargs)
+            steps(model, optimizer, [0])
+            for duplicate in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
+                twin, other = duplicate((model, optimizer))
+                public = {name for name in vars(optimizer) if not name.startswith("_")}
+                assert public == {name for name in vars(other) if not name.startswith("_")}
+                twin_model = copy.deepcopy((model, optimizer))
+                assert torch.equal(steps(twin, other, [1]), steps(*twin_model, [1]))
+            assert "LearnedOptimizer" in repr(optimizer) and "weight_decay" in repr(optimizer)
+
+    def test_without_gradients_nothing_happens(self, info, inputs):
+        for one in inputs:
+            model = net()
+            optimizer = info.optim_cls(model.parameters(), **one.kwargs)
+            optimizer.step()
+            assert torch.equal(weights(model), weights(net())) and not optimizer.state
+            for param in model.parameters():
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+            decay = one.kwargs.get("weight_decay", 0)  # odd: no drift
+            torch.testing.assert_close(weights(model), (1 - decay) * weights(net()))
+
+    def test_hooks(self, info, inputs):
+        model, calls = net(), []
+        optimizer = info.optim_cls(model.parameters(), **inputs[0].kwargs)
+        optimizer.register_step_pre_hook(lambda o, *_: calls.append(weights(model)))
+        optimizer.register_step_post_hook(lambda o, *_: calls.append(weights(model)))
+        after = steps(model, optimizer, [0])
+        assert torch.equal(calls[1], after) and not torch.equal(calls[0], after)
+
+        def complete(_, saved):
+            assert "meta_optimizer" not in saved["param_groups"][0]
+            assert len(saved["param_groups"][0]["phi"]) == 16
+            saved["note"] = 1
+
+        optimizer.register_state_dict_pre_hook(lambda o: calls.append(o.param_groups[0]["lr"]))
+        optimizer.register_state_dict_post_hook(complete)
+        saved = optimizer.state_dict()
+        assert calls[2] == 1.0 and saved["note"] == 1
+
+        def doubled(_, given):
+            given["param_groups"][0]["lr"] = 2.0
+            return given
+
+        optimizer.register_load_state_dict_pre_hook(doubled)
+        optimizer.register_load_state_dict_post_hook(lambda o: steps(model, o, [1]))  # it can
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        assert optimizer.param_groups[0]["lr"] == 2.0
+        assert "phi" not in optimizer.param_groups[0]
+        assert not torch.equal(weights(model), after)
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 2),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 2.0, 10, cycle_momentum=False),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, 2, cycle_momentum=False),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.05, 2),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_move_what_they_move_of_sgd(name):
+    model = net()
+    ours, theirs = learned(model.parameters()), torch.optim.SGD(net().parameters(), lr=1.0)
+    schedules = [SCHEDULERS[name](optimizer) for optimizer in (ours, theirs)]
+    rates = []
+    for step in range(6):
+        rate, before = ours.param_groups[0]["lr"], weights(model)
+        alone = copy.deepcopy((model, ours))
+        alone[1].param_groups[0]["lr"] = 1.0
+        full = steps(*alone, [step]) - before
+        torch.testing.assert_close(
+            steps(model, ours, [step]) - before, rate * full, rtol=1e-3, atol=1e-6
+        )
+        theirs.step()
+        for schedule in schedules:
+            schedule.step(*[1.0] * (name == "ReduceLROnPlateau"))
+        rates.append(rate)
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
+    assert len({*rates, ours.param_groups[0]["lr"]}) > 1
+
+
+class TestRate:
+    @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+    def test_zero_leaves_theta_and_lets_the_state_go_on(self, lr):
+        model = net()
+        model[0].bias.data[0] = -0.0
+        before = weights(model)
+        optimizer = learned(model.parameters(), lr=lr)
+        after = steps(model, optimizer, range(3))
+        assert torch.equal(after, before)
+        if not isinstance(lr, torch.Tensor):
+            assert torch.equal(after.signbit(), before.signbit())
+        assert all(s["lstm"].any() for s in optimizer.state.values())
+
+    def test_of_a_tensor_is_that_of_a_number_and_is_read_at_each_step(self):
+        model, twin = net(), net()
+        number, tensor = learned(model.parameters()), learned(twin.parameters(), lr=torch.ones(1))
+        for step, rate in enumerate([0.5, 2.0, 0.1]):
+            number.param_groups[0]["lr"] = rate
+            tensor.param_groups[0]["lr"].fill_(rate)
+            torch.testing.assert_close(steps(model, number, [step]), steps(twin, tensor, [step]))
+
+    def test_decay_is_decoupled_and_goes_with_the_rate(self):
+        model, plain = net(), net()
+        before = weights(model)
+        full = steps(plain, learned(plain.parameters()), [0]) - before
+        after = steps(model, learned(model.parameters(), lr=0.5, weight_decay=0.1), [0])
+        torch.testing.assert_close(after, before - 0.5 * 0.1 * before + 0.5 * full)
+
+    def test_maximize_reads_the_other_sign(self):
+        model, plain = net(), net()
+        meta = phi(odd=True)
+        before = weights(model)
+        down = steps(plain, LearnedOptimizer(plain.parameters(), meta), [0]) - before
+        up = steps(model, LearnedOptimizer(model.parameters(), meta, maximize=True), [0]) - before
+        torch.testing.assert_close(up, -down)
+
+
+class TestState:
+    def test_the_state_that_is_there_is_the_one_that_counts(self):
+        def restarted(how):
+            model = net()
+            optimizer = LearnedOptimizer(model.parameters(), adam_like())
+            nn.init.normal_(optimizer.param_groups[0]["meta_optimizer"].head.weight)
+            steps(model, optimizer, range(3))
+            how(optimizer)
+            twin = copy.deepcopy(model)
+            fresh = LearnedOptimizer(twin.parameters(), optimizer.param_groups[0]["meta_optimizer"])
+            assert torch.equal(steps(model, optimizer, [5, 6]), steps(twin, fresh, [5, 6]))
+            assert len(optimizer.state_dict()["state"]) == 4
+
+        restarted(lambda o: o.state.clear())
+        restarted(lambda o: setattr(o, "state", collections.defaultdict(dict)))
+        restarted(lambda o: [t.zero_() for s in o.state.values() for t in s.values()])
+        restarted(lambda o: [s.update({k: torch.zeros_like(t) for k, t in s.items()})
+                             for s in o.state.values()])  # fmt: skip
+        restarted(lambda o: [s.clear() for s in o.state.values()])
+
+    def test_a_group_may_leave_and_come_back(self):
+        model, twin = net(), net()
+        optimizers = [
+            LearnedOptimizer([{"params": m[0].parameters()}, {"params": m[2].parameters()}], phi())
+            for m in (model, twin)
+        ]
+        steps(model, optimizers[0], [0]), steps(twin, optimizers[1], [0])
+        first = optimizers[0].param_groups.pop(0)
+        kept = model[0].weight.detach().clone()
+        steps(model, optimizers[0], [1])
+        assert torch.equal(model[0].weight, kept)
+        optimizers[0].param_groups.insert(0, first)
+        held = {k: v.clone() for k, v in optimizers[0].state[model[0].weight].items()}
+        steps(model, optimizers[0], [2])
+        assert not torch.equal(optimizers[0].state[model[0].weight]["lstm"], held["lstm"])
+        assert not torch.equal(model[0].weight, kept)
+
+    def test_the_state_of_something_else_is_refused(self):
+        model = net()
+        optimizer = learned(model.parameters())
+        steps(model, optimizer, [0])
+        adam = torch.optim.Adam(net().parameters())
+        for foreign in (adam, torch.optim.SGD(net().parameters(), lr=0.1)):
+            with pytest.raises(InputError, match="it is that of another optimizer"):
+                optimizer.load_state_dict(foreign.state_dict())
+        saved = optimizer.state_dict()
+        saved["state"][0] = {"exp_avg": torch.zeros(4, 5)}
+        with pytest.raises(InputError, match="group 0 of the state has exp_avg"):
+            optimizer.load_state_dict(saved)
+        other = phi()
+        other.head.bias.data.fill_(1e-3)
+        with pytest.raises(InputError, match="saved with another φ .*build the optimizer with"):
+            LearnedOptimizer(model.parameters(), other).load_state_dict(optimizer.state_dict())
+        assert other.fingerprint() != phi().fingerprint() == phi().fingerprint()
+        assert phi(p=9.0).fingerprint() != phi().fingerprint()
+        old = optimizer.state_dict()
+        del old["param_groups"][0]["phi"]  # from before there was a fingerprint
+        optimizer.load_state_dict(old)
+
+    def test_states_are_asked_for_by_a_step_that_does_not_count(self):
+        """`get_optimizer_state_dict` steps once with zero gradients and lr 0."""
+        api = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+        model, meta = net(), phi()
+        optimizer = LearnedOptimizer(model.parameters(), meta)
+        before = weights(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = api.get_optimizer_state_dict(model, optimizer)
+        assert torch.equal(weights(model), before)
+        assert set(saved["state"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        assert not any(s["lstm"].any() for s in saved["state"].values())
+        twin = net()
+        fresh = LearnedOptimizer(twin.parameters(), meta)
+        assert torch.equal(steps(model, optimizer, [0, 1]), steps(twin, fresh, [0, 1]))
+
+    def test_phi_that_changed_shape_or_place_is_named(self):
+        for change, words in (
+            (lambda meta: meta.to("meta"), "is on cpu but its meta-optimizer is on meta"),
+            (lambda meta: phi(hidden_size=3), "shape .* where this meta-optimizer needs"),
+        ):
+            model, optimizer = net(), LearnedOptimizer(net().parameters(), phi())
+            optimizer = LearnedOptimizer(model.parameters(), phi())
+            steps(model, optimizer, [0])
+            group = optimizer.param_groups[0]
+            group["meta_optimizer"] = change(group["meta_optimizer"])
+            with pytest.raises(InputError, match=words):
+                steps(model, optimizer, [1])
+        model = net()
+        optimizer = LearnedOptimizer(model.parameters(), phi())
+        steps(model, optimizer, [0])
+        optimizer.param_groups[0]["meta_optimizer"].double()
+        steps(model, optimizer, [1])  # the states are cast at every step
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("nominal", [False, True])
+    def test_theta_in_its_own_phi_in_its_own(self, dtype, nominal):
+        meta = phi(theta_input=True, odd=True, nominal=nominal)
+        model, twin = net().to(dtype), net().to(dtype).float()
+        optimizer = LearnedOptimizer(model.parameters(), meta)
+        reference = LearnedOptimizer(twin.parameters(), meta)
+        for seed in range(3):
+            backward(model, seed)
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                q.grad = p.grad.float()
+            optimizer.step()
+            reference.step()
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                assert p.dtype == dtype
+                assert torch.equal(p, q.to(dtype))
+                assert optimizer.state[p]["lstm"].dtype == torch.float32
+                torch.testing.assert_close(optimizer.state[p]["lstm"], reference.state[q]["lstm"])
+                q.data.copy_(p.detach())  # what was rounded away is away
+
+    def test_several_in_one_model_and_in_a_file(self, tmp_path):
+        def mixed():
+            model = net()
+            model[2].bfloat16()
+            model.forward = lambda x: model[2](model[1](model[0](x)).bfloat16())
+            return model
+
+        model = mixed()
+        optimizer = learned(model.parameters(), state_dtype=torch.bfloat16)
+        steps(model, optimizer, [0, 1])
+        torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "c")
+        twin = mixed()
+        other = learned(twin.parameters(), state_dtype=torch.bfloat16)
+        weights_, saved = torch.load(tmp_path / "c", weights_only=True)
+        twin.load_state_dict(weights_)
+        other.load_state_dict(saved)
+        assert torch.equal(steps(model, optimizer, [2, 3]), steps(twin, other, [2, 3]))
+        assert {s["lstm"].dtype for s in other.state.values()} == {torch.bfloat16}
+        plain = mixed()
+        float_states = learned(plain.parameters())
+        steps(plain, float_states, [0])
+        saved = float_states.state_dict()
+        float_states.load_state_dict(saved)  # not cast to the parameter's
+        assert {s["lstm"].dtype for s in float_states.state.values()} == {torch.float32}
+
+    def test_half_a_state(self):
+        """100 steps: half the bytes, and θ within 3 % of the way that it goes with all of them."""
+        ends, sizes = [], []
+        for dtype in (torch.float32, torch.bfloat16):
+            model = net()
+            optimizer = learned(model.parameters(), state_dtype=dtype)
+            ends.append(steps(model, optimizer, range(100)))
+            sizes.append(sum(s["lstm"].nbytes for s in optimizer.state.values()))
+        assert sizes[0] == 2 * sizes[1] == 320 * len(ends[0])
+        way = (ends[0] - weights(net())).abs().mean()
+        assert 0 < (ends[1] - ends[0]).abs().mean() < 0.03 * way
+
+    def test_autocast_does_not_reach_phi(self, backend):
+        def trained(autocast):
+            model = net()
+            optimizer = LearnedOptimizer(
+                model.parameters(), phi(odd=True, nominal=True), backend=backend
+            )
+            for seed in range(3):
+                optimizer.zero_grad()
+                backward(model, seed)
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    optimizer.step()
+            return weights(model)
+
+        assert torch.equal(trained(True), trained(False))
+
+
+class TestParameters:
+    def test_of_no_elements(self):
+        empty = nn.Parameter(torch.zeros(0, 3))
+        model = net()
+        optimizer = learned([empty, *model.parameters()])
+        empty.grad = torch.zeros(0, 3)
+        backward(model)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert not torch.equal(weights(model), weights(net()))
+
+    def test_of_one(self):
+        alone = nn.Parameter(torch.tensor(1.0))
+        alone.grad = torch.tensor(2.0)
+        learned([alone]).step()
+        assert alone != 1
+
+    def test_frozen_and_tied_ones(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+        model[2].weight = model[0].weight
+        model[3].requires_grad_(False)
+        groups = phi_groups(model)
+        assert [id(p) for p in groups["linear"]] == [
+            id(p) for p in (model[0].weight, model[0].bias, model[2].bias)
+        ]
+        before = copy.deepcopy(model)
+        for flat in (False, True):
+            optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=True), flat=flat)
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none=False)
+                model(torch.rand(8, 4)).square().sum().backward()
+                optimizer.step()
+            assert torch.equal(model[3].weight, before[3].weight)
+            assert model[2].weight is model[0].weight
+            assert not torch.equal(model[0].weight, before[0].weight)
+        with pytest.raises(InputError, match="no parameter that requires a gradient"):
+            LearnedOptimizer.for_model(model.requires_grad_(False), {"linear": phi()})
+
+    def test_kinds_of_layers_may_be_named(self):
+        model = nn.ModuleDict({"embed": nn.Embedding(3, 4), "head": nn.Linear(4, 2)})
+        model["embed"].phi_group = "linear"
+        optimizer = LearnedOptimizer.for_model(model, {"linear": phi()})
+        assert len(optimizer.param_groups[0]["params"]) == 3
+        model["embed"].phi_group = "embedding"
+        with pytest.raises(InputError, match="no φ for embedding parameters.*phi_group"):
+            LearnedOptimizer.for_model(model, {"linear": phi()})
+
+    def test_zero_grad_to_none_is_as_good_as_zero(self):
+        ends = []
+        for to_none in (True, False):
+            model = net()
+            optimizer = LearnedOptimizer.for_model(model, {"linear": phi()})
+            for seed in range(3):
+                optimizer.zero_grad(set_to_none=to_none)
+                backward(model, seed)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+            ends.append(weights(model))
+        assert torch.equal(*ends)
+
+
+def test_compiled(fused):
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not support this Python")
+    ends = []
+    for wrap in (lambda f: f, torch.compile):
+        torch._dynamo.reset()
+        model = net()
+        optimizer = LearnedOptimizer(model.parameters(), phi(odd=True, nominal=True))
+        forward, step = wrap(model), wrap(optimizer.step)
+        for seed in range(3):
+            optimizer.zero_grad()
+            x = torch.rand(8, 5, generator=generator(seed))
+            nn.functional.cross_entropy(forward(x), torch.arange(8) % 3).backward()
+            step()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(ends[0], weights(net()))
+
+
+def test_gradient_scaler_skips_what_is_not_finite():
+    model = net()
+    optimizer = learned(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(torch.full((1, 5), math.inf)).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(weights(model), weights(net()))
+    scaler.update()
+    optimizer.zero_grad()
+    x = torch.rand(8, 5, generator=generator(0))
+    scaler.scale(nn.functional.cross_entropy(model(x), torch.arange(8) % 3)).backward()
+    scaler.step(optimizer)
+    twin = net()
+    torch.testing.assert_close(weights(model), steps(twin, learned(twin.parameters()), [0]))
