@@ -1,4 +1,4 @@
-"""What `test_distributed.py` runs in two processes: each way to train must go where one process goes.
+"""What `test_distributed.py` runs in two processes: all ways to train go where one process goes.
 
 Usage: torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 """

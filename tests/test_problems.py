@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import generator
+from torch import nn
 
 from l2l_ref import problems
 from l2l_ref.errors import InputError
@@ -33,6 +34,45 @@ def test_theta0_comes_from_the_generator(dataset):
     a, b, c = (problem.draw(generator(seed)).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def made_on_purpose() -> nn.Module:
+    layer = nn.Linear(3, 2)
+    nn.init.constant_(layer.weight, 7.0)
+    return nn.Sequential(nn.Linear(4, 3), layer)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Conv1d(3, 4, 3),
+        lambda: nn.ConvTranspose2d(3, 4, 3),
+        lambda: nn.Embedding(5, 4),
+        lambda: nn.LSTM(3, 4),
+        lambda: nn.MultiheadAttention(4, 2),
+        lambda: nn.TransformerEncoderLayer(4, 2, 8),
+        lambda: nn.Bilinear(3, 4, 5),
+        lambda: nn.PReLU(3),
+        made_on_purpose,
+    ],
+)
+def test_theta0_of_any_module(build):
+    """It is what the constructors draw, from the generator and nothing else."""
+    problem = problems.Problem("own", build, problems.cross_entropy, 2)
+    torch.manual_seed(5)
+    before, noise = torch.get_rng_state(), generator(3)
+    model = problem.draw(noise)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    expected = build()
+    assert torch.equal(noise.get_state(), torch.get_rng_state())  # it moved by what was drawn
+    torch.manual_seed(6)
+    for twin in (expected, problem.draw(generator(3))):
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a, b)
+    another = problem.draw(noise)
+    if build is made_on_purpose:
+        assert (model[1].weight == 7).all() and not torch.equal(another[0].weight, model[0].weight)
 
 
 def test_theta0_has_pytorchs_default_spread():
