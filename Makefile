@@ -40,7 +40,7 @@ help: ## this list
 run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="...", processes in JOBS=2
 	"$(PY)" $(LAUNCH) run.py $(ARGS)
 
-test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,test adds the optional ones
+test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,attacks adds the optional ones
 	"$(PY)" -m pytest $(ARGS)
 
 lint: $(SETUP) ## ruff: faults and format; mypy: types; clang-format: csrc

@@ -5,12 +5,14 @@ attack of another library needs no adapter class, only a lambda (`lib` is foolbo
 
     attack = lambda model, x, y: linf.run(lib.PyTorchModel(model, (0, 1)), x, y, epsilon=0.1)
 
+or, of the libraries that it knows, `foreign.adapted(linf, eps=0.1)`.
+
 Whoever calls an attack here, in training or in judging, does it by `leaves_no_trace`: whatever it
 does to modes, buffers, `.grad` or x is undone, and what it returns is checked.
 
 Throughout, `model` is any callable from x, float [b, ...] within the bounds, to logits
 [b, classes]; y holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and
-lies in the l-infinity ball of radius eps around x and within the bounds, [0, 1] where nothing else
+lies in the ball of radius eps around x and within the bounds, [0, 1] where nothing else
 is said. Samples may lie on two axes of x, [K, b, ...], if logits and y hold them one after the
 other, [K·b, ...] (`problems.Stacked`).
 """
@@ -23,11 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from l2l_ref import foreign
 from l2l_ref.errors import InputError
-from l2l_ref.guard import readable, traceless, undone
+from l2l_ref.guard import leaves_no_trace, readable, traceless, undone
 
 Attack = Callable[[Callable, Tensor, Tensor], Tensor]
 ATTACKS = ("none", "fgsm", "pgd")
+NORMS = ("linf", "l2")
 
 
 @traceless
@@ -38,19 +42,24 @@ def none(model: Callable, x: Tensor, y: Tensor) -> Tensor:
 
 @undone
 def fgsm(
-    model: Callable, x: Tensor, y: Tensor, *, eps: float, bounds: tuple[float, float] = (0.0, 1.0)
+    model: Callable,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "linf",
+    loss: str = "cross_entropy",
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """One step of length eps along the gradient's sign (Eq. 7; Goodfellow et al., 2015).
+    """One step of length eps up the loss (Eq. 7; Goodfellow et al., 2015): `pgd` of a single step.
 
-    Args (InputError for a number out of range, or an x out of the bounds):
-        eps: radius of the ball, finite and >= 0; 0 is the identity.
-        bounds: the least and the greatest value of a pixel.
+    Args (InputError for a number out of range, or an x out of the bounds): as those of `pgd`.
     """
-    _check(eps)
+    _check(eps, 1, None, loss, norm)
     if eps == 0:
         return x
     _check_inside(x, bounds)
-    return _step(model, x, x, y, eps, eps, bounds)
+    return _step(model, x, x, y, eps, eps, norm, loss, bounds)
 
 
 @undone
@@ -63,30 +72,34 @@ def pgd(
     steps: int = 7,
     step_size: float | None = None,
     random_start: bool = True,
+    norm: str = "linf",
     loss: str = "cross_entropy",
     bounds: tuple[float, float] = (0.0, 1.0),
     generator: Generator | None = None,
 ) -> Tensor:
     """Several such steps, each projected on the ball and the box (Eq. 8; Madry et al., 2018).
 
+    A step goes along the gradient's sign in the l-infinity norm, along the gradient itself in l2.
+
     Args (InputError for a number out of range, or an x out of the bounds):
         eps: radius of the ball, finite and >= 0; 0 is the identity.
         steps: number of gradient steps, >= 1.
         step_size: length of one step, finite and > 0; None is 2.5 * eps / steps.
         random_start: start from a uniform point of the ball instead of x.
+        norm: of the ball, one of NORMS; of each sample.
         loss: what is raised, one of LOSSES. The margin does not vanish where a model is sure, nor
             where its logits are small, so it tells a robust model from one that hides its gradient.
         bounds: the least and the greatest value of a pixel.
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
-    _check(eps, steps, step_size, loss)
+    _check(eps, steps, step_size, loss, norm)
     if eps == 0:
         return x
     _check_inside(x, bounds)
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    x_adv = _uniform_in_ball(x, eps, bounds, generator) if random_start else x
+    x_adv = _uniform_in_ball(x, y, eps, norm, bounds, generator) if random_start else x
     for _ in range(steps):
-        x_adv = _step(model, x_adv, x, y, eps, step_size, bounds, loss)
+        x_adv = _step(model, x_adv, x, y, eps, step_size, norm, loss, bounds)
     return x_adv
 
 
@@ -102,7 +115,8 @@ def make(
     """The attack of that name, its options bound; those it does not have are checked and dropped.
 
     Args (InputError for an unknown name or a number out of range):
-        name: one of ATTACKS. The others are those of `pgd`.
+        name: one of ATTACKS, or MODULE:FUNCTION (`foreign.named`). The others are those of `pgd`.
+
     Returns:
         A callable (model, x, y) -> x_adv.
     """
@@ -114,7 +128,13 @@ def make(
     if name == "pgd":
         options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
-    raise InputError(f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}.")
+    if ":" in name:
+        attack = foreign.named(name, eps=eps, generator=generator)
+        return leaves_no_trace(attack, eps=eps, name=name)
+    raise InputError(
+        f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}, or "
+        "MODULE:FUNCTION."
+    )
 
 
 def generators(function: Callable) -> list[Generator]:
@@ -146,10 +166,14 @@ LOSSES = {"cross_entropy": cross_entropy, "margin": margin}
 
 def _step(
     model, x_adv: Tensor, x: Tensor, y: Tensor, eps: float, step_size: float,
-    bounds: tuple[float, float], loss: str = "cross_entropy",
+    norm: str, loss: str, bounds: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     gradient = _input_gradient(model, x_adv, y, loss)
-    return _project_(gradient.sign().mul_(step_size).add_(x_adv.detach()), x, eps, bounds)
+    if norm == "l2":
+        direction = gradient / _length(gradient, y).clamp_min(torch.finfo(x.dtype).tiny)
+    else:
+        direction = gradient.sign()
+    return _project_(direction.mul_(step_size).add_(x_adv.detach()), x, y, eps, norm, bounds)
 
 
 def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
@@ -167,18 +191,41 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
         return x.grad  # alone, as `undone` has frozen the parameters
 
 
-def _project_(x_adv: Tensor, x: Tensor, eps: float, bounds: tuple[float, float]) -> Tensor:
-    """x + clamp(x_adv - x, ±eps), clamped to the bounds; in place, as fresh memory costs more."""
-    return x_adv.sub_(x).clamp_(-eps, eps).add_(x).clamp_(*bounds)
+def _project_(
+    x_adv: Tensor, x: Tensor, y: Tensor, eps: float, norm: str, bounds: tuple[float, float]
+) -> Tensor:
+    """The nearest point of the ball, clamped to the bounds; in place, as fresh memory costs more.
+
+    Within the bounds it stays in the ball, as x is within them.
+    """
+    change = x_adv.sub_(x)
+    if norm == "l2":
+        change.mul_((eps / _length(change, y).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1))
+    else:
+        change.clamp_(-eps, eps)
+    return change.add_(x).clamp_(*bounds)
+
+
+def _length(change: Tensor, y: Tensor) -> Tensor:
+    """The l2 norm of each sample, on whichever axes the samples lie; as many axes as `change`."""
+    samples = 1 if len(change) == len(y) else 2
+    return torch.linalg.vector_norm(change, dim=tuple(range(samples, change.ndim)), keepdim=True)
 
 
 def _uniform_in_ball(
-    x: Tensor, eps: float, bounds: tuple[float, float], generator: Generator | None
-) -> Tensor:
+    x: Tensor, y: Tensor, eps: float, norm: str, bounds: tuple[float, float],
+    generator: Generator | None,
+) -> Tensor:  # fmt: skip
     device = x.device if generator is None else generator.device
     noise = torch.empty(x.shape, dtype=x.dtype, device=device)
-    noise.uniform_(-eps, eps, generator=generator)
-    return _project_(noise.to(x.device).add_(x), x, eps, bounds)
+    if norm == "l2":  # a uniform direction, and a radius whose power of the dimension is uniform
+        noise.normal_(generator=generator)
+        length = _length(noise, y)
+        radius = torch.rand(length.shape, dtype=x.dtype, device=device, generator=generator)
+        noise.mul_(eps * radius.pow(length.numel() / noise.numel()) / length)
+    else:
+        noise.uniform_(-eps, eps, generator=generator)
+    return _project_(noise.to(x.device).add_(x), x, y, eps, norm, bounds)
 
 
 def _check_inside(x: Tensor, bounds: tuple[float, float]) -> None:
@@ -196,6 +243,7 @@ def _check(
     steps: int = 1,
     step_size: float | None = None,
     loss: str = "cross_entropy",
+    norm: str = "linf",
 ) -> None:
     if not 0 <= eps < math.inf:
         raise InputError(f"eps is {eps}, but must be finite and >= 0; pixels are in [0, 1].")
@@ -206,5 +254,8 @@ def _check(
             f"step_size is {step_size}, but must be finite and > 0; "
             "leave it out for 2.5 * eps / steps."
         )
-    if loss not in LOSSES:
-        raise InputError(f"loss is {loss!r}, which is unknown; choose one of {', '.join(LOSSES)}.")
+    for what, name, names in (("loss", loss, LOSSES), ("norm", norm, NORMS)):
+        if name not in names:
+            raise InputError(
+                f"{what} is {name!r}, which is unknown; choose one of {', '.join(names)}."
+            )

@@ -8,11 +8,12 @@ the attack does.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from l2l_ref.attacks import Attack
 from l2l_ref.equations import Loss, cross_entropy
@@ -32,7 +33,7 @@ class Images(Protocol):
 
 def robust_accuracy(
     model: Callable,
-    images: Images,
+    images: Any,
     attack: Attack | Sequence[Attack],
     *,
     restarts: int = 1,
@@ -43,34 +44,52 @@ def robust_accuracy(
     Args (InputError for a number out of range, or no images):
         model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; a sample with a
             NaN logit counts as wrong.
-        images: the samples, judged in order; at least one.
+        images: the samples, judged in order, at least one: `Images`, a pair of tensors (x, y), a
+            map-style Dataset of (x, y), or an iterable of batches (x, y) such as a DataLoader. They
+            are moved to the model.
         attack: any callable (model, x, y) -> x_adv, or several, of which a sample must survive all;
             `attacks.none` gives the clean accuracy.
         restarts: of each attack, per sample, >= 1; a sample that one of them breaks is not attacked
             again.
-        batch_size: samples per call, >= 1.
+        batch_size: samples per call, >= 1; a DataLoader brings its own.
+
     Returns:
         A number in [0, 1].
     """
     for name, value in (("restarts", restarts), ("batch_size", batch_size)):
         if not value >= 1:
             raise InputError(f"{name} is {value}, but must be >= 1; leave it out for the default.")
-    if len(images) == 0:
-        raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
     several = [attack] if callable(attack) else attack
     tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
-    robust = 0
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    robust = count = 0
     with untouched(model):
         _eval(model)
-        for indices in torch.arange(len(images)).split(batch_size):
-            x, y = images.batch(indices)
+        for x, y in batches_of(images, batch_size):
+            if parameters:
+                x, y = x.to(parameters[0].device), y.to(parameters[0].device)
+            count += len(y)
             for attack in tries:
                 survives = _is_right(model, attack(model, x, y), y)
                 x, y = x[survives], y[survives]
                 if len(y) == 0:
                     break
             robust += len(y)  # the survivors
-    return robust / len(images)
+    if not count:
+        raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
+    return robust / count
+
+
+def batches_of(images: Any, size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """All samples once, in order, of any of the kinds that `robust_accuracy` takes."""
+    if hasattr(images, "batch"):
+        return (images.batch(i) for i in torch.arange(len(images)).split(size) if len(i))
+    if isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
+        x, y = images
+        return zip(x.split(size), y.split(size), strict=True)
+    if hasattr(images, "__getitem__") and not isinstance(images, (tuple, list)):
+        return DataLoader(images, batch_size=size)
+    return images
 
 
 @torch.no_grad()

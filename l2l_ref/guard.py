@@ -67,13 +67,14 @@ def undone(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def leaves_no_trace(
-    attack: Callable[..., Tensor], *, eps: float | None = None
+    attack: Callable[..., Tensor], *, eps: float | None = None, name: str | None = None
 ) -> Callable[..., Tensor]:
     """Makes another library's attack, or ours, change nothing, and checks what it returns.
 
     Args:
         attack: `(model, x, y, **options) -> x_adv`; of what it may do see `undone`.
         eps: radius of its l-infinity ball, where that is known.
+        name: what messages call it; its own, where that is None.
 
     Returns:
         The same callable, that of this module itself. It raises an InputError for an x_adv that is
@@ -84,7 +85,7 @@ def leaves_no_trace(
         inner = inner.func
     if inner in TRACELESS:
         return attack
-    name, run = getattr(inner, "__name__", type(inner).__name__), undone(attack)
+    name, run = name or getattr(inner, "__name__", type(inner).__name__), undone(attack)
 
     @wraps(attack)
     def wrapped(model: Callable, x: Tensor, y: Tensor, **options) -> Tensor:

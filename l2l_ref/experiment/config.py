@@ -39,8 +39,8 @@ class Config:
 
     dataset: str = option(WHAT, "of images, or Andrychowicz et al.'s quadratics", "mnist",
         choices=DATASETS)
-    attack: str = option(WHAT, "that meta-trains and judges", "fgsm", {"quadratic": "none"},
-        choices=ATTACKS)
+    attack: str = option(WHAT, "that meta-trains and judges: fgsm, pgd, none or MODULE:FUNCTION",
+        "fgsm", {"quadratic": "none"}, metavar="NAME")
     eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
         "one panel each", (0.1,), {"cifar10": (0.03,), "quadratic": (0.0,)})
     recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
@@ -149,6 +149,8 @@ class Config:
             require(name, 0 < value < math.inf, value, "positive and finite")
         size = self.attack_step_size
         require("attack_step_size", size is None or 0 < size < math.inf, size, "positive")
+        known = self.attack in ATTACKS or ":" in self.attack
+        require("attack", known, self.attack, f"{', '.join(ATTACKS)}, or MODULE:FUNCTION")
         for eps in self.eps:
             require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")

@@ -24,7 +24,7 @@ def new(config: Config, root: Path = Path("runs")) -> Path:
     if config.out is not None:
         folder = Path(config.out)
     else:
-        parts = [config.dataset, config.attack, config.recipe] + ["quick"] * config.quick
+        parts = [config.dataset, config.attack.replace(":", "."), config.recipe] + ["quick"] * config.quick
         name = "-".join(parts)
         folder = root / name
         for number in itertools.count(2):

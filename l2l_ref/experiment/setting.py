@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from l2l_ref import data, problems
+from l2l_ref import attacks, data, problems
 from l2l_ref.backend import available_device, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config
@@ -76,7 +76,8 @@ def prepare(config: Config, rank: int = 0) -> Setting:
     """Load the data and choose the device; with several GPUs each rank takes one in turn.
 
     Raises:
-        InputError: a device or backend that is not there; what `data.load` raises; too little data.
+        InputError: a device, backend or attack that is not there; too little data; what `data.load`
+            raises.
     """
     name = config.device
     if name == "auto":
@@ -85,6 +86,7 @@ def prepare(config: Config, rank: int = 0) -> Setting:
         name = f"cuda:{rank % torch.cuda.device_count()}"
     device = available_device(name)
     resolve(config.backend, device)
+    attacks.make(config.attack, eps=config.eps[0])  # a name that is nowhere is wrong now
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     if not problem.classes:

@@ -85,7 +85,7 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
 
 def cost(config: Config, alpha: float = 1.0, penalty: float = 0.0) -> float:
     """Of training an optimizee, in gradients of a batch."""
-    passes = {"none": 0, "fgsm": 1, "pgd": config.attack_steps}[config.attack]
+    passes = {"none": 0, "fgsm": 1}.get(config.attack, config.attack_steps)
     attacked = 0 if alpha == 1 else 1 + passes
     clean = 0 if alpha == 0 else 3 if penalty else 1
     return config.steps * (attacked + clean)

@@ -376,7 +376,7 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
     "arguments, words",
     [
         (["--dataset", "svhn"], "invalid choice: 'svhn'"),
-        (["--attack", "cw"], "invalid choice: 'cw'"),
+        (["--attack", "cw"], "--attack is cw: it must be fgsm, pgd, none, or MODULE"),
         (["--eps", "big"], "'big' is not a number"),
         (["--eps", "8/0"], "'8/0' is not a number"),
         (["--eps", "-0.1"], "--eps is -0.1: it must be between 0 and 1"),

@@ -1,0 +1,78 @@
+"""Attacks by name, and those of other libraries as they are."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from l2l_ref.errors import InputError
+
+
+def named(name: str, *, eps: float, generator: Generator | None = None) -> Callable[..., Tensor]:
+    """The attack that MODULE:FUNCTION names, such as "mine:attack" or "torchattacks:APGD".
+
+    Args:
+        name: of a function (model, x, y, eps=...) -> x_adv, or of what `adapted` takes.
+        eps: its radius.
+        generator: seeds torch's global generators at each call, so that what the attack draws from
+            them depends on nothing else; None leaves them alone.
+
+    Returns:
+        A callable (model, x, y) -> x_adv.
+
+    Raises:
+        InputError: a module that cannot be imported, or nothing in it of that name to call.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"--attack {name}: the module '{module}' cannot be imported ({error}): install it, or "
+            "put its folder on PYTHONPATH"
+        ) from None
+    except AttributeError:
+        found = None
+    if not callable(found):
+        raise InputError(f"--attack {name}: the module '{module}' has no function '{function}'")
+    attack = adapted(found, eps=eps)
+    return attack if generator is None else partial(seeded, attack, generator)
+
+
+def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
+    """An attack of radius eps: a function as above, a foolbox attack (an object, or its class), or
+    a class of torchattacks."""
+    is_class = isinstance(attack, type)
+    kinds = (attack if is_class else type(attack)).__mro__
+    libraries = {kind.__module__.partition(".")[0] for kind in kinds}
+    if "foolbox" in libraries:
+        return partial(foolbox, attack() if is_class else attack, eps=eps)
+    if "torchattacks" in libraries and is_class:
+        return partial(torchattacks, attack, eps=eps)
+    return partial(attack, eps=eps)
+
+
+def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    from foolbox import PyTorchModel
+
+    with warnings.catch_warnings(record=True):  # of a model in training mode, as it is to be
+        theirs = PyTorchModel(model, bounds=(0, 1))
+        _, clipped, _ = attack(theirs, x, y, epsilons=eps)
+    return clipped
+
+
+def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    return attack(model, eps=eps)(x, y)
+
+
+def seeded(
+    attack: Callable[..., Tensor], generator: Generator, model: Callable, x: Tensor, y: Tensor
+) -> Tensor:
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(int(seed))
+        return attack(model, x, y)

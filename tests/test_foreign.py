@@ -1,0 +1,227 @@
+"""Attacks of other libraries as they are: foolbox, torchattacks, cleverhans; and by name."""
+
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY, generator, weights
+from torch.utils.data import DataLoader, TensorDataset
+
+import run
+from l2l_ref import attacks, foreign, problems
+from l2l_ref.episode import Episode
+from l2l_ref.errors import InputError
+from l2l_ref.evaluate import losses, robust_accuracy
+from l2l_ref.guard import leaves_no_trace
+from l2l_ref.meta_optimizer import new_phi
+from l2l_ref.meta_settings import MetaSettings
+from l2l_ref.meta_training import meta_train
+from l2l_ref.optimizer import LearnedOptimizer
+from l2l_ref.transfer import Method, train
+
+EPS = 0.1
+PROBLEM = problems.make("mnist")
+
+
+def of_foolbox():
+    return foreign.adapted(pytest.importorskip("foolbox").attacks.LinfPGD(steps=3), eps=EPS)
+
+
+def of_foolbox_by_class():
+    return foreign.adapted(pytest.importorskip("foolbox").attacks.LinfFastGradientAttack, eps=EPS)
+
+
+def of_torchattacks(name, **options):
+    lib = pytest.importorskip("torchattacks")
+    attack = getattr(lib, name)
+
+    class Fast(attack):
+        def __init__(self, model, eps):
+            super().__init__(model, eps=eps, **options)
+
+    return foreign.adapted(Fast, eps=EPS)
+
+
+def of_cleverhans():
+    pytest.importorskip("cleverhans")
+    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
+
+    return lambda model, x, y: fast_gradient_method(
+        model, x, EPS, math.inf, clip_min=0.0, clip_max=1.0, y=y
+    )
+
+
+def of_cleverhans_pgd():
+    pytest.importorskip("cleverhans")
+    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
+
+    return lambda model, x, y: projected_gradient_descent(
+        model, x, EPS, 0.05, 3, math.inf, clip_min=0.0, clip_max=1.0, y=y
+    )
+
+
+LIBRARIES = {
+    "foolbox": of_foolbox,
+    "foolbox class": of_foolbox_by_class,
+    "torchattacks FGSM": partial(of_torchattacks, "FGSM"),
+    "torchattacks PGD": partial(of_torchattacks, "PGD", steps=3),
+    "torchattacks APGD": partial(of_torchattacks, "APGD", steps=3),
+    "torchattacks Square": partial(of_torchattacks, "Square", n_queries=5),
+    "cleverhans FGM": of_cleverhans,
+    "cleverhans PGD": of_cleverhans_pgd,
+}
+FAST = ["foolbox class", "torchattacks FGSM", "cleverhans FGM"]  # all are FGSM
+
+
+@pytest.fixture(scope="module")
+def trained(small_digits):
+    """An MLP that has learned the stand-in digits."""
+    model = PROBLEM.draw(generator())
+    adam = Method("", lambda model: torch.optim.Adam(model.parameters(), lr=3e-3))
+    x, y = small_digits.test.all()
+    train(
+        model, adam, small_digits.train.batches(64, generator()), loss=PROBLEM.loss,
+        attack=attacks.none, steps=400, every=400,
+        record=partial(losses, x=x, y=y, attack=attacks.none),
+    )  # fmt: skip
+    return model
+
+
+def episodes(digits, attack):
+    def draw(number):
+        noise = generator(number)
+        return Episode(PROBLEM.draw(noise), digits.train.batches(32, noise), attack, classes=10)
+
+    return draw
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_it_judges(library, trained, small_digits):
+    attack, images = LIBRARIES[library](), small_digits.test.first(100)
+    before = weights(trained), trained.training
+    clean = robust_accuracy(trained, images, attacks.none)
+    torch.manual_seed(0)
+    attacked = robust_accuracy(trained, images, leaves_no_trace(attack, eps=EPS))
+    assert attacked < clean - 0.1 * ("Square" not in library) and clean > 0.75
+    assert torch.equal(weights(trained), before[0]) and trained.training == before[1]
+    assert all(p.requires_grad for p in trained.parameters())
+
+
+@pytest.mark.parametrize("library", FAST)
+def test_it_meta_trains_to_the_bits_of_ours(library, small_digits):
+    """The paper's own experiment ran cleverhans."""
+
+    def trained(attack):
+        phi = new_phi(PROBLEM.build(), generator=generator(1))
+        settings = MetaSettings(2, steps=8, unroll=4, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)
+        history = meta_train(phi, settings, episodes(small_digits, attack))
+        return history.norm, weights(phi)
+
+    norm, phi = trained(LIBRARIES[library]())
+    own_norm, own_phi = trained(partial(attacks.fgsm, eps=EPS))
+    assert norm == pytest.approx(own_norm, rel=1e-4) and min(norm) > 0
+    torch.testing.assert_close(phi, own_phi, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_it_trains_with_a_learned_optimizer(library, small_digits):
+    model, phi = PROBLEM.draw(generator()), new_phi(PROBLEM.build(), nominal=True)
+    torch.nn.init.constant_(phi["linear"].log_eta, math.log(0.01))
+    x, y = small_digits.test.first(50).all()
+    torch.manual_seed(0)
+    curve = train(
+        model, Method("", partial(LearnedOptimizer.for_model, phi=phi), alpha=0.5),
+        small_digits.train.batches(32, generator()), loss=PROBLEM.loss,
+        attack=LIBRARIES[library](), steps=20, every=20,
+        record=partial(losses, x=x, y=y, attack=attacks.none),
+    )  # fmt: skip
+    assert curve.clean[-1] < curve.clean[0] - 0.01
+
+
+def test_auto_attack_is_an_attack(trained, small_digits):
+    lib = pytest.importorskip("torchattacks")
+    images = small_digits.test.first(20)
+    worst = robust_accuracy(trained, images, foreign.adapted(lib.AutoAttack, eps=0.05))
+    ours = robust_accuracy(trained, images, partial(attacks.pgd, eps=0.05, steps=20))
+    assert worst <= ours + 0.05
+
+
+def test_it_judges_whatever_holds_images(trained, small_digits):
+    images = small_digits.test.first(120)
+    x, y = images.all()
+    attack = partial(attacks.fgsm, eps=EPS)
+    expected = robust_accuracy(trained, images, attack)
+    dataset = TensorDataset(x, y)
+    as_numbers = [(image, int(label)) for image, label in dataset]
+    loader = DataLoader(dataset, batch_size=50, shuffle=True)
+
+    class Mapped(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(as_numbers)
+
+        def __getitem__(self, index):
+            return as_numbers[index]
+
+    for given in ((x, y), [x, y], dataset, Mapped(), loader, list(loader), iter(loader)):
+        assert robust_accuracy(trained, given, attack, batch_size=50) == expected
+    for empty in ((x[:0], y[:0]), [], images.first(0)):
+        with pytest.raises(InputError, match="images has 0 samples"):
+            robust_accuracy(trained, empty, attack)
+
+
+def own_attack(model, x, y, eps):
+    """By name: this module's."""
+    noise = eps * torch.rand(x.shape).mul(2).sub(1).sign()
+    return (x + noise).clamp(0, 1)
+
+
+def far_attack(model, x, y, eps):
+    return (x + 3 * eps).clamp(0, 1)
+
+
+class TestByName:
+    @pytest.fixture(autouse=True)
+    def importable(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("nowhere.at_all:attack", "module 'nowhere.at_all' cannot be imported .*PYTHONPATH"),
+            ("mine:gone", "the module 'mine' has no function 'gone'"),
+            ("mine:EPS", "the module 'mine' has no function 'EPS'"),
+            (":attack", "module '' cannot be imported"),
+            ("fgms", "--attack is fgms: it must be fgsm, pgd, none, or MODULE:FUNCTION"),
+        ],
+    )
+    def test_a_name_that_is_nowhere(self, name, words, small_data, workdir):
+        with pytest.raises(InputError, match=words):
+            run.main(["--attack", name, *TINY])
+        assert not list(workdir.iterdir())
+
+    def test_a_run_of_the_same_seed_has_the_same_bits(self, small_data, workdir, few_candidates):
+        text = []
+        for out in ("a", "b"):
+            torch.manual_seed(len(text))  # what was drawn before does not matter
+            run.main(["--attack", "mine:own_attack", *TINY, "--out", out])
+            text.append((workdir / out / "metrics.csv").read_text())
+        assert text[0] == text[1] and "L2L" in text[0]
+
+    def test_one_that_leaves_its_ball(self, small_data, workdir, few_candidates):
+        with pytest.raises(InputError, match="'mine:far_attack' moved a pixel by 0.2 but eps is 0.0"):
+            run.main(["--attack", "mine:far_attack", *TINY])
+
+    def test_a_folder_is_named_without_a_colon(self, small_data, workdir, few_candidates):
+        run.main(["--attack", "mine:own_attack", *TINY])
+        assert [path.name for path in (workdir / "runs").iterdir()] == [
+            "mnist-mine.own_attack-paper-quick"
+        ]
+
+    def test_foolbox_by_name(self, small_data, workdir, few_candidates):
+        pytest.importorskip("foolbox")
+        run.main(["--attack", "foolbox.attacks:LinfFastGradientAttack", *TINY, "--out", "a"])
+        run.main(["--attack", "fgsm", *TINY, "--out", "b"])
+        theirs, ours = ((workdir / out / "metrics.csv").read_text() for out in "ab")
+        assert theirs.splitlines()[1:] == ours.splitlines()[1:]  # the same bits
