@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     backend = resolve(config.backend, setting.device)
     phis = {}
     if config.load:
-        setting, phis = load_phis(Path(config.load), setting)
+        setting, phis = load_phis(config.load, setting)
     folder.must_match(setting.config, setting.data, out)  # with rank 0's, on the others
     experiment = Experiment(setting, out, progress(ranks.world == 1), phis)
     if ranks.rank:

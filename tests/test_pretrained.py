@@ -1,11 +1,18 @@
 """φ on disk: what is saved is what is loaded, and what is not there is named."""
 
+import json
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import generator
+from conftest import LOADING, generator
 from torch import nn
 
 import l2l_ref
+import run
+from l2l_ref import pretrained
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.pretrained import save
@@ -47,3 +54,89 @@ def test_a_model_with_layers_that_no_phi_has_met(file):
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(InputError, match="no φ for convolutional parameters, only for linear"):
         l2l_ref.LearnedOptimizer.for_model(model, l2l_ref.load(file[0]))
+
+
+def test_weights_that_are_not_finite(file, tmp_path):
+    phi = l2l_ref.load(file[0])
+    phi["linear"].head.bias.data.fill_(torch.nan)
+    save(tmp_path / "broken.pt", {"transfer": phi}, {})
+    with pytest.raises(InputError, match="linear.head.bias of φ is not finite"):
+        l2l_ref.load(tmp_path / "broken.pt")
+
+
+SHIPPED = pytest.mark.parametrize("name", l2l_ref.list_pretrained())
+
+
+@SHIPPED
+def test_a_phi_that_is_shipped_trains(name):
+    card = pretrained.card(name)
+    assert {"good_for", "not_good_for", "horizon", "licence", "command", "commit"} < card.keys()
+    assert "stand-in" not in card["data"] and card["results"]
+    problem = make(card["config"]["dataset"])
+    model = problem.draw(torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = l2l_ref.LearnedOptimizer.for_model(model, l2l_ref.load(name))
+    shape = (8, 1, 28, 28) if card["config"]["dataset"] == "mnist" else (8, 3, 32, 32)
+    problem.loss(model, torch.rand(shape), torch.arange(8)).backward()
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert p.isfinite().all() and not torch.equal(p, old)
+
+
+@SHIPPED
+def test_its_weights_are_safetensors(name):
+    library = pytest.importorskip("safetensors.torch")
+    raw = (pretrained.FOLDER / f"{name}.safetensors").read_bytes()
+    ours, theirs = pretrained.safetensors(raw), library.load(raw)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_flipped_bit_is_refused(tmp_path, monkeypatch):
+    name = l2l_ref.list_pretrained()[0]
+    for suffix in ("json", "safetensors"):
+        shutil.copy(pretrained.FOLDER / f"{name}.{suffix}", tmp_path)
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    l2l_ref.load(name)
+    weights = tmp_path / f"{name}.safetensors"
+    whole = weights.read_bytes()
+    for position in (0, 9, len(whole) // 2, len(whole) - 1):
+        broken = bytearray(whole)
+        broken[position] ^= 4
+        weights.write_bytes(bytes(broken))
+        with pytest.raises(InputError, match=f"{name} are not those that l2l_ref came with"):
+            l2l_ref.load(name)
+
+
+class TestRunPretrained:
+    NAME = "mnist-fgsm-0.1-robust"
+
+    def test_it_is_the_one_that_transfers(self, small_data, workdir, few_candidates, capsys):
+        run.main(["--pretrained", self.NAME, *LOADING, "--out", "a"])
+        assert "φ from MNIST, fgsm, ε 0.1" in capsys.readouterr().out
+        config = json.loads(Path("a/config.json").read_text())["settings"]
+        assert config["load"] == self.NAME and config["recipe"] == "robust" and config["odd"]
+        kept = l2l_ref.load(Path("a/meta_optimizer.pt"))["linear"]
+        shipped = l2l_ref.load(self.NAME)["linear"]
+        assert kept.fingerprint() == shipped.fingerprint()
+        run.main(["--load", "a/meta_optimizer.pt", *LOADING, "--out", "b"])
+        by_name, by_file = ((Path(out) / "metrics.csv").read_text() for out in "ab")
+        assert by_name == by_file
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            (["--pretrained", "mnist"], "there is no φ called mnist: choose one of cifar10-"),
+            (["--pretrained", NAME, "--load", "x.pt"], "--pretrained is .* given without --load"),
+            (["--pretrained", NAME, "--p", "9"], "leave out --p"),
+            (["--pretrained", NAME, "--meta-seeds", "2", *LOADING], "holds .* but this run needs"),
+        ],
+    )
+    def test_mistakes(self, arguments, words, small_data, workdir):
+        with pytest.raises(InputError, match=words):
+            run.main(arguments)
+
+
+def test_no_card_names_a_folder_of_a_machine():
+    for name in l2l_ref.list_pretrained():
+        assert not re.search(r"/(work|home|root|tmp)/", json.dumps(pretrained.card(name)))

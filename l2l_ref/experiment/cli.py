@@ -9,6 +9,7 @@ from functools import partial
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import OPTIONS, Config, complete, names_of, require, tuples
 from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT
+from l2l_ref.pretrained import card
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,9 @@ def parser() -> Parser:
         if chosen.group is not None:
             flag = "--" + one.name.replace("_", "-")
             groups[chosen.group].add_argument(flag, **chosen.arguments(one.type))
+    groups[META].add_argument(
+        "--pretrained", metavar="NAME", help="use a φ of the package (l2l_ref.list_pretrained())"
+    )
     return top
 
 
@@ -46,6 +50,15 @@ def parse(arguments: list[str]) -> Config:
         InputError: anything the user can mend.
     """
     given = vars(parser().parse_args(arguments))
+    if "pretrained" in given:
+        require("pretrained", "load" not in given, given["pretrained"], "given without --load")
+        name = given.pop("pretrained")
+        its_own = card(name)["config"]
+        given = {
+            **{key: its_own[key] for key in ("dataset", "attack", "eps")},
+            **given,
+            "load": name,
+        }
     clash = sorted(given.keys() & (names_of("φ") | {"grid"})) if "load" in given else []
     if clash:
         names = ", ".join("--" + name.replace("_", "-") for name in clash)

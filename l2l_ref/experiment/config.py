@@ -39,7 +39,7 @@ class Config:
 
     dataset: str = option(WHAT, "of images, or Andrychowicz et al.'s quadratics", "mnist",
         choices=DATASETS)
-    attack: str = option(WHAT, "that meta-trains and judges: fgsm, pgd, none or MODULE:FUNCTION",
+    attack: str = option(WHAT, "fgsm, pgd, none or MODULE:FUNCTION",
         "fgsm", {"quadratic": "none"}, metavar="NAME")
     eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
         "one panel each", (0.1,), {"cifar10": (0.03,), "quadratic": (0.0,)})

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -57,7 +56,7 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
     ]
 
 
-def load_phis(path: Path, setting: Setting) -> tuple[Setting, dict[str, nn.ModuleDict]]:
+def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.ModuleDict]]:
     """Every φ that a run needs, by name, from the `meta_optimizer.pt` of a run.
 
     A φ of the same kind, fold and meta-seed that was trained for another ε will do where it is the

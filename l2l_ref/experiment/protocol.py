@@ -3,7 +3,6 @@
 Every finished piece is kept in `<out>/parts`, so that a resumed run repeats none of them.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from l2l_ref import attacks, data, evaluate
@@ -20,9 +20,9 @@ from l2l_ref.experiment.pieces import Parts, Piece
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.setting import Fold, Setting, folds
 from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
-from l2l_ref.files import read_checkpoint
+from l2l_ref.files import read_checkpoint, replace_with
 from l2l_ref.optimizer import LearnedOptimizer
-from l2l_ref.pretrained import save
+from l2l_ref.pretrained import read, save
 from l2l_ref.transfer import Method
 
 KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, None for a baseline
@@ -199,7 +199,7 @@ class Experiment:
             if name not in self.given:
                 histories[name] = parts[name]
         if c.load and self.given == self.phis.keys():  # what they come from goes along unchanged
-            shutil.copyfile(c.load, self.out / "meta_optimizer.pt")
+            replace_with(self.out / "meta_optimizer.pt", partial(torch.save, read(c.load)))
         else:
             ended = {name: self.ended(name, parts) for name in self.phis}
             setting = self.searches[0].best(parts)

@@ -1,11 +1,17 @@
-"""φ on disk: settings and plain state dicts, several φ in a file, each by its name."""
+"""φ on disk: settings and plain state dicts, several φ in a file, each by its name.
 
+Those that come with the package have a card, NAME.json, which says what they are and are not good
+for, and weights, NAME.safetensors, whose checksum the card holds.
+"""
+
+import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint, replace_with
@@ -35,13 +41,18 @@ def save(path: Path, phis: dict[str, nn.ModuleDict], about: dict[str, Any]) -> N
     replace_with(path, partial(torch.save, {"format": FORMAT, **about, "phis": saved}))
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `save` wrote: {"phis": {name: what `build` takes}, and what was given as `about`}.
 
+    Args:
+        path: of a file, or one of `list_pretrained()`.
+
     Raises:
-        InputError: no such file, or one of another kind.
+        InputError: no such file or name, or a file of another kind.
     """
-    value = read_checkpoint(path, device)
+    if str(path) in list_pretrained():
+        return shipped(str(path))
+    value = read_checkpoint(Path(path), device)
     if value.get("format") != FORMAT:
         raise InputError(
             f"{path} is not a meta_optimizer.pt of this version: name the file of a finished run"
@@ -49,12 +60,54 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return value
 
 
+def shipped(name: str) -> dict[str, Any]:
+    """The same of a φ that comes with the package: card and weights.
+
+    Raises:
+        InputError: weights that are not those of the card.
+    """
+    about, raw = card(name), (FOLDER / f"{name}.safetensors").read_bytes()
+    if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+        raise InputError(
+            f"the weights of {name} are not those that l2l_ref came with: install it again"
+        )
+    tensors = safetensors(raw)
+    phis: dict[str, dict[str, Any]] = {
+        phi: {group: {"settings": form, "state_dict": {}} for group, form in groups.items()}
+        for phi, groups in about["phis"].items()
+    }
+    for key, weight in tensors.items():
+        phi, group, parameter = key.split("/")
+        phis[phi][group]["state_dict"][parameter] = weight
+    return {**about, "format": FORMAT, "phis": phis}
+
+
+def safetensors(raw: bytes) -> dict[str, Tensor]:
+    """The tensors, float32, of a file in the format of the library safetensors: the length of a
+    header, the header in JSON, and numbers. Nothing in it executes."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(raw[8:start]).items():
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        assert entry["dtype"] == "F32", "no other dtype is shipped"
+        values = torch.frombuffer(bytearray(raw[begin:end]), dtype=torch.float32)
+        tensors[name] = values.view(entry["shape"])
+    return tensors
+
+
 def build(groups: dict[str, Any], device: torch.device | str = "cpu") -> nn.ModuleDict:
-    """A φ of a file: {φ-group: MetaOptimizer}, on `device`."""
+    """A φ of a file: {φ-group: MetaOptimizer}, on `device`.
+
+    Raises:
+        InputError: weights that are not finite.
+    """
     phi = nn.ModuleDict()
     for name, saved in groups.items():
         meta = MetaOptimizer(**saved["settings"])
         meta.load_state_dict(saved["state_dict"])
+        for key, weight in meta.state_dict().items():
+            if not weight.isfinite().all():
+                raise InputError(f"{name}.{key} of φ is not finite: load a file that is whole")
         phi[name] = meta.to(device)
     return phi
 
@@ -69,14 +122,27 @@ def load(name: str | Path, phi: str | None = None) -> nn.ModuleDict:
     Raises:
         InputError: no such name, file or φ.
     """
-    path = FOLDER / f"{name}.pt" if str(name) in list_pretrained() else Path(name)
-    saved = read(path)["phis"]
+    saved = read(name)["phis"]
     chosen = next(iter(saved)) if phi is None else phi
     if chosen not in saved:
-        raise InputError(f"{path} has no φ {chosen}: choose one of {', '.join(saved)}")
+        raise InputError(f"{name} has no φ {chosen}: choose one of {', '.join(saved)}")
     return build(saved[chosen])
 
 
 def list_pretrained() -> list[str]:
     """The names of the φ that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.pt"))
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def card(name: str) -> dict[str, Any]:
+    """What a φ that comes with the package is: what it is good for and what not, its horizon in
+    updates, licence, data, command, commit and measured results.
+
+    Raises:
+        InputError: no such name.
+    """
+    if name not in list_pretrained():
+        raise InputError(
+            f"there is no φ called {name}: choose one of {', '.join(list_pretrained())}"
+        )
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

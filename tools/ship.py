@@ -1,0 +1,77 @@
+"""Puts a φ of a finished run into the package: weights as safetensors, and a card in JSON.
+
+    python tools/ship.py runs/mnist-fgsm-paper mnist-fgsm-0.1 --eps 0.1 --horizon 100 \
+        --for "mixed batches, as in the paper" --not-for "clean batches"
+
+It takes the first φ of each kind (`pip install safetensors`).
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+
+from l2l_ref import pretrained
+from l2l_ref.experiment.config import as_saved
+
+METHODS = ("L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Nominal alone", "Adam")
+NUMBERS = ("pgd_loss", "accuracy", "pgd_accuracy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--eps", type=float, required=True)
+    parser.add_argument("--horizon", required=True, help="updates that it has been shown to train")
+    parser.add_argument("--for", dest="good_for", required=True)
+    parser.add_argument("--not-for", dest="not_good_for", required=True)
+    given = parser.parse_args()
+    saved = pretrained.read(given.run / "meta_optimizer.pt")
+    summary = json.loads((given.run / "summary.json").read_text())
+    about = json.loads((given.run / "config.json").read_text())
+    tensors, forms = {}, {}
+    for kind in ("transfer", "not", "nominal"):
+        (phi,) = [
+            name
+            for name in saved["phis"]
+            if name.startswith(f"{kind}-fold0-phi0") and name.endswith(("phi0", f"eps{given.eps}"))
+        ]
+        for group, meta in saved["phis"][phi].items():
+            forms.setdefault(phi, {})[group] = meta["settings"]
+            for key, weight in meta["state_dict"].items():
+                tensors[f"{phi}/{group}/{key}"] = weight.contiguous()
+    weights = save(tensors)
+    rows = [row for row in summary["table"] if abs(row["eps"] - given.eps) < 1e-9]
+    results = {
+        row["method"]: {"runs": row["runs"], **{name: row[name] for name in NUMBERS if name in row}}
+        for row in rows
+        if row["method"].startswith(METHODS) and row["method"] != "Adam, lr 0.001"
+    }
+    config = {**as_saved(saved["config"]), "eps": [given.eps], "load": None}
+    card = {
+        "good_for": given.good_for,
+        "not_good_for": given.not_good_for,
+        "horizon": given.horizon,
+        "licence": "MIT, as l2l_ref",
+        "data": saved["data"],
+        "data_sha256": saved["data_sha256"],
+        "command": about["command"],
+        "commit": about["environment"]["git_commit"],
+        "judged_by": f"{config['judge']} images, {config['steps']} steps",
+        "results_of": "all φ of that run, of which this is the first",
+        "results": results,
+        "config": {name: v for name, v in config.items() if name not in ("data_dir", "out")},
+        "phis": forms,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    (pretrained.FOLDER / f"{given.name}.safetensors").write_bytes(weights)
+    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+    (pretrained.FOLDER / f"{given.name}.json").write_text(text)
+    print(f"{given.name}: {len(weights)} bytes, φ {', '.join(forms)}")
+
+
+if __name__ == "__main__":
+    main()
