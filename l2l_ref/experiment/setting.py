@@ -92,7 +92,9 @@ def prepare(config: Config, rank: int = 0) -> Setting:
     if not problem.classes:
         drawn = problems.Quadratics(config.batch_size, device)
         return Setting(config, problem, drawn, drawn, "random quadratics", None, device)
-    images = data.load(config.dataset, config.data_dir, device=device, strict=config.strict_data)
+    images = data.load(
+        config.dataset, config.data_dir, device=device, strict=config.strict_data, seed=config.seed
+    )
     half = len(images.train) // 2
     smallest = half - half // VALIDATION
     for name in ("batch_size", "images"):

