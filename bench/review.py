@@ -1,0 +1,55 @@
+"""The page that a reviewer asks for, of a model that a finished run trained (`l2l_ref.review`).
+
+python -m bench.review runs/mnist-fgsm-robust "L2L-Transfer (clean)" "Adam + L1"
+
+Trains the first model of each method once more, and one with Adam from another seed, whose images
+are tried on it. Writes review-METHOD.json and .png into the run's folder.
+"""
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+from bench import judge
+from bench.measure import machine
+from l2l_ref.experiment import folder, report, tuning
+from l2l_ref.experiment.cli import run_as_script
+from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.trial import Trial
+from l2l_ref.review import draw, review
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, train, review, draw, write."""
+    options = judge.parse(arguments)
+    keep_freed_memory()
+    experiment = judge.experiment_of(options)
+    setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
+    about: dict[str, Any] = machine("review", arguments, setting.config.backend)
+    surrogate, _ = Trial(setting, ("surrogate",)).train(
+        tuning.default_adam(), fold.transfer.first(setting.config.images), fold.test, eps
+    )
+    trial, images = Trial(setting, ("transfer", 0, 0)), fold.test.first(options.samples)
+    done = set()
+    for contender in experiment.contenders(fold, eps):
+        label = contender.method.label
+        if label in done or label not in options.methods:
+            continue
+        done.add(label)
+        method = contender.make(experiment.parts)
+        half = (fold.meta if method.half == "meta" else fold.transfer).first(setting.config.images)
+        model, _ = trial.train(method, half, fold.test, eps)
+        found = review(
+            model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
+        )
+        name = "review-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+        title = f"{report.title(setting)} · {label}"
+        draw(options.folder / f"{name}.png", found, title, about["command"])
+        kept = {"method": label, "data": setting.source, **asdict(found)}
+        folder.write_json(options.folder / f"{name}.json", {**about, **kept})
+        attacks = ", ".join(f"{name} {value:.3f}" for name, value in found.by_attack.items())
+        print(f"{label}: {attacks}\nalarms: {'; '.join(found.alarms) or 'none'}")
+
+
+if __name__ == "__main__":
+    run_as_script("review.py", main)
