@@ -1,6 +1,6 @@
 """Somebody else's attack: a φ meta-trained under Foolbox's PGD (pip install foolbox).
 
-python examples/another_attack.py
+python examples/another_attack.py [DATA_DIR]
 """
 
 import sys
@@ -9,15 +9,9 @@ import foolbox
 import torch
 
 import l2l_ref
-from l2l_ref import data, problems
-from l2l_ref.meta_optimizer import new_phi
+from l2l_ref import data, foreign, problems
 
-EPS = 0.1
-linf = foolbox.attacks.LinfPGD(steps=7)
-
-
-def attack(model, x, y):
-    return linf.run(foolbox.PyTorchModel(model.eval(), (0, 1)), x, y, epsilon=EPS)
+attack = foreign.adapted(foolbox.attacks.LinfPGD(steps=7), eps=0.1)
 
 
 def main(data_dir: str = "data", episodes: int = 20, steps: int = 60) -> list[float]:
@@ -29,7 +23,7 @@ def main(data_dir: str = "data", episodes: int = 20, steps: int = 60) -> list[fl
         model = problem.draw(generator)
         return l2l_ref.Episode(model, images.batches(128, generator), attack, classes=10)
 
-    phi = new_phi(problem.build(), generator=torch.Generator().manual_seed(0))
+    phi = l2l_ref.new_phi(problem.build(), generator=torch.Generator().manual_seed(0))
     settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)
     history = l2l_ref.meta_train(
         phi, settings, draw,

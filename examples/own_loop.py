@@ -1,6 +1,6 @@
-"""Your own model and your own loop, on clean batches, with a φ that was meta-trained under attack.
+"""Your own model and your own loop, on clean batches, with a φ off the shelf.
 
-python examples/own_loop.py runs/mnist-fgsm-robust/meta_optimizer.pt
+python examples/own_loop.py [PHI] [DATA_DIR]
 """
 
 import sys
@@ -14,21 +14,22 @@ from l2l_ref import data
 from l2l_ref.attacks import none
 
 
-def main(phi_file: str, data_dir: str = "data", steps: int = 100) -> dict[str, float]:
+def main(
+    phi: str = "mnist-fgsm-0.1-robust", data_dir: str = "data", steps: int = 100
+) -> dict[str, float]:
     torch.manual_seed(0)
     mnist = data.load("mnist", data_dir)
     batches = mnist.train.batches(128, torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.ReLU(), nn.Linear(40, 10))
 
-    phi = l2l_ref.load(phi_file)
-    optimizer = l2l_ref.LearnedOptimizer.for_model(model, phi)
+    optimizer = l2l_ref.LearnedOptimizer.for_model(model, l2l_ref.load(phi))
     for _ in range(steps):
         x, y = next(batches)
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    judge = mnist.test.subset(torch.arange(min(1000, len(mnist.test))))
+    judge = mnist.test.first(1000)
     attacks = {"clean": none, "PGD-20 at 0.1": partial(l2l_ref.pgd, eps=0.1, steps=20)}
     accuracy = {
         name: l2l_ref.robust_accuracy(model, judge, attack) for name, attack in attacks.items()
