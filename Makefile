@@ -17,7 +17,7 @@ BUILD_NEEDS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | t
 
 EMPTY  :=
 SPACE  := $(EMPTY) $(EMPTY)
-GOALS  := $(filter setup run test lint sanitize,$(MAKECMDGOALS))
+GOALS  := $(filter setup run test lint sanitize docs dist,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 NEEDS  := ninja $(if $(filter test sanitize,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
@@ -30,9 +30,10 @@ endif
 
 ENGINE    := $(wildcard csrc/*.* csrc/*/*.*)
 SANITIZED := build/sanitized
+PUBLIC    := $(patsubst l2l_ref/%.py,l2l_ref.%,$(filter-out %/__init__.py,$(wildcard l2l_ref/*.py)))
 RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
 
-.PHONY: help run test lint sanitize setup clean distclean
+.PHONY: help run test lint sanitize docs dist setup clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +57,14 @@ sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviou
 	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
 	  -k "not TestCompile and not TestMemory" tests/backend \
 	  --ignore tests/backend/test_graphs.py --ignore tests/backend/test_build.py $(ARGS)
+
+docs: $(SETUP) ## the docstrings as pages, in build/docs
+	"$(PY)" -m pip install -q pdoc
+	"$(PY)" -m pdoc --docformat google -o build/docs l2l_ref $(PUBLIC) l2l_ref.data l2l_ref.pretrained
+
+dist: $(SETUP) ## a wheel for this Python and an sdist for the others, in dist/
+	"$(PY)" -m pip install -q build
+	"$(PY)" -m build --no-isolation
 
 setup: $(SETUP) ## only set up; PYTHON=python3.12 chooses the interpreter of a new .venv
 

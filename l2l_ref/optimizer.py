@@ -38,8 +38,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: >= 0, θ ← θ - lr·weight_decay·θ beside the update. AdamW's 0.01 stands beside
             an lr of about 1e-3; with an lr of 1 the same decay is about 1e-5.
         maximize: climb: φ reads -∇.
-        state_dtype: of the LSTM states; None is φ's. `torch.bfloat16` halves the memory, 320 bytes
-            a parameter of a φ with two layers of 20 units, 640 in the odd form.
+        state_dtype: of the LSTM states; None is φ's. They take 320 bytes a parameter for two layers
+            of 20 units, 640 in the odd form; half of it in `torch.bfloat16`, which puts θ after 100
+            steps on MNIST off by 1 % (robust φ) to 7 % (paper's) of its way.
         backend: "auto", "reference" or "fused".
 
     Raises:
