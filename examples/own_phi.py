@@ -36,7 +36,7 @@ def main(episodes: int = 60, steps: int = 100) -> tuple[float, float]:
         torch.manual_seed(number)
         return l2l_ref.Episode(build(), loader, attack, classes=4)
 
-    phi = l2l_ref.new_phi(build(), odd=True, nominal=True)
+    phi = l2l_ref.new_phi(build(), odd=True, theta_input=True, nominal=True, output_scale=0.1)
     settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, read_alpha=1.0, alpha=0.0)
     l2l_ref.meta_train(phi, settings, draw)
 

@@ -132,7 +132,7 @@ def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
         for batch in batches:
             yield batch
             count += 1
-        if not count or iter(batches) is batches:
+        if not count or isinstance(batches, Iterator):
             raise InputError(
                 f"the batches ended after {count}: give an iterator without end, or one that can "
                 "be begun again, such as a DataLoader"

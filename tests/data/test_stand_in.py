@@ -11,6 +11,7 @@ from torch import nn
 
 from l2l_ref.data import ImageSet, stand_in
 
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_stand_ins_are_balanced_and_seeded(name):
     draw = DRAW[name]
