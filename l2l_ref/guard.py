@@ -122,8 +122,13 @@ def describe(tensor: Tensor) -> str:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host may look at values: not while a CUDA graph is captured."""
-    return not (x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
+    """Whether the host may look at values."""
+    return not (x.is_meta or capturing(x))
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which cannot wait for the device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def finite_logits(model: Callable, x: Tensor) -> bool:

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from l2l_ref.experiment import cli, report, summary
 from l2l_ref.experiment.config import complete
@@ -189,9 +189,9 @@ class TestSummary:
 
 def test_the_figure_names_what_was_skipped(tmp_path, monkeypatch):
     """A method of which nothing ran has no curve, but a note in its panel."""
-    drawn, print_figure = [], FigureCanvasAgg.print_figure
-    monkeypatch.setattr(FigureCanvasAgg, "print_figure", lambda canvas, *args, **options: (
-        drawn.append(canvas.figure), print_figure(canvas, *args, **options)))  # fmt: skip
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
+        drawn.append(figure), savefig(figure, *args, **options)))  # fmt: skip
     runs = [run("Adam"), run("L2L", phi=0), skipped("L2L", phi=1)]
     runs += [skipped("L2L-Transfer (clean)", phi) for phi in (0, 1)]
     config = cli.parse(["--dataset", "mnist"])
