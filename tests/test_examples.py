@@ -5,7 +5,7 @@ import math
 import pytest
 from conftest import generator
 
-from examples import fair_comparison, own_loop, own_phi, transformer
+from examples import fair_comparison, own_loop, own_phi, resnet, transformer
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.pretrained import save
 from l2l_ref.problems import make
@@ -43,3 +43,10 @@ def test_fair_comparison(small_data, capsys):
 
 def test_transformer():
     assert transformer.main(steps=150) > 0.5
+
+
+def test_resnet(small_data, capsys):
+    """On a network that is less of a load."""
+    losses = resnet.main(steps=8, build=make("cifar10").build)
+    assert all(map(math.isfinite, losses)) and losses[2] != losses[1]
+    assert capsys.readouterr().out.count("on stand-in: test loss") == 3

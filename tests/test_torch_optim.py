@@ -10,9 +10,13 @@ that is not odd may move θ without a gradient; the odd one is tested); several 
 import collections
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -581,3 +585,51 @@ def test_gradient_scaler_skips_what_is_not_finite():
     scaler.step(optimizer)
     twin = net()
     torch.testing.assert_close(weights(model), steps(twin, learned(twin.parameters()), [0]))
+
+
+CONTINUE = """
+import sys, torch
+from test_torch_optim import continued
+continued(sys.argv[1])
+"""
+
+
+def learner():
+    """A convnet, a φ of the package and a cosine, as they are before the first step."""
+    model = problems.make("cifar10").draw(generator(7))
+    optimizer = LearnedOptimizer.for_model(model, load("cifar10-fgsm-2-255"))
+    return model, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 6)
+
+
+def go_on(model, optimizer, schedule, seeds):
+    for seed in seeds:
+        x = torch.rand(4, 3, 32, 32, generator=generator(seed))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def continued(folder: str) -> None:
+    """What another process does: takes what was saved, and goes on."""
+    torch.set_num_threads(1)
+    parts = learner()
+    for part, saved in zip(parts, torch.load(f"{folder}/half", weights_only=True), strict=True):
+        part.load_state_dict(saved)
+    go_on(*parts, range(3, 6))
+    torch.save(parts[0].state_dict(), f"{folder}/end")
+
+
+def test_a_new_process_goes_on_to_the_same_bits(tmp_path):
+    parts = learner()
+    go_on(*parts, range(3))
+    torch.save([part.state_dict() for part in parts], tmp_path / "half")
+    go_on(*parts, range(3, 6))
+    here = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", CONTINUE, str(tmp_path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
+    )
+    end = torch.load(tmp_path / "end", weights_only=True)
+    assert all(torch.equal(end[name], value) for name, value in parts[0].state_dict().items())
