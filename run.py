@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> None:
     environment = folder.write_config(out, setting.config, environment, command)
     ranks.tell("folder", str(out))
     compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
-    print("\n" + report.write(out, experiment.results(), setting, environment, command))
+    left = experiment.results(), setting, environment, command
+    print("\n" + report.write(out, *left), flush=True)
+    report.draw(out, *left)
     print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 

@@ -124,7 +124,7 @@ def make(
     if name == "none":
         return none
     if name == "fgsm":
-        return partial(fgsm, eps=eps)
+        return partial(fgsm, eps=eps, loss=loss)
     if name == "pgd":
         options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
@@ -143,8 +143,10 @@ def generators(function: Callable) -> list[Generator]:
     A CUDA graph must know those that it draws from (`graphs.Graphed`).
     """
     found = []
-    function = getattr(function, "__wrapped__", function)  # of `leaves_no_trace`
-    for value in getattr(function, "keywords", {}).values():
+    while hasattr(function, "__wrapped__"):  # of `leaves_no_trace`
+        function = function.__wrapped__
+    bound = [*getattr(function, "args", ()), *getattr(function, "keywords", {}).values()]
+    for value in [*bound, *[getattr(function, "func", None)] * bool(bound)]:
         found += [value] if isinstance(value, Generator) else generators(value)
     return found
 
@@ -181,10 +183,9 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
     x = x.detach().requires_grad_()
     try:
         return torch.autograd.grad(LOSSES[loss](model(x), y).sum(), x)[0]
-    except RuntimeError:  # PyTorch's reentrant checkpoints take `backward` alone
-        if not isinstance(
-            model, nn.Module
-        ):  # it may hide parameters, whose .grad that would add to
+    except RuntimeError as error:  # PyTorch's reentrant checkpoints take `backward` alone
+        hidden = not isinstance(model, nn.Module)  # parameters, whose .grad that would add to
+        if hidden or "checkpoint" not in str(error):
             raise
         x.grad = torch.zeros_like(x)
         LOSSES[loss](model(x), y).sum().backward()
@@ -231,7 +232,8 @@ def _uniform_in_ball(
 def _check_inside(x: Tensor, bounds: tuple[float, float]) -> None:
     if x.numel() and readable(x):
         low, high = (value.item() for value in x.aminmax())
-        if not (bounds[0] <= low and high <= bounds[1]):
+        slack = 8 * torch.finfo(x.dtype).eps * max(1.0, *map(abs, bounds))
+        if not (bounds[0] - slack <= low and high <= bounds[1] + slack):
             raise InputError(
                 f"x has values from {low:.4g} to {high:.4g}, but the bounds are {bounds}: attack "
                 "images in their own range and normalise them inside the model, or give bounds"

@@ -14,7 +14,7 @@ from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangents
 from l2l_ref.errors import InputError
-from l2l_ref.flatten import flatten_
+from l2l_ref.flatten import check_tied, flatten_
 from l2l_ref.guard import leaves_no_trace
 from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
 from l2l_ref.meta_settings import MetaSettings
@@ -69,7 +69,6 @@ class Coordinates:
         self.meta_optimizer, self.backend = meta_optimizer, backend
         self.params = list(params)
         self.theta = flatten_(self.params)
-        self.ties = [(param.data_ptr(), param.grad) for param in self.params]
         assert self.theta.grad is not None  # `flatten_` made it
         self.gradient = self.theta.grad
         n = len(self.theta)
@@ -81,15 +80,6 @@ class Coordinates:
         self.thetas = torch.empty_like(self.read) if meta_optimizer.form["theta_input"] else None
         self.directions = torch.empty_like(self.read) if meta_optimizer.nominal else None
         self.direction = torch.empty_like(self.theta)
-
-    def check_tied(self) -> None:
-        """Raise an InputError if a parameter or its gradient has left `theta`."""
-        for param, (address, gradient) in zip(self.params, self.ties, strict=True):
-            if param.data_ptr() != address or param.grad is not gradient:
-                raise InputError(
-                    "a parameter or its .grad was replaced while an episode ran: the loss may "
-                    "change them in place only (no zero_grad, no .to)"
-                )
 
     def begin(self) -> None:
         """An unroll starts here, with φ as it is now."""
@@ -210,7 +200,7 @@ def truncated_unrolls(
         )
         loss.backward(torch.full_like(loss, tasks))  # the mean of K losses: K times its gradient
         for group in coordinates:
-            group.check_tied()
+            check_tied(group.params, group.theta)
         return loss.detach()
 
     def evaluate(x: Tensor, y: Tensor) -> Tensor:

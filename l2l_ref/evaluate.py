@@ -59,13 +59,17 @@ def robust_accuracy(
     for name, value in (("restarts", restarts), ("batch_size", batch_size)):
         if not value >= 1:
             raise InputError(f"{name} is {value}, but must be >= 1; leave it out for the default.")
-    several = [attack] if callable(attack) else attack
+    several = [attack] if callable(attack) else list(attack)
+    if not several:
+        raise InputError("attack is an empty list: give at least attacks.none")
     tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     robust = count = 0
     with untouched(model):
         _eval(model)
         for x, y in batches_of(images, batch_size):
+            if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+                raise InputError("images holds no batches: give a Dataset or DataLoader of (x, y)")
             if parameters:
                 x, y = x.to(parameters[0].device), y.to(parameters[0].device)
             count += len(y)
@@ -82,7 +86,7 @@ def robust_accuracy(
 
 def batches_of(images: Any, size: int) -> Iterable[tuple[Tensor, Tensor]]:
     """All samples once, in order, of any of the kinds that `robust_accuracy` takes."""
-    if hasattr(images, "batch"):
+    if callable(getattr(images, "batch", None)):
         return (images.batch(i) for i in torch.arange(len(images)).split(size) if len(i))
     if isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
         x, y = images
@@ -104,7 +108,7 @@ def losses(
         attack: any callable (model, x, y) -> x_adv.
         loss: (model, x, y) -> 0-dim loss.
     Returns:
-        (clean, attacked): two 0-dim tensors without a graph, on the model's device (no sync).
+        (clean, attacked): two 0-dim tensors without a graph, on the model's device.
     """
     with untouched(model):
         _eval(model)

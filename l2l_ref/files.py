@@ -16,7 +16,7 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
     Makes the folder of `path` if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     write(partial)
     os.replace(partial, path)
 

@@ -1,5 +1,6 @@
 """Attacks by name, and those of other libraries as they are."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,7 @@ def named(name: str, *, eps: float, generator: Generator | None = None) -> Calla
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise InputError(
             f"--attack {name}: the module '{module}' cannot be imported ({error}): install it, or "
             "put its folder on PYTHONPATH"
@@ -51,21 +52,42 @@ def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
     libraries = {kind.__module__.partition(".")[0] for kind in kinds}
     if "foolbox" in libraries:
         return partial(foolbox, attack() if is_class else attack, eps=eps)
-    if "torchattacks" in libraries and is_class:
+    of_torchattacks = "torchattacks" in libraries
+    if of_torchattacks and is_class and takes_eps(attack):
         return partial(torchattacks, attack, eps=eps)
+    if of_torchattacks or not takes_eps(attack):
+        raise InputError(
+            f"the attack {attack!r} has no argument eps: give a function (model, x, y, eps) -> "
+            "x_adv, an attack of foolbox, or a class of torchattacks that has a radius"
+        )
     return partial(attack, eps=eps)
+
+
+def takes_eps(attack: Any) -> bool:
+    try:
+        parameters = inspect.signature(attack).parameters.values()
+    except (TypeError, ValueError):  # a builtin, or nothing to call
+        return False
+    return any(p.name == "eps" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def check_one_axis(x: Tensor, y: Tensor) -> None:
+    if len(x) != len(y):
+        raise InputError("this library's attacks take samples on one axis: use --tasks 1")
 
 
 def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     from foolbox import PyTorchModel
 
+    check_one_axis(x, y)
     with warnings.catch_warnings(record=True):  # of a model in training mode, as it is to be
-        theirs = PyTorchModel(model, bounds=(0, 1))
+        theirs = PyTorchModel(model, bounds=(0, 1), device=x.device)
         _, clipped, _ = attack(theirs, x, y, epsilons=eps)
     return clipped
 
 
 def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    check_one_axis(x, y)
     return attack(model, eps=eps)(x, y)
 
 
@@ -74,5 +96,8 @@ def seeded(
 ) -> Tensor:
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(int(seed))
+        torch.default_generator.manual_seed(int(seed))
+        if x.is_cuda:
+            with torch.cuda.device(x.device):
+                torch.cuda.manual_seed(int(seed))
         return attack(model, x, y)

@@ -183,19 +183,21 @@ def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     module says otherwise in an attribute `phi_group`, which may be set on any module:
     `model.embedding.phi_group = "linear"`. The paper gives convolutional and linear layers a φ each
     (section 4.2); groups named by the kind of layer let a φ move to any optimizee that has layers
-    of its kind. A frozen parameter is in no group, one that several modules share in the first's.
+    of its kind. A frozen parameter is in no group, one that several modules share in the first's,
+    and what parametrizes a layer (weight norm) in that of the layer.
 
     Raises:
         InputError: a model without trainable parameters.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        kind = "linear" if isinstance(module, nn.Linear) else "convolutional"
+    for name, module in model.named_modules():
+        layer = model.get_submodule(name.partition("parametrizations")[0].rstrip("."))
+        kind = "linear" if isinstance(layer, nn.Linear) else "convolutional"
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                groups.setdefault(getattr(module, "phi_group", kind), []).append(parameter)
+                groups.setdefault(getattr(layer, "phi_group", kind), []).append(parameter)
     if not groups:
         raise InputError("the model has no parameter that requires a gradient: unfreeze some")
     return groups

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
-from l2l_ref.flatten import flatten_
+from l2l_ref.flatten import check_tied, flat, flatten_, is_flat, local
 from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
 
-OWN = ("meta_optimizer", "backend")  # of a group, and never in a state dict
+OWN = ("meta_optimizer", "backend", "flat")  # of a group, and never in a state dict
+# Options of other optimizers, by which their state dicts are known.
+FOREIGN = {"betas", "momentum", "dampening", "nesterov", "alpha", "rho", "eps", "etas", "lambd"}
 # What PyTorch's schedulers and other libraries note down in a group.
 NOTES = ("param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
@@ -65,7 +67,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
     ):
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        own = {"meta_optimizer": meta_optimizer, "backend": backend}
+        own = {"meta_optimizer": meta_optimizer, "backend": backend, "flat": None}
         super().__init__(params, {**options, "state_dtype": state_dtype, **own})
 
     @classmethod
@@ -82,8 +84,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Args:
             phi: {φ-group: MetaOptimizer}, such as `l2l_ref.load` returns.
             flat: first move each group's parameters onto one vector, of which they become views
-                (`flatten_`). One call for all of them saves time with many small parameters, and
-                asks that gradients are zeroed in place: `zero_grad(set_to_none=False)`.
+                (`flatten_`). One call for all of them saves time with many small parameters. Let
+                this optimizer zero the gradients, which it does in place.
             options: those of the constructor.
 
         Raises:
@@ -98,7 +100,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         return cls(
             [
-                {"params": [flatten_(own)] if flat else own, "meta_optimizer": phi[name]}
+                {
+                    "params": [flatten_(own)] if flat else own,
+                    "meta_optimizer": phi[name],
+                    "flat": own if flat else None,
+                }
                 for name, own in groups.items()
             ],
             **options,
@@ -135,6 +141,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in PyTorch; parameters on one vector keep their gradients, which become zero."""
+        super().zero_grad(set_to_none and not any(group["flat"] for group in self.param_groups))
+
     @torch.no_grad()
     def step(self, closure=None):
         """Apply φ once to every parameter that has a gradient; returns the closure's loss."""
@@ -144,6 +154,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
+            if group["flat"]:
+                check_tied(group["flat"], *group["params"])
+            if any(param.grad.layout != torch.strided for param in params):
+                raise InputError("a gradient is sparse: LearnedOptimizer takes dense ones only")
             phi = group["meta_optimizer"].phi() if params else None
             for param in params:
                 self._update(param, group, phi)
@@ -153,8 +167,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """One call of the operator, on what this process holds of a parameter."""
         lr, decay = group["lr"], group["weight_decay"]
         theta, gradient = local(param), local(param.grad, like=param)
-        if gradient.layout != torch.strided:
-            raise InputError("a gradient is sparse: LearnedOptimizer takes dense gradients only")
         new = "lstm" not in self.state[param]
         states = [local(state) for state in self._states(param, group)]
         if theta.numel() == 0 or (new and float(lr) == 0 and not gradient.any()):
@@ -176,7 +188,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not isinstance(lr, Tensor) and lr == 0:
             return
         if not as_learned:
-            after = before * (1 - lr * decay) + (after - before) * lr
+            moved = before * (1 - lr * decay) + (after - before) * lr
+            after = torch.where(lr == 0, before, moved) if isinstance(lr, Tensor) else moved
         if not (as_learned and is_flat(theta, phi.dtype)):
             theta.copy_(after.view(theta.shape))
 
@@ -254,7 +267,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self, number: int, own: dict[str, Any], group: dict[str, Any], states: dict[Any, Any]
     ) -> None:
         """Raise an InputError if a group of a state dict, and its states, are not of this φ."""
-        foreign = group.keys() - {"params", "phi", *self.defaults, *NOTES}
+        foreign = group.keys() & FOREIGN
         for index in group["params"]:
             foreign |= states.get(index, {}).keys() - {"lstm", "moments"}
         if foreign:
@@ -280,21 +293,3 @@ def check_together(param: Tensor, meta: MetaOptimizer) -> None:
             f"a parameter is on {param.device} but its meta-optimizer is on {weight.device}: move "
             "one with .to()"
         )
-
-
-def local(tensor: Any, like: Any = None) -> Tensor:
-    """What this process holds: of a `DTensor` its shard, placed as `like` is; of another all."""
-    if not hasattr(tensor, "to_local"):
-        return tensor.detach()
-    if like is not None:
-        tensor = tensor.redistribute(like.device_mesh, like.placements)
-    return tensor.detach().to_local()
-
-
-def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On one axis and of that dtype: the tensor itself if it `is_flat`, else a copy."""
-    return tensor.to(dtype).reshape(-1).contiguous()
-
-
-def is_flat(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype == dtype and tensor.is_contiguous()

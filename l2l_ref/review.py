@@ -5,7 +5,6 @@ left, loss over the steps of the attack, restarts, noise of the same size, image
 model, the worst of all attacks on each sample, and what must never be seen of an honest defence.
 """
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from l2l_ref import attacks
+from l2l_ref.drawing import drawn
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import batches_of
-from l2l_ref.files import replace_with
 from l2l_ref.guard import leaves_no_trace, untouched
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
@@ -81,8 +80,8 @@ def review(
         raise InputError("images has 0 samples, but a review needs some.")
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if isinstance(model, nn.Module):
-        device = next(model.parameters()).device
-        x, y = x.to(device), y.to(device)
+        first = next(model.parameters(), x)
+        x, y = x.to(first.device), y.to(first.device)
     pgd = partial(attacks.pgd, generator=generator)
 
     def both(radius: float) -> list[attacks.Attack]:
@@ -120,8 +119,11 @@ def review(
             "PGD, margin": survivors(both(eps)[1]),
         }
         if surrogate is not None:
-            fooling = partial(pgd, surrogate, eps=eps, steps=steps)
-            tried["transfer"] = survivors(lambda _, x, y: fooling(x, y))
+            with untouched(surrogate):
+                if isinstance(surrogate, nn.Module):
+                    surrogate.eval()
+                x_adv = pgd(surrogate, x, y, eps=eps, steps=steps)
+            tried["transfer"] = survivors(lambda *_: x_adv)
         for name, attack in (others or {}).items():
             tried[name] = survivors(attack)
         tried["worst case"] = torch.stack([alive, *tried.values()]).all(0)
@@ -155,7 +157,7 @@ def find_alarms(
     slack = max(0.02, n**-0.5)
     ce, margin = by_attack["PGD, cross-entropy"], by_attack["PGD, margin"]
     best = min(ce, margin)
-    (left,) = list(by_eps.values())[-1:]
+    left = by_eps[1.0]
     weak = min(by_steps[10], by_steps[20]) - by_steps[100]
     rules = [
         (by_attack["noise"] < best - slack, "random noise breaks more than PGD"),
@@ -170,29 +172,23 @@ def find_alarms(
 
 def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
     """The page of figures, a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
-    over_eps.plot(list(found.by_eps), list(found.by_eps.values()), "o-")
-    over_eps.axvline(found.eps, color="0.6", lw=0.8)
-    over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1))
-    over_eps.set_xscale("symlog", linthresh=found.eps)
-    over_eps.set_xlim(0, 1)
-    over_steps.plot(list(found.by_steps), list(found.by_steps.values()), "o-")
-    over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
-    over_restarts.plot(list(found.by_restarts), list(found.by_restarts.values()), "o-")
-    over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
-    names = list(found.by_attack)[::-1]
-    drawn = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
-    bars.bar_label(drawn, fmt="%.3f", padding=2)
-    bars.set(xlabel="accuracy", xlim=(0, 1.1))
-    for panel in (over_eps, over_steps, over_restarts):
-        panel.grid(alpha=0.3)
-    verdict = "; ".join(found.alarms) if found.alarms else "none"
-    figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
-    figure.supxlabel(footer, fontsize=7, color="0.35")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=110)
-    replace_with(path, lambda partial: partial.write_bytes(buffer.getvalue()))
+    with drawn(path, 110, figsize=(11, 8)) as figure:
+        over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
+        over_eps.plot(list(found.by_eps), list(found.by_eps.values()), "o-")
+        over_eps.axvline(found.eps, color="0.6", lw=0.8)
+        over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1))
+        over_eps.set_xscale("symlog", linthresh=found.eps)
+        over_eps.set_xlim(0, 1)
+        over_steps.plot(list(found.by_steps), list(found.by_steps.values()), "o-")
+        over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
+        over_restarts.plot(list(found.by_restarts), list(found.by_restarts.values()), "o-")
+        over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
+        names = list(found.by_attack)[::-1]
+        boxes = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
+        bars.bar_label(boxes, fmt="%.3f", padding=2)
+        bars.set(xlabel="accuracy", xlim=(0, 1.1))
+        for panel in (over_eps, over_steps, over_restarts):
+            panel.grid(alpha=0.3)
+        verdict = "; ".join(found.alarms) if found.alarms else "none"
+        figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
+        figure.supxlabel(footer, fontsize=7, color="0.35")

@@ -177,6 +177,10 @@ def own_attack(model, x, y, eps):
     return (x + noise).clamp(0, 1)
 
 
+def without_eps(model, x, y):
+    return x
+
+
 def far_attack(model, x, y, eps):
     return (x + 3 * eps).clamp(0, 1)
 
@@ -192,6 +196,8 @@ class TestByName:
             ("nowhere.at_all:attack", "module 'nowhere.at_all' cannot be imported .*PYTHONPATH"),
             ("mine:gone", "the module 'mine' has no function 'gone'"),
             ("mine:EPS", "the module 'mine' has no function 'EPS'"),
+            (".mine:attack", "module '.mine' cannot be imported"),
+            ("mine:without_eps", "has no argument eps: give a function"),
             (":attack", "module '' cannot be imported"),
             ("fgms", "--attack is fgms: it must be fgsm, pgd, none, or MODULE:FUNCTION"),
         ],
@@ -225,3 +231,17 @@ class TestByName:
         run.main(["--attack", "fgsm", *TINY, "--out", "b"])
         theirs, ours = ((workdir / out / "metrics.csv").read_text() for out in "ab")
         assert theirs.splitlines()[1:] == ours.splitlines()[1:]  # the same bits
+
+
+def test_attacks_without_a_radius_and_tasks_at_once_are_named():
+    lib = pytest.importorskip("torchattacks")
+    for attack in (lib.CW, lib.PGD(PROBLEM.build()), print):
+        with pytest.raises(InputError, match="has no argument eps"):
+            foreign.adapted(attack, eps=EPS)
+    with pytest.raises(InputError, match="on one axis: use --tasks 1"):
+        foreign.adapted(lib.PGD, eps=EPS)(PROBLEM.build(), torch.rand(2, 4, 1), torch.zeros(8))
+
+
+def test_no_attack_at_all_is_no_robustness(small_digits):
+    with pytest.raises(InputError, match="attack is an empty list"):
+        robust_accuracy(PROBLEM.build(), small_digits.test.first(5), [])

@@ -199,6 +199,14 @@ def test_a_model_with_reentrant_checkpoints():
         ours(lambda x: model(x), x, y)
 
 
+def test_bounds_that_are_rounded_are_bounds():
+    model, (x, y) = SMALL.draw(generator()), images()
+    mean, std = 0.1307, 0.3081
+    x[0, 0], x[0, 1] = 0, 1
+    bounds = (0 - mean) / std, (1 - mean) / std
+    assert fgsm(model, (x - mean) / std, y, eps=0.1, bounds=bounds).isfinite().all()
+
+
 @pytest.mark.parametrize("attack", [fgsm, pgd])
 def test_images_out_of_the_bounds_are_refused(attack):
     model, (x, y) = SMALL.draw(generator()), images()
@@ -246,7 +254,7 @@ def test_a_loss_that_cuts_the_gradients_is_named():
         return SMALL.loss(model, x, y)
 
     phi = new_phi(SMALL.build(), generator=generator())
-    with pytest.raises(InputError, match="a parameter or its .grad was replaced"):
+    with pytest.raises(InputError, match="moved onto one vector, or its .grad, was replaced"):
         meta_train(
             phi,
             MetaSettings(1, steps=2),

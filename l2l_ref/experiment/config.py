@@ -10,7 +10,7 @@ from typing import Any
 from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option
+from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option, path
 
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
@@ -91,7 +91,8 @@ class Config:
     grid: dict[str, tuple[float, ...]] = option(META, "search on the meta-training half, such as "
         "p=5,10 meta-lr=1e-4,1e-3", {}, metavar="NAME=X,X", said=", ".join(GRID_NAMES),
         kind=grid_axis)
-    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead", metavar="FILE")
+    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead", metavar="FILE",
+        kind=path)
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "mnist quick": 40, "cifar10 quick": 10, "quadratic quick": 40})
@@ -122,9 +123,9 @@ class Config:
     graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place",
         opposite=True)
     data_dir: str = option(RUN, "where data is or is downloaded to", "data", metavar="DIR",
-        of="place")
+        of="place", kind=path)
     strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
-    out: str | None = option(RUN, "results", metavar="DIR", of="place",
+    out: str | None = option(RUN, "results", metavar="DIR", of="place", kind=path,
         said="runs/<dataset>-<attack>-<recipe>")
     resume: bool = option(RUN, "continue what is in --out", False, of="place")
     # fmt: on

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from l2l_ref.drawing import drawn
 from l2l_ref.experiment.config import Config
-from l2l_ref.files import replace_with
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
 STYLES = {
@@ -48,11 +48,23 @@ def draw_curves(
         runs: those of `protocol.Results`.
         summary: rows of `summary.summarise`.
     """
-    from matplotlib.figure import Figure
-
     columns = min(2, len(config.eps))
     rows = math.ceil(len(config.eps) / columns)
-    figure = Figure(figsize=(7.5 * columns, 4.2 * rows + 1.6), layout="constrained")
+    with drawn(path, 130, figsize=(7.5 * columns, 4.2 * rows + 1.6)) as figure:
+        fill(figure, rows, columns, runs, summary, config, title, footer)
+
+
+def fill(
+    figure: Any,
+    rows: int,
+    columns: int,
+    runs: list[dict[str, Any]],
+    summary: list[dict[str, Any]],
+    config: Config,
+    title: str,
+    footer: str,
+) -> None:
+    """All that is in the figure."""
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
@@ -94,4 +106,3 @@ def draw_curves(
         for line in footer.splitlines()
     )
     figure.supxlabel(footer, fontsize=7, color="0.35")
-    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

@@ -1,6 +1,7 @@
 """How an option is declared: a field of `Config`, of which flag, help and defaults are made."""
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -17,6 +18,13 @@ def number(text: str) -> float:
         return float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
+
+
+def path(text: str) -> str:
+    """A path, its ~ expanded, which a shell leaves alone after a =."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("it is empty, or no path at all")
+    return os.path.expanduser(text)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Progress:
 
 def progress(bars: bool = True) -> Progress:
     """Progress bars with loss and time left on a terminal, if they may, plain lines elsewhere."""
-    if bars and sys.stderr.isatty():
+    if bars and getattr(sys.stderr, "isatty", bool)():
         from tqdm import tqdm
 
         def bar(total: int, label: str) -> Callable[[int, float], None]:

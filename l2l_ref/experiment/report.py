@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def curves_csv(results: Results, data: str) -> str:
 def write(
     out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
 ) -> str:
-    """Write metrics.csv, summary.json and curves.png into `out`; returns the table."""
+    """Write metrics.csv and summary.json into `out`; returns the table."""
     config = setting.config
     heading, footer = title(setting), footnote(config, environment, command)
     summary = summarise(results)
@@ -116,6 +117,18 @@ def write(
         "meta_training": results.meta_training,
     }
     write_json(out / "summary.json", value)
-    draw_curves(out / "curves.png", results.runs, summary, config, heading, footer)
     learned = verdicts(results, value["differences"], config.recipe)
     return "\n\n".join([table(summary, config, heading, footer), *filter(None, [learned])])
+
+
+def draw(
+    out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
+) -> None:
+    """Draw curves.png; a figure that fails is one line on stderr, and all else is there."""
+    heading, footer = title(setting), footnote(setting.config, environment, command)
+    rows, path = summarise(results), out / "curves.png"
+    try:
+        draw_curves(path, results.runs, rows, setting.config, heading, footer)
+    except Exception as error:  # fonts, a broken matplotlib: nothing that the run can help
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        print(f"{path} could not be drawn ({why}): --resume tries again", file=sys.stderr)

@@ -85,7 +85,7 @@ class Trial:
             steps=c.steps,
             record=self.probe(probe, eps),
             every=every or c.record_every,
-            capture=c.graphs,
+            capture=capturable(c),
         )
         return model, curve
 
@@ -177,11 +177,16 @@ def train_phi(
         settings,
         draw,
         backend=c.backend,
-        capture=c.graphs,
+        capture=capturable(c),
         checkpoint=checkpoint,
         on_episode=on_episode,
     )
     return phi, asdict(history)
+
+
+def capturable(c: Config) -> bool:
+    """Whether updates may be CUDA graphs: another library's attack waits for the device."""
+    return c.graphs and c.attack in attacks.ATTACKS
 
 
 def episode_lengths(c: Config, generator: torch.Generator) -> list[int]:

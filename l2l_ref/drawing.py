@@ -1,0 +1,28 @@
+"""A figure that comes out the same whatever the user's matplotlib is set to."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from l2l_ref.files import replace_with
+
+
+@contextmanager
+def drawn(path: Path, dpi: int, **options: Any) -> Iterator[Any]:
+    """A `matplotlib.figure.Figure`, which is written to `path` as a PNG, whole, when it is done.
+
+    matplotlib's own style holds, no `matplotlibrc`, and no MPLBACKEND, which may name one that is
+    not there. A `$` in a text is a dollar.
+    """
+    environment = {key: v for key, v in os.environ.items() if key != "MPLBACKEND"}
+    with patch.dict(os.environ, {**environment, "MATPLOTLIBRC": os.devnull}, clear=True):
+        import matplotlib.style
+        from matplotlib.figure import Figure
+
+    with matplotlib.style.context("default"), matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(layout="constrained", **options)
+        yield figure
+        replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))

@@ -1,0 +1,76 @@
+"""What surrounds a run: its streams, matplotlib's settings, the names of its folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run
+from l2l_ref.errors import InputError
+from l2l_ref.experiment import figure
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--dataset", "quadratic", "--quick", "--episodes", "2", "--steps", "10", "--seeds", "1"]
+NOTEBOOK = """
+import runpy, sys
+class Stream:
+    def __init__(self, file): self.file = file
+    def write(self, text): return self.file.write(text)
+    def flush(self): self.file.flush()
+sys.stdout, sys.stderr = Stream(sys.__stdout__), Stream(sys.__stderr__)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def script(arguments, workdir, shell=None, **environment):
+    command = [*(shell or []), sys.executable, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=workdir, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, shell, environment",
+    [
+        (["-c", NOTEBOOK, ROOT / "run.py"], None, {}),
+        ([ROOT / "run.py"], ["sh", "-c", 'exec "$@" >&-', "sh"], {}),
+        ([ROOT / "run.py"], None, {"MPLBACKEND": "module://nowhere.at_all"}),
+        ([ROOT / "run.py"], None, {"MATPLOTLIBRC": "broken"}),
+    ],
+    ids=["notebook", "no stdout", "MPLBACKEND", "matplotlibrc"],
+)
+def test_all_of_it_is_there(arguments, shell, environment, workdir):
+    (workdir / "broken").write_text("text.usetex: True\nfont.size: 1e9\n")
+    done = script([*map(str, arguments), *SHORT, "--out", "r"], workdir, shell, **environment)
+    assert done.returncode == 0, done.stderr
+    assert {"curves.png", "summary.json"} <= {path.name for path in Path("r").iterdir()}
+
+
+def test_dollars_and_a_tilde(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    run.main([*SHORT, "--out=~/c$/lab_{1$"])
+    assert (workdir / "home" / "c$" / "lab_{1$" / "curves.png").exists()
+    assert not (workdir / "~").exists()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--load", "--data-dir"])
+def test_no_path_at_all(flag, workdir):
+    with pytest.raises(InputError, match=f"argument {flag}: it is empty"):
+        run.main([*SHORT, flag, ""])
+
+
+def test_a_figure_that_fails_is_one_line(workdir, monkeypatch, capsys):
+    def failing(*_):
+        raise ValueError("no such font\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figure, "fill", failing)
+        run.main([*SHORT, "--out", "r"])
+    heard = capsys.readouterr()
+    (line,) = [line for line in heard.err.splitlines() if "could not be drawn" in line]
+    assert "r/curves.png could not be drawn (ValueError: no such font): --resume" in line
+    assert "| method" in heard.out and not list(Path("r").glob("curves*"))
+    run.main([*SHORT, "--out", "r", "--resume"])
+    assert Path("r/curves.png").exists()
