@@ -24,19 +24,25 @@ from l2l_ref.experiment.setting import prepare
 from l2l_ref.experiment.summary import differences, summarise
 
 
-def parse(arguments: list[str]) -> Any:
-    """The options; raises InputError for any that are wrong."""
-    top = Parser(prog="judge.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+def parser(prog: str, doc: str) -> Parser:
+    """Of what looks at the models of a finished run once more."""
+    top = Parser(prog=prog, description=doc.splitlines()[0], allow_abbrev=False)
     top.add_argument("folder", type=Path, help="of a finished run")
     top.add_argument("methods", nargs="+", metavar="METHOD", help="rows of its table")
-    top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
-    top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
     top.add_argument("--samples", type=count, default=500, metavar="N", help="images (500)")
     top.add_argument("--data-dir", metavar="DIR", help="where the data is (as in the run)")
+    return top
+
+
+def parse(arguments: list[str]) -> Any:
+    """The options; raises InputError for any that are wrong."""
+    top = parser("judge.py", __doc__)
+    top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
+    top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
     return top.parse_args(arguments)
 
 
-def settings_of(options: Any) -> Config:
+def settings_of(options: Any, **changes: Any) -> Config:
     """Those of the run's config.json, but for who judges."""
     try:
         saved = as_saved(json.loads((options.folder / "config.json").read_text())["settings"])
@@ -50,19 +56,18 @@ def settings_of(options: Any) -> Config:
         raise InputError(f"{options.folder} is of quadratics, which have no pixels to attack")
     return replace(
         config,
-        judge_steps=options.steps,
-        restarts=options.restarts,
+        **changes,
         eval_samples=options.samples,
         record_every=config.steps,
         data_dir=options.data_dir or config.data_dir,
     )
 
 
-def experiment_of(options: Any) -> Experiment:
+def experiment_of(options: Any, **changes: Any) -> Experiment:
     """The run with all its pieces there."""
-    setting, phis = prepare(settings_of(options)), {}
+    setting, phis = prepare(settings_of(options, **changes)), {}
     if setting.config.load:
-        setting, phis = load_phis(Path(setting.config.load), setting)
+        setting, phis = load_phis(setting.config.load, setting)
     experiment = Experiment(setting, options.folder, progress(), phis)
     labels = dict.fromkeys(key["method"] for key, _ in experiment.runs())
     for label in options.methods:
@@ -78,7 +83,8 @@ def main(arguments: list[str]) -> None:
     """Parse, train, judge, print, write."""
     options = parse(arguments)
     keep_freed_memory()
-    experiment = experiment_of(options)
+    stronger = {"judge_steps": options.steps, "restarts": options.restarts}
+    experiment = experiment_of(options, **stronger)
     setting, parts = experiment.setting, experiment.parts
     runs, worst = [], 0.0
     for key, piece in experiment.runs():

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
-from l2l_ref.drawing import drawn
+from l2l_ref.drawing import own_style, save_png
 
 # Okabe & Ito's colour-blind-safe palette; a marker each, so that grey print will do too.
 STYLES = {
@@ -22,20 +22,17 @@ FLOORS = {"measured": ("least: bytes", ":"), "flops": ("least: FLOP", "-")}
 TITLES = {"step": "θ-step in place", "meta_gradient": "meta-gradient, forward included"}
 
 
+@own_style()
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Draw ns per coordinate-step over N into the PNG at `path`: a line a peer, a panel for each
     operator and number of threads: steps one by one, unrolls at their longest; bars are
     quartiles. On a GPU the floors are lines, too."""
-    threads = report["threads"]
-    with drawn(path, 130, figsize=(4.8 * len(threads) + 1.5, 8.5)) as figure:
-        fill(figure, report)
+    from matplotlib.figure import Figure
 
-
-def fill(figure: Any, report: dict[str, Any]) -> None:
-    """All that is in the figure."""
     rows, threads, gpu = report["rows"], report["threads"], report.get("gpu")
     unrolls = [row["unroll"] for row in rows]
     at = {"step": min(unrolls), "meta_gradient": max(unrolls)}
+    figure = Figure(figsize=(4.8 * len(threads) + 1.5, 8.5), layout="constrained")
     panels = figure.subplots(len(TITLES), len(threads), squeeze=False, sharey="row")
     handles: dict[str, Any] = {}
     for line, (operator, title) in zip(panels, TITLES.items(), strict=True):
@@ -68,3 +65,4 @@ def fill(figure: Any, report: dict[str, Any]) -> None:
     counts = " and ".join(map(str, threads))
     where = gpu["name"] if gpu else f"{report['cpu']}, {counts} thread{'s' * (threads != [1])}"
     figure.suptitle(f"{where}, torch {report['torch']}, float32")
+    save_png(figure, path, 130)

@@ -15,13 +15,14 @@ from bench.measure import machine
 from l2l_ref.experiment import folder, report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment.protocol import train_method
 from l2l_ref.experiment.trial import Trial
 from l2l_ref.review import draw, review
 
 
 def main(arguments: list[str]) -> None:
     """Parse, train, review, draw, write."""
-    options = judge.parse(arguments)
+    options = judge.parser("review.py", __doc__).parse_args(arguments)
     keep_freed_memory()
     experiment = judge.experiment_of(options)
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
@@ -29,16 +30,14 @@ def main(arguments: list[str]) -> None:
     surrogate, _ = Trial(setting, ("surrogate",)).train(
         tuning.default_adam(), fold.transfer.first(setting.config.images), fold.test, eps
     )
-    trial, images = Trial(setting, ("transfer", 0, 0)), fold.test.first(options.samples)
-    done = set()
+    images, seen = fold.test.first(options.samples), set()
     for contender in experiment.contenders(fold, eps):
         label = contender.method.label
-        if label in done or label not in options.methods:
+        if label in seen or label not in options.methods:
             continue
-        done.add(label)
+        seen.add(label)
         method = contender.make(experiment.parts)
-        half = (fold.meta if method.half == "meta" else fold.transfer).first(setting.config.images)
-        model, _ = trial.train(method, half, fold.test, eps)
+        trial, model, _ = train_method(setting, method, fold, eps, seed=0)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
         )

@@ -1,4 +1,4 @@
-"""A figure that comes out the same whatever the user's matplotlib is set to."""
+"""Figures that come out the same whatever the user's matplotlib is set to."""
 
 import os
 from collections.abc import Iterator
@@ -11,18 +11,17 @@ from l2l_ref.files import replace_with
 
 
 @contextmanager
-def drawn(path: Path, dpi: int, **options: Any) -> Iterator[Any]:
-    """A `matplotlib.figure.Figure`, which is written to `path` as a PNG, whole, when it is done.
-
-    matplotlib's own style holds, no `matplotlibrc`, and no MPLBACKEND, which may name one that is
-    not there. A `$` in a text is a dollar.
-    """
+def own_style() -> Iterator[None]:
+    """Decorates what draws: matplotlib's own style holds, no `matplotlibrc`, and no MPLBACKEND,
+    which may name one that is not there. A `$` in a text is a dollar."""
     environment = {key: v for key, v in os.environ.items() if key != "MPLBACKEND"}
     with patch.dict(os.environ, {**environment, "MATPLOTLIBRC": os.devnull}, clear=True):
         import matplotlib.style
-        from matplotlib.figure import Figure
 
     with matplotlib.style.context("default"), matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(layout="constrained", **options)
-        yield figure
-        replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))
+        yield
+
+
+def save_png(figure: Any, path: Path, dpi: int) -> None:
+    """Write a `matplotlib.figure.Figure`, whole or not at all."""
+    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))

@@ -3,7 +3,6 @@ has a meta-gradient."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangent
 from l2l_ref.errors import InputError
 from l2l_ref.flatten import check_tied, flatten_
 from l2l_ref.guard import leaves_no_trace
-from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
+from l2l_ref.meta_optimizer import MetaOptimizer, with_phi
 from l2l_ref.meta_settings import MetaSettings
 
 
@@ -171,23 +170,16 @@ def truncated_unrolls(
         1 + episode.strength * (alpha - 1) for alpha in (settings.alpha, settings.read_alpha)
     )
     separate = read_alpha != alpha or settings.penalty > 0
-    by_group: dict[str, Any] = dict(meta_optimizers.items())
-    params_of = phi_groups(episode.model)
-    if missing := sorted(params_of.keys() - by_group.keys()):
-        raise InputError(
-            f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(by_group)}: "
-            "`new_phi` makes those of a model"
-        )
     batches, attack = endless(episode.batches), leaves_no_trace(episode.attack)
     groups = {
         name: Coordinates(
             params,
-            by_group[name],
+            meta,
             min(settings.unroll, steps) + 1,
             separate=separate,
             backend=backend,
         )
-        for name, params in params_of.items()
+        for name, (params, meta) in with_phi(episode.model, meta_optimizers).items()
     }
     coordinates = groups.values()
 

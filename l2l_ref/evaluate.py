@@ -8,7 +8,8 @@ the attack does.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -63,37 +64,48 @@ def robust_accuracy(
     if not several:
         raise InputError("attack is an empty list: give at least attacks.none")
     tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     robust = count = 0
-    with untouched(model):
-        _eval(model)
-        for x, y in batches_of(images, batch_size):
-            if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-                raise InputError("images holds no batches: give a Dataset or DataLoader of (x, y)")
-            if parameters:
-                x, y = x.to(parameters[0].device), y.to(parameters[0].device)
+    with judged(model):
+        for x, y in batches_of(model, images, batch_size):
             count += len(y)
             for attack in tries:
-                survives = _is_right(model, attack(model, x, y), y)
+                survives = is_right(model, attack(model, x, y), y)
                 x, y = x[survives], y[survives]
                 if len(y) == 0:
                     break
             robust += len(y)  # the survivors
-    if not count:
-        raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
     return robust / count
 
 
-def batches_of(images: Any, size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """All samples once, in order, of any of the kinds that `robust_accuracy` takes."""
+def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All samples once, in order, of any of the kinds that `robust_accuracy` takes, where the model
+    is; InputError for none at all."""
+    batches = images
     if callable(getattr(images, "batch", None)):
-        return (images.batch(i) for i in torch.arange(len(images)).split(size) if len(i))
-    if isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
+        batches = (images.batch(i) for i in torch.arange(len(images)).split(size) if len(i))
+    elif isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
         x, y = images
-        return zip(x.split(size), y.split(size), strict=True)
-    if hasattr(images, "__getitem__") and not isinstance(images, (tuple, list)):
-        return DataLoader(images, batch_size=size)
-    return images
+        batches = zip(x.split(size), y.split(size), strict=True)
+    elif hasattr(images, "__getitem__") and not isinstance(images, (tuple, list)):
+        batches = DataLoader(images, batch_size=size)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    count = 0
+    for x, y in batches:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise InputError("images holds no batches: give a Dataset or DataLoader of (x, y)")
+        count += len(y)
+        yield (x, y) if parameter is None else (x.to(parameter.device), y.to(parameter.device))
+    if not count:
+        raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
+
+
+@contextmanager
+def judged(model: Callable) -> Iterator[None]:
+    """`untouched`, and in eval mode if it is an `nn.Module`."""
+    with untouched(model):
+        if isinstance(model, nn.Module):
+            model.eval()
+        yield
 
 
 @torch.no_grad()
@@ -110,8 +122,7 @@ def losses(
     Returns:
         (clean, attacked): two 0-dim tensors without a graph, on the model's device.
     """
-    with untouched(model):
-        _eval(model)
+    with judged(model):
         x_adv = leaves_no_trace(attack)(model, x, y)
         return loss(model, x, y), loss(model, x_adv, y)
 
@@ -137,13 +148,9 @@ def is_chance(loss: float, classes: int) -> bool:
     return abs(loss - math.log(classes)) <= 0.01 * math.log(classes)
 
 
-def _eval(model: Callable) -> None:
-    if isinstance(model, nn.Module):
-        model.eval()
-
-
 @torch.no_grad()
-def _is_right(model: Callable, x: Tensor, y: Tensor) -> Tensor:
+def is_right(model: Callable, x: Tensor, y: Tensor) -> Tensor:
+    """Of each sample [b], whether its largest logit is the true class's, and none is NaN."""
     logits = model(x)
     # argmax takes NaN for the maximum, and that could be the true class.
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -97,10 +98,15 @@ class MetaOptimizer(nn.Module):
         weights = {name: weight.tolist() for name, weight in self.state_dict().items()}
         return hashlib.sha256(repr((self.settings, weights)).encode()).hexdigest()[:16]
 
+    @property
+    def state_axes(self) -> tuple[int, int, int, int]:
+        """Of the state of a coordinate: (num_layers, 2, hidden_size, signs), two signs if odd."""
+        return self.num_layers, 2, self.hidden_size, 1 + self.form["odd"]
+
     def init_state(self, coordinates: int) -> Tensor:
         """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
-        m = 2 * coordinates if self.form["odd"] else coordinates
-        return self.head.weight.new_zeros(self.num_layers, 2, self.hidden_size, m)
+        *axes, signs = self.state_axes
+        return self.head.weight.new_zeros(*axes, signs * coordinates)
 
     def init_moments(self, coordinates: int) -> Tensor | None:
         """Zeros [3, coordinates], the moments of the nominal term; None without that term."""
@@ -201,6 +207,24 @@ def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     if not groups:
         raise InputError("the model has no parameter that requires a gradient: unfreeze some")
     return groups
+
+
+def with_phi(
+    model: nn.Module, phi: Mapping[str, MetaOptimizer] | nn.ModuleDict
+) -> dict[str, tuple[list[nn.Parameter], Any]]:
+    """The parameters of each φ-group of a model, and their φ.
+
+    Raises:
+        InputError: a φ-group that `phi` lacks; what `phi_groups` raises.
+    """
+    groups = phi_groups(model)
+    if missing := sorted(groups.keys() - phi.keys()):
+        raise InputError(
+            f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(phi)}: take "
+            "one that was meta-trained with such layers (`new_phi` makes those of a model), or "
+            "name its group in an attribute `phi_group` of the layer"
+        )
+    return {name: (params, phi[name]) for name, params in groups.items()}
 
 
 def new_phi(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
 from l2l_ref.flatten import check_tied, flat, flatten_, is_flat, local
-from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
+from l2l_ref.meta_optimizer import MetaOptimizer, with_phi
 
 OWN = ("meta_optimizer", "backend", "flat")  # of a group, and never in a state dict
 # Options of other optimizers, by which their state dicts are known.
@@ -91,21 +91,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: a φ-group of the model that `phi` lacks; what the constructor raises.
         """
-        groups = phi_groups(model)
-        if missing := sorted(groups.keys() - phi.keys()):
-            raise InputError(
-                f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(phi)}: "
-                "take one that was meta-trained with such layers, or name its group in an "
-                "attribute `phi_group` of the layer"
-            )
         return cls(
             [
                 {
                     "params": [flatten_(own)] if flat else own,
-                    "meta_optimizer": phi[name],
+                    "meta_optimizer": meta,
                     "flat": own if flat else None,
                 }
-                for name, own in groups.items()
+                for own, meta in with_phi(model, phi).values()
             ],
             **options,
         )
@@ -152,12 +145,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+        for group in self.param_groups:  # all is looked at before anything moves
             if group["flat"]:
                 check_tied(group["flat"], *group["params"])
-            if any(param.grad.layout != torch.strided for param in params):
+            grads = [param.grad for param in group["params"] if param.grad is not None]
+            if any(grad.layout != torch.strided for grad in grads):
                 raise InputError("a gradient is sparse: LearnedOptimizer takes dense ones only")
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
             phi = group["meta_optimizer"].phi() if params else None
             for param in params:
                 self._update(param, group, phi)
@@ -197,13 +192,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The LSTM state of a parameter, and its moments if there is a nominal term."""
         meta, held = group["meta_optimizer"], self.state[param]
         check_together(param, meta)
-        signs, dtype = 2 if meta.form["odd"] else 1, meta.head.weight.dtype
-        kinds: list[tuple[str, tuple[int, ...], torch.dtype | None]] = []
-        kinds += [("lstm", (meta.num_layers, 2, meta.hidden_size, signs), group["state_dtype"])]
-        kinds += [("moments", (3,), None)] * meta.nominal
-        for name, lead, kind in kinds:
+        own = meta.head.weight.dtype
+        kinds: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        kinds += [("lstm", meta.state_axes, group["state_dtype"] or own)]
+        kinds += [("moments", (3,), own)] * meta.nominal
+        for name, lead, dtype in kinds:
             if name not in held:
-                zeros = torch.zeros_like(param, dtype=kind or dtype)
+                zeros = torch.zeros_like(param, dtype=dtype)
                 held[name] = zeros.expand(*lead, *param.shape).contiguous()
             found, needed = held[name], (*lead, *param.shape)
             if found.shape != needed or found.device != param.device:

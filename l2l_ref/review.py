@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from l2l_ref import attacks
-from l2l_ref.drawing import drawn
+from l2l_ref.drawing import own_style, save_png
 from l2l_ref.errors import InputError
-from l2l_ref.evaluate import batches_of
-from l2l_ref.guard import leaves_no_trace, untouched
+from l2l_ref.evaluate import batches_of, is_right, judged
+from l2l_ref.guard import leaves_no_trace
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -75,29 +75,22 @@ def review(
     """
     if not 0 < eps < 1:
         raise InputError(f"eps is {eps}, but must be above 0 and below 1.")
-    batches = list(batches_of(images, 1000))
-    if not batches:
-        raise InputError("images has 0 samples, but a review needs some.")
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    if isinstance(model, nn.Module):
-        first = next(model.parameters(), x)
-        x, y = x.to(first.device), y.to(first.device)
+    x, y = (torch.cat(parts) for parts in zip(*batches_of(model, images, 1000), strict=True))
     pgd = partial(attacks.pgd, generator=generator)
 
     def both(radius: float) -> list[attacks.Attack]:
         return [partial(pgd, eps=radius, steps=steps, loss=loss) for loss in attacks.LOSSES]
 
     def survivors(*tries: attacks.Attack) -> Tensor:
-        alive = predictions(model, x) == y
+        alive = clean.clone()
         for attack in tries:
-            alive &= predictions(model, leaves_no_trace(attack)(model, x, y)) == y
+            alive &= is_right(model, leaves_no_trace(attack)(model, x, y), y)
         return alive
 
-    with untouched(model):
-        if isinstance(model, nn.Module):
-            model.eval()
+    with judged(model):
+        clean = is_right(model, x, y)
         radii = sorted({min(share * eps, 1.0) for share in FRACTIONS} | {1.0})
-        by_eps, alive = {}, survivors()
+        by_eps, alive = {}, clean.clone()
         for radius in radii:  # what a smaller one breaks is within the larger
             alive &= survivors(*both(radius))
             by_eps[radius] = mean(alive)
@@ -106,22 +99,20 @@ def review(
             x_adv = pgd(model, x, y, eps=eps, steps=count)
             with torch.no_grad():
                 by_steps[count] = attacks.cross_entropy(model(x_adv), y).mean().item()
-        alive, by_restarts = survivors(), {}
+        alive, by_restarts = clean.clone(), {}
         for count in range(1, max(RESTARTS) + 1):
             alive &= survivors(*both(eps))
             if count in RESTARTS:
                 by_restarts[count] = mean(alive)
         tried = {
-            "none": survivors(),
+            "none": clean,
             "noise": survivors(*[partial(corner, eps=eps, generator=generator)] * CORNERS),
             "FGSM": survivors(partial(attacks.fgsm, eps=eps)),
             "PGD, cross-entropy": survivors(both(eps)[0]),
             "PGD, margin": survivors(both(eps)[1]),
         }
         if surrogate is not None:
-            with untouched(surrogate):
-                if isinstance(surrogate, nn.Module):
-                    surrogate.eval()
+            with judged(surrogate):
                 x_adv = pgd(surrogate, x, y, eps=eps, steps=steps)
             tried["transfer"] = survivors(lambda *_: x_adv)
         for name, attack in (others or {}).items():
@@ -137,13 +128,6 @@ def corner(model: Callable, x: Tensor, y: Tensor, *, eps: float, generator: Gene
     device = x.device if generator is None else generator.device
     signs = torch.randint(2, x.shape, generator=generator, device=device).to(x) * 2 - 1
     return (x + eps * signs).clamp(0, 1)
-
-
-@torch.no_grad()
-def predictions(model: Callable, x: Tensor) -> Tensor:
-    """The classes [b]; -1 where a logit is NaN."""
-    logits = model(x)
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def mean(alive: Tensor) -> float:
@@ -170,25 +154,29 @@ def find_alarms(
     return [sentence for alarm, sentence in rules if alarm]
 
 
+@own_style()
 def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
     """The page of figures, a PNG."""
-    with drawn(path, 110, figsize=(11, 8)) as figure:
-        over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
-        over_eps.plot(list(found.by_eps), list(found.by_eps.values()), "o-")
-        over_eps.axvline(found.eps, color="0.6", lw=0.8)
-        over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1))
-        over_eps.set_xscale("symlog", linthresh=found.eps)
-        over_eps.set_xlim(0, 1)
-        over_steps.plot(list(found.by_steps), list(found.by_steps.values()), "o-")
-        over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
-        over_restarts.plot(list(found.by_restarts), list(found.by_restarts.values()), "o-")
-        over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
-        names = list(found.by_attack)[::-1]
-        boxes = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
-        bars.bar_label(boxes, fmt="%.3f", padding=2)
-        bars.set(xlabel="accuracy", xlim=(0, 1.1))
-        for panel in (over_eps, over_steps, over_restarts):
-            panel.grid(alpha=0.3)
-        verdict = "; ".join(found.alarms) if found.alarms else "none"
-        figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
-        figure.supxlabel(footer, fontsize=7, color="0.35")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
+    over_eps.plot(list(found.by_eps), list(found.by_eps.values()), "o-")
+    over_eps.axvline(found.eps, color="0.6", lw=0.8)
+    over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1))
+    over_eps.set_xscale("symlog", linthresh=found.eps)
+    over_eps.set_xlim(0, 1)
+    over_steps.plot(list(found.by_steps), list(found.by_steps.values()), "o-")
+    over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
+    over_restarts.plot(list(found.by_restarts), list(found.by_restarts.values()), "o-")
+    over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
+    names = list(found.by_attack)[::-1]
+    boxes = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
+    bars.bar_label(boxes, fmt="%.3f", padding=2)
+    bars.set(xlabel="accuracy", xlim=(0, 1.1))
+    for panel in (over_eps, over_steps, over_restarts):
+        panel.grid(alpha=0.3)
+    verdict = "; ".join(found.alarms) if found.alarms else "none"
+    figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
+    figure.supxlabel(footer, fontsize=7, color="0.35")
+    save_png(figure, path, 110)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from l2l_ref.drawing import drawn
+from l2l_ref.drawing import own_style, save_png
 from l2l_ref.experiment.config import Config
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
@@ -31,6 +31,7 @@ def marks(row: dict[str, Any]) -> str:
     return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ends)
 
 
+@own_style()
 def draw_curves(
     path: Path,
     runs: list[dict[str, Any]],
@@ -48,23 +49,11 @@ def draw_curves(
         runs: those of `protocol.Results`.
         summary: rows of `summary.summarise`.
     """
+    from matplotlib.figure import Figure
+
     columns = min(2, len(config.eps))
     rows = math.ceil(len(config.eps) / columns)
-    with drawn(path, 130, figsize=(7.5 * columns, 4.2 * rows + 1.6)) as figure:
-        fill(figure, rows, columns, runs, summary, config, title, footer)
-
-
-def fill(
-    figure: Any,
-    rows: int,
-    columns: int,
-    runs: list[dict[str, Any]],
-    summary: list[dict[str, Any]],
-    config: Config,
-    title: str,
-    footer: str,
-) -> None:
-    """All that is in the figure."""
+    figure = Figure(figsize=(7.5 * columns, 4.2 * rows + 1.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
@@ -106,3 +95,4 @@ def fill(
         for line in footer.splitlines()
     )
     figure.supxlabel(footer, fontsize=7, color="0.35")
+    save_png(figure, path, 130)

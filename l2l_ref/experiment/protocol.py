@@ -23,7 +23,7 @@ from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
 from l2l_ref.files import read_checkpoint, replace_with
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import read, save
-from l2l_ref.transfer import Method
+from l2l_ref.transfer import Curve, Method
 
 KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, None for a baseline
 
@@ -213,14 +213,21 @@ class Experiment:
         return Results(runs, chosen, tried, histories)
 
 
+def train_method(
+    setting: Setting, method: Method, fold: Fold, eps: float, seed: int
+) -> tuple[Trial, nn.Module, Curve]:
+    """An optimizee that a method has trained on its half."""
+    trial = Trial(setting, ("transfer", fold.number, seed))
+    half = (fold.meta if method.half == "meta" else fold.transfer).first(setting.config.images)
+    return trial, *trial.train(method, half, fold.test, eps)
+
+
 def run_method(
     setting: Setting, method: Method, fold: Fold, eps: float, seed: int
 ) -> dict[str, Any]:
     """Train one optimizee and judge it: the fields of its `Curve`, and unless it is a quadratic
     what `Trial.judge` says, robust accuracies, and its `end`: "ok", "collapsed" or "diverged"."""
-    c, trial = setting.config, Trial(setting, ("transfer", fold.number, seed))
-    half = (fold.meta if method.half == "meta" else fold.transfer).first(c.images)
-    model, curve = trial.train(method, half, fold.test, eps)
+    c, (trial, model, curve) = setting.config, train_method(setting, method, fold, eps, seed)
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
     if isinstance(fold.test, data.ImageSet):

@@ -6,7 +6,7 @@ import pytest
 from conftest import LOADING, TINY
 
 import run
-from bench import judge, unseen
+from bench import judge, review, unseen
 from l2l_ref import evaluate
 from l2l_ref.errors import InputError
 
@@ -53,6 +53,17 @@ def test_mistakes_of_judge(finished):
     with pytest.raises(InputError, match="r is not finished"):
         judge.main(["r", "L2L"])
     assert not (finished / "judge.json").exists()
+
+
+def test_the_page_of_a_reviewer(finished, capsys):
+    review.main(["r", "Adam + L1", "--samples", "30"])
+    assert "Adam + L1: none " in capsys.readouterr().out
+    assert (finished / "review-adam-l1.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((finished / "review-adam-l1.json").read_text())
+    assert (found["samples"], found["data"]) == (30, "stand-in")
+    assert "python -m bench.review" in found["command"] and "transfer" in found["by_attack"]
+    with pytest.raises(InputError, match="unrecognized arguments: --restarts"):
+        review.main(["r", "Adam + L1", "--restarts", "2"])
 
 
 def test_each_network_has_a_table_of_two_rows(finished, capsys):

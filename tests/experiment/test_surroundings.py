@@ -66,7 +66,7 @@ def test_a_figure_that_fails_is_one_line(workdir, monkeypatch, capsys):
         raise ValueError("no such font\nand more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(figure, "fill", failing)
+        patch.setattr(figure, "marks", failing)
         run.main([*SHORT, "--out", "r"])
     heard = capsys.readouterr()
     (line,) = [line for line in heard.err.splitlines() if "could not be drawn" in line]
