@@ -27,9 +27,8 @@ def untouched(model: Callable) -> Iterator[None]:
     try:
         # Batch-norm writes into copies. To switch `track_running_stats` off would change what
         # instance-norm computes; to write old values back would break a graph yet to run backward.
-        with torch.inference_mode(False):  # copies made within could not enter a graph
-            for owner, name, buffer in buffers:
-                owner[name] = buffer.clone()
+        for owner, name, buffer in buffers:
+            owner[name] = buffer.clone()
         for p in parameters:
             p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
         yield

@@ -102,6 +102,14 @@ def test_the_page_and_other_attacks(models, small_digits, tmp_path):
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_surrogate_is_attacked_as_it_would_be_used(models, small_digits):
+    surrogate = nn.Sequential(nn.Dropout(0.9), models[2])
+    used, in_training = (
+        asked(models[1], small_digits, surrogate=surrogate.train(mode)) for mode in (False, True)
+    )
+    assert in_training.by_attack == used.by_attack and surrogate.training
+
+
 def test_mistakes_are_named(models, small_digits):
     with pytest.raises(InputError, match="eps is 2"):
         review(models[0], small_digits.test, eps=2)

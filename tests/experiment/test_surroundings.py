@@ -36,7 +36,7 @@ def script(arguments, workdir, shell=None, **environment):
     [
         (["-c", NOTEBOOK, ROOT / "run.py"], None, {}),
         ([ROOT / "run.py"], ["sh", "-c", 'exec "$@" >&-', "sh"], {}),
-        ([ROOT / "run.py"], None, {"MPLBACKEND": "module://nowhere.at_all"}),
+        ([ROOT / "run.py"], None, {"MPLBACKEND": "no-such-backend"}),
         ([ROOT / "run.py"], None, {"MATPLOTLIBRC": "broken"}),
     ],
     ids=["notebook", "no stdout", "MPLBACKEND", "matplotlibrc"],
