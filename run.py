@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from l2l_ref.backend import resolve
 from l2l_ref.experiment import cli, folder, machine, report
 from l2l_ref.experiment.phis import load_phis
-from l2l_ref.experiment.pieces import Ranks, compute_all
+from l2l_ref.experiment.pieces import compute_all
 from l2l_ref.experiment.progress import progress
 from l2l_ref.experiment.protocol import Experiment
+from l2l_ref.experiment.ranks import Ranks
 from l2l_ref.experiment.setting import prepare
 
 
@@ -30,19 +32,27 @@ def main(arguments: list[str]) -> None:
     named = ranks.hear("folder") if ranks.rank else None
     config = cli.parse(arguments)
     machine.keep_freed_memory()
-    out = Path(named) if named else folder.new(config)
+    if not named:
+        config = folder.restarted(config)
+        folder.choose(config)  # what is wrong with it is said before the data are read
     setting = prepare(config, ranks.rank)
-    backend = resolve(config.backend, setting.device)
     phis = {}
     if config.load:
         setting, phis = load_phis(config.load, setting)
-    folder.must_match(setting.config, setting.data, out)  # with rank 0's, on the others
-    experiment = Experiment(setting, out, progress(ranks.world == 1), phis)
-    if ranks.rank:
-        compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
-        return
+    with nullcontext(Path(named)) if named else folder.claimed(config) as out:
+        folder.must_match(setting.config, setting.data, out)  # with rank 0's, on the others
+        experiment = Experiment(setting, out, progress(ranks.world == 1), phis)
+        if ranks.rank:
+            compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
+        else:
+            conduct(experiment, ranks, arguments)
 
-    folder.make(out)
+
+def conduct(experiment: Experiment, ranks: Ranks, arguments: list[str]) -> None:
+    """What rank 0 does: begin, compute, report."""
+    setting, out, parts = experiment.setting, experiment.out, experiment.parts
+    parts.check(experiment.pieces())
+    backend = resolve(setting.config.backend, setting.device)
     environment = machine.environment(setting.device, backend, setting.data, ranks.world)
     print(report.title(setting))
     print(f"{environment['device']}, backend {backend}, results in {out}", flush=True)
@@ -50,11 +60,12 @@ def main(arguments: list[str]) -> None:
     command = shlex.join([*launcher, "run.py", *(a for a in arguments if a != "--resume")])
     environment = folder.write_config(out, setting.config, environment, command)
     ranks.tell("folder", str(out))
-    compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
+    compute_all(experiment.pieces(), parts, ranks, experiment.progress.say)
     left = experiment.results(), setting, environment, command
     print("\n" + report.write(out, *left), flush=True)
     report.draw(out, *left)
-    print(f"\n{out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
+    names = sorted(path.name for path in out.iterdir() if path.name != folder.LOCK)
+    print(f"\n{out}: " + ", ".join(names))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from bench.measure import command
 from l2l_ref import attacks, data, equations, evaluate
 from l2l_ref.backend import cuda_graphs, operators, resolve
 from l2l_ref.experiment import cli, folder, machine, protocol, tuning
-from l2l_ref.experiment.pieces import Ranks, compute_all
+from l2l_ref.experiment.pieces import compute_all
 from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.ranks import Ranks
 from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.optimizer import LearnedOptimizer
 

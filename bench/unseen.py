@@ -15,9 +15,10 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, folder, report
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.phis import load_phis
-from l2l_ref.experiment.pieces import Ranks, compute_all
+from l2l_ref.experiment.pieces import compute_all
 from l2l_ref.experiment.progress import progress
 from l2l_ref.experiment.protocol import Experiment, Results
+from l2l_ref.experiment.ranks import Ranks
 from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.experiment.summary import summarise
 
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise InputError("bench.unseen is one process: start it without torchrun")
-    out = folder.new(config)  # results of another φ are never found there
+    out = folder.choose(config)  # results of another φ are never found there
     keep_freed_memory()
     setting, phis = load_phis(Path(config.load), prepare(config))
     for name, build in NETWORKS.items():

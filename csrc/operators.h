@@ -20,10 +20,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -47,6 +50,18 @@ inline std::string text(const torch::stable::Device& device) {
 inline void check_fits(bool fits, const Shape& shape) {
   STD_TORCH_CHECK(fits, shape.hidden, " units need more shared memory than this GPU has: use a ",
                   "smaller LSTM, float32, or the reference");
+}
+
+// Of a call in place: what it writes must not lie in what it reads beside.
+inline void check_apart(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  const auto range = [](const Tensor& tensor) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    return std::pair{begin, begin + tensor.numel() * tensor.element_size()};
+  };
+  const auto [a_begin, a_end] = range(a);
+  const auto [b_begin, b_end] = range(b);
+  STD_TORCH_CHECK(a_end <= b_begin || b_end <= a_begin, a_name, " and ", b_name,
+                  " share memory: pass ", b_name, ".clone()");
 }
 
 inline void check_p(double p) {
@@ -96,6 +111,8 @@ inline Shape check(const First& first, size_t axes, const Tensor& state, const T
   STD_TORCH_CHECK(shape.hidden <= max_hidden, "state has ", shape.hidden,
                   " units, the fused kernels take at most ", max_hidden);
   check_p(p);
+  STD_TORCH_CHECK(std::isfinite(output_scale), "output_scale is ", output_scale,
+                  ": it must be finite");
   check_contiguous(first.tensor, first.name);
   first.check(state, "state", {shape.layers, 2, shape.hidden, shape.states()});
   first.check(phi, "phi", {shape.phi()});
@@ -126,6 +143,11 @@ void theta_step_(const Tensor& theta, const Tensor& gradient, const Tensor& stat
   const First first{theta, "theta"};
   const Shape shape = check(first, 1, state, phi, p, output_scale, theta_input, odd);
   first.check(gradient, "gradient", {shape.coordinates});
+  check_apart(theta, "theta", state, "state");
+  check_apart(theta, "theta", gradient, "gradient");
+  check_apart(theta, "theta", phi, "phi");
+  check_apart(state, "state", gradient, "gradient");
+  check_apart(state, "state", phi, "phi");
   const typename Device::Guard guard(theta);
   with_dtype(theta, [&](auto zero) {
     using T = decltype(zero);

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from l2l_ref.data.images import endless
 from l2l_ref.episode import Episode, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import is_chance
-from l2l_ref.files import read_checkpoint, replace_with
+from l2l_ref.files import fits, read_checkpoint, write_checkpoint
 from l2l_ref.guard import untouched
+from l2l_ref.meta_optimizer import load_weights
 from l2l_ref.meta_settings import MetaSettings
 
 
@@ -29,6 +29,16 @@ class History:
     diverged: int = 0  # episodes cut short because a θ or its loss was not finite
     bad: dict[str, int] = field(default_factory=dict)  # how many of the last episodes ended so
     ended: str | None = None  # "collapsed" or "diverged": why the training was given up
+
+
+class Checkpoint(TypedDict):
+    """All that a meta-training which was stopped goes on from."""
+
+    settings: dict[str, Any]  # `identity`
+    episodes: int  # done
+    meta_optimizers: dict[str, Tensor]
+    adam: dict[str, Any]
+    history: History
 
 
 # The watch: after the first fifth of the episodes, and after the clean ones of the curriculum, in
@@ -68,14 +78,14 @@ def meta_train(
     adam = meta_adam(meta_optimizers, settings)
     history, done = History(), 0
     if checkpoint is not None and checkpoint.exists():
-        saved = read_checkpoint(checkpoint)
-        if not same_identity(saved.get("settings"), identity(settings, meta_optimizers)):
+        saved = read_checkpoint(checkpoint, kind=Checkpoint)
+        if not same_identity(saved["settings"], identity(settings, meta_optimizers)):
             raise InputError(
                 f"checkpoint {checkpoint} was written with other settings: resume with those, or "
                 "start afresh with another --out"
             )
-        meta_optimizers.load_state_dict(saved["meta_optimizers"])
-        adam.load_state_dict(saved["adam"])
+        load_weights(meta_optimizers, saved["meta_optimizers"], f"checkpoint {checkpoint}")
+        load_adam(adam, saved["adam"], f"checkpoint {checkpoint}")
         history, done = History(**saved["history"]), saved["episodes"]
 
     for number in range(done, settings.episodes):
@@ -104,7 +114,7 @@ def meta_train(
                 "adam": adam.state_dict(),
                 "history": asdict(history),
             }
-            replace_with(checkpoint, partial(torch.save, state))
+            write_checkpoint(checkpoint, state)
         on_episode(number + 1, loss)
     return history
 
@@ -137,6 +147,17 @@ def meta_adam(meta_optimizers: nn.ModuleDict, settings: MetaSettings) -> torch.o
     groups = [{"params": weights, "lr": settings.meta_lr}]
     groups += [{"params": etas, "lr": settings.eta_lr}] * bool(etas)
     return torch.optim.Adam(groups)
+
+
+def load_adam(adam: torch.optim.Adam, saved: dict[str, Any], where: str) -> None:
+    """Load a state dict of `meta_adam`; InputError for one that is not its."""
+    try:
+        adam.load_state_dict(saved)
+        for param, state in adam.state.items():
+            if state["exp_avg"].shape != param.shape or state["exp_avg_sq"].shape != param.shape:
+                raise ValueError
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+        raise InputError(f"{where} holds a state of Adam that is not φ's: delete it") from None
 
 
 def parameter_groups(meta_optimizers: nn.ModuleDict) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,12 +199,11 @@ def identity(settings: MetaSettings, meta_optimizers: nn.ModuleDict) -> dict[str
     return {**asdict(settings), "meta_optimizers": forms}
 
 
-def same_identity(before: Any, now: dict[str, Any]) -> bool:
+def same_identity(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a checkpoint's `identity` is `now`; fields that came later had the values below."""
-    if not isinstance(before, dict):
-        return False
     later = {"penalty": 0.0, "curriculum": (0.0, 0.0), "eta_lr": now["eta_lr"], "tasks": 1}
-    forms = {
-        name: {"nominal": False, **form} for name, form in before.get("meta_optimizers", {}).items()
-    }
+    forms = before.get("meta_optimizers", {})
+    if not fits(forms, dict[str, dict[str, Any]]):
+        return False
+    forms = {name: {"nominal": False, **form} for name, form in forms.items()}
     return {**later, **before, "meta_optimizers": forms} == now

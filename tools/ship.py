@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from l2l_ref import pretrained
 from l2l_ref.experiment.config import as_saved
-from l2l_ref.files import replace_with
+from l2l_ref.files import replace_with, sealed
 
 METHODS = ("L2L", "Nominal alone", "Adam")  # what the rows that are kept begin with
 NUMBERS = ("pgd_loss", "accuracy", "pgd_accuracy")
@@ -68,7 +68,7 @@ def main() -> None:
         "phis": forms,
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(card), indent=1, ensure_ascii=False) + "\n"
     for kind, content in (("safetensors", weights), ("json", text.encode())):
         path = pretrained.FOLDER / f"{given.name}.{kind}"
         replace_with(path, lambda partial, content=content: partial.write_bytes(content))

@@ -39,10 +39,8 @@ def theta_step_(
 
     Allocates no tensors; scratch is kept by each thread from its first call on.
     """
-    with torch.no_grad():
-        _ops.theta_step_(theta, gradient, state, phi, **form)
-        if not torch.compiler.is_compiling():
-            increment_version((theta, state))  # autograd notices what it saved and we changed
+    step = _ops.theta_step_ if torch.compiler.is_compiling() else _theta_step_
+    step(theta, gradient, state, phi, **form)
 
 
 def theta_step(
@@ -115,6 +113,15 @@ def _double_backward(name, ctx, *cotangents):
         return torch.autograd.grad(first, inputs, cotangents, allow_unused=True)
 
 
+def _theta_step_(theta, gradient, state, phi, **form):
+    """The operator, and autograd notices what it saved and we change."""
+    increment_version((theta, state))
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        _ops.theta_step_(theta, gradient, state, phi, **form)
+
+
+_library = torch.library.Library("l2l_ref", "IMPL")
+_library.impl("theta_step_", _theta_step_, "ADInplaceOrView")  # for who calls it by its name
 for _name in _FAKES:
     torch.library.register_fake(f"l2l_ref::{_name}", _fake(_name))
 for _name in ("theta_step", "preprocess"):

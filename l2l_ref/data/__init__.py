@@ -76,8 +76,8 @@ def load(
     kind, root = sources.KINDS[name], Path(data_dir).expanduser()
     reason = "downloading is switched off"
     try:
-        if root.exists() and not root.is_dir():
-            raise InputError(f"data_dir {root} is a file: name the folder that holds the data")
+        if os.path.lexists(root) and not root.is_dir():
+            raise InputError(f"data_dir {root} is no folder: name the one that holds the data")
         found = sources.find(name, root)
         if found is None and download:
             reason = sources.download(kind, root)

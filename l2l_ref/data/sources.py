@@ -71,10 +71,13 @@ def find(name: str, root: Path) -> Found | None:
     Raises:
         InputError: it is there but broken.
     """
-    if (root / KINDS[name].folder).exists():
+    folder = Path(KINDS[name].folder)
+    if (root / folder).exists():
         return _from_torchvision(name, root)
-    if (root / name).exists():
+    if os.path.lexists(root / name):
         return _from_folders(name, root / name)
+    if os.path.lexists(root / folder.parts[0]):  # a file, a folder without raw, a link to nowhere
+        return _from_torchvision(name, root)
     return None
 
 

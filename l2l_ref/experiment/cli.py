@@ -3,15 +3,21 @@
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from typing import Any
+
+import torch
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import OPTIONS, Config, complete, names_of, require, tuples
 from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT
 from l2l_ref.pretrained import card
+
+LONG = 600  # characters of a message
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,20 +79,70 @@ def parse(arguments: list[str]) -> Config:
     return complete(given)
 
 
+class Output:
+    """A stream that outlives its reader (`| head`) and its disk: what it cannot write is lost, and
+    the program goes on."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what is left in its buffer, and all that follows, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a program, as control-C does; its one argument is the signal."""
+
+
 def run_as_script(
     name: str, main: Callable[[list[str]], None], interrupted: str = "stopped"
 ) -> None:
-    """Run `main` on the command line; an InputError is one sentence and exit code 2."""
+    """Run `main` on the command line; a mistake is one sentence and exit code 2, and a signal one
+    and 128 plus its number.
+
+    Args:
+        interrupted: what to say of a program that did not come to its end.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        raise Stopped(number)
+
     sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)
+        Output(stream) if isinstance(stream, io.TextIOWrapper) else stream or open(os.devnull, "w")
+        for stream in (sys.stdout, sys.stderr)
     )
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not that of a notebook
-            stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, stop)
     try:
         main(sys.argv[1:])
     except InputError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(f"\n{interrupted}")
+        end(2, f"{name}: {shortened(str(error))}")
+    except OSError as error:  # no room, no permission, a disk that fails
+        where = f"{error.filename}: " if error.filename else ""
+        end(2, f"{name}: {shortened(where)}{error.strerror or error} ({interrupted})")
+    except torch.distributed.DistError as error:  # rank 0 is gone, and its store with it
+        end(1, f"{name}: {shortened(str(error).splitlines()[0])} ({interrupted})")
+    except KeyboardInterrupt as stopped:
+        first = os.environ.get("RANK", "0") == "0"  # the other ranks hear of it too
+        end(128 + (stopped.args or (signal.SIGINT,))[0], f"\n{interrupted}" * first)
+
+
+def end(code: int, words: str) -> None:
+    if words:
+        print(words, file=sys.stderr)
+    sys.exit(code)
+
+
+def shortened(words: str) -> str:
+    """Without the middle, where a value is very long."""
+    return words if len(words) <= LONG else f"{words[: LONG // 2]} … {words[-LONG // 2 :]}"

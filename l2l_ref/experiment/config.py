@@ -11,6 +11,7 @@ from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option, path
+from l2l_ref.files import fits
 
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
@@ -145,11 +146,12 @@ class Config:
         ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
         require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
-        for name in ("output_scale", "meta_lr", "clip"):
+        for name in ("output_scale", "clip"):
             value = getattr(self, name)
             require(name, 0 < value < math.inf, value, "positive and finite")
+        require("meta_lr", 0 < self.meta_lr <= 1, self.meta_lr, "above 0 and at most 1")
         size = self.attack_step_size
-        require("attack_step_size", size is None or 0 < size < math.inf, size, "positive")
+        require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
         known = self.attack in ATTACKS or ":" in self.attack
         require("attack", known, self.attack, f"{', '.join(ATTACKS)}, or MODULE:FUNCTION")
         for eps in self.eps:
@@ -176,6 +178,22 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
 
 
+def must_end(c: Config) -> None:
+    """InputError for a run of more pieces, or gradients of a batch, than anyone waits for."""
+    phis = c.folds * len(c.eps) * c.meta_seeds
+    points = c.folds * math.prod(map(len, c.grid.values())) if c.grid else 0
+    pieces = points + phis * (1 + 2 * c.seeds)
+    episodes = (points * len(c.eps) + phis) * c.episodes * c.tasks
+    gradients = episodes * c.episode_steps[0] + phis * 2 * c.seeds * c.steps
+    for count, what, most in (
+        (pieces, "pieces (--seeds, --meta-seeds, --eps and --grid)", MOST_PIECES),
+        (gradients, "gradients (--episodes, --steps, --tasks and pieces)", MOST_GRADIENTS),
+    ):
+        if count > most:
+            raise InputError(f"this run has at least {count:,} {what}: ask for {most:,} at most")
+
+
+MOST_PIECES, MOST_GRADIENTS = 10**5, 10**10
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
 POINTS = 100  # of a curve
 
@@ -201,6 +219,7 @@ def complete(given: dict[str, Any]) -> Config:
     if settings["record_every"] is None:
         settings["record_every"] = math.ceil(settings["steps"] / POINTS)
     config = Config(**settings)
+    must_end(config)
     for point in combinations(config.grid):
         with_grid(config, point)  # raises where a candidate is out of range
     return config
@@ -239,6 +258,12 @@ BEFORE: dict[str, Any] = {
 def tuples(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with tuples, as `Config` has them, for the lists of argparse and JSON."""
     return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+
+
+def fits_config(saved: dict[str, Any], names: Iterable[str]) -> bool:
+    """Whether settings that were read have these names, with values of their types."""
+    saved, types = as_saved(saved), {one.name: one.type for one in fields(Config)}
+    return all(name in saved and fits(saved[name], types[name]) for name in names)
 
 
 def as_saved(settings: dict[str, Any]) -> dict[str, Any]:

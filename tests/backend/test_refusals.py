@@ -176,6 +176,36 @@ def test_the_functions_refuse_what_the_operators_refuse(fused, arguments, argume
             function(*(given[name] for name in STEP), **CASE.form)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_output_scale_that_is_no_number(fused, arguments, name, scale):
+    given = arguments()
+    with pytest.raises(RuntimeError, match="output_scale is -?(nan|inf): it must be finite"):
+        getattr(torch.ops.l2l_ref, name)(
+            *(given.get(argument) for argument in OPERATORS[name]),
+            **CASE.form | {"output_scale": scale},
+        )
+
+
+@pytest.mark.parametrize("inside", ["state", "phi", "gradient"])
+@pytest.mark.parametrize("written", ["theta", "state"])
+def test_what_is_written_does_not_lie_in_what_is_read(fused, device, written, inside):
+    """In place, one tensor in the memory of another, at its beginning and at its end."""
+    if written == inside:
+        return
+    given = {name: x.to(device) for name, x in cpu_arguments(CASE, torch.float32).items()}
+    a, b = given[written].numel(), given[inside].numel()
+    memory = torch.zeros(a + b, device=device)
+    for begin, ok in ((0, False), (b - 1, False), (b, True)):
+        given[written] = memory[begin : begin + a].view(given[written].shape)
+        given[inside] = memory[:b].view(given[inside].shape)
+        if ok:
+            fused.theta_step_(*(given[name] for name in STEP), **CASE.form)
+            continue
+        with pytest.raises(RuntimeError, match=f"{written} and {inside} share memory"):
+            fused.theta_step_(*(given[name] for name in STEP), **CASE.form)
+
+
 def test_a_wrong_keyword_is_refused(fused, arguments):
     given = arguments()
     tensors = [given[name] for name in STEP]

@@ -412,12 +412,32 @@ def test_broken_images(tmp_path, must_fail, name, damage, words):
     assert not (tmp_path / "cache").exists(), "nothing broken is cached"
 
 
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("mnist", "mnist"),
+                                          ("cifar10", "cifar-10-batches-py"),
+                                          ("cifar10", "cifar10")])  # fmt: skip
+@pytest.mark.parametrize("what", ["file", "empty folder", "loop", "link to nowhere"])
+def test_what_stands_where_the_data_should_is_no_reason_to_make_them_up(
+    tmp_path, must_fail, name, folder, what
+):
+    place = tmp_path / folder
+    if what == "file":
+        place.touch()
+    elif what == "empty folder":
+        place.mkdir()
+    else:
+        place.symlink_to(place if what == "loop" else tmp_path / "nowhere")
+    must_fail(name, place, "is missing", root=tmp_path)
+
+
 def test_bad_arguments(tmp_path, must_fail, monkeypatch):
     with pytest.raises(InputError, match="'cifar100'.*mnist, cifar10"):
         data.load("cifar100", tmp_path)
     file = tmp_path / "file"
     file.write_text("")
-    must_fail("mnist", file, "is a file", root=file)
+    must_fail("mnist", file, "is no folder", root=file)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    must_fail("mnist", loop, "is no folder", root=loop)
 
     def refuse(name, root):
         raise PermissionError(13, "Permission denied", str(root))

@@ -10,9 +10,10 @@ import pytest
 from conftest import call_script
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import pieces
-from l2l_ref.experiment.pieces import Clock, Parts, Piece, Ranks, compute_all
+from l2l_ref.experiment import pieces, ranks
+from l2l_ref.experiment.pieces import Clock, Parts, Piece, compute_all
 from l2l_ref.experiment.progress import duration
+from l2l_ref.experiment.ranks import Ranks
 
 
 class Graph:
@@ -29,11 +30,11 @@ class Graph:
 
     def compute(self, name, parts):
         self.before(name)
-        assert all(parts[need] == f"result of {need}" for need in self.needs[name])
+        assert all(parts[need] == {"of": need} for need in self.needs[name])
         self.done.append(name)
         time.sleep(self.seconds)
         self.after(name)
-        return f"result of {name}"
+        return {"of": name}
 
 
 def alone(graph, parts, say=lambda line: None):
@@ -63,15 +64,15 @@ class TestParts:
         assert [path.name for path in parts.folder.iterdir()] == ["a.json"]  # no partial file stays
 
     def test_a_broken_file_is_named(self, parts):
-        parts.keep("a", 1)
+        parts.keep("a", {"loss": 1})
         parts.path("a").write_text("{")
         with pytest.raises(InputError, match=r"a\.json is broken: delete it"):
             parts["a"]
 
     @pytest.mark.parametrize("name", ["λ/ε 1", "lr 0.001, L1 0", "a.b", "100%", "%2F"])
     def test_every_name_is_one_file_and_comes_back(self, parts, name):
-        parts.keep(name, 7)
-        assert parts[name] == 7 and list(parts) == [name] and dict(parts) == {name: 7}
+        parts.keep(name, {"loss": 7})
+        assert list(parts) == [name] and dict(parts) == {name: {"loss": 7}}
 
 
 class TestAlone:
@@ -80,7 +81,7 @@ class TestAlone:
         alone(graph, parts)
         # c before a, being longer; that makes d ready, longest of all; b waits for a; e for both
         assert graph.done == ["c", "d", "a", "b", "e"]
-        assert {name: parts[name] for name in "abcde"} == {n: f"result of {n}" for n in "abcde"}
+        assert {name: parts[name] for name in "abcde"} == {n: {"of": n} for n in "abcde"}
 
     def test_among_equals_the_order_is_kept(self, parts):
         graph = Graph({name: (1, "") for name in "jacket"})
@@ -122,12 +123,23 @@ class Shared(Ranks):
 
     def __init__(self, rank, world, claims):
         self.rank, self.world, self.store = rank, world, self
-        self.claims, self.lock = claims, claims.setdefault("lock", threading.Lock())
+        self.claims, self.lock, self.alive = (
+            claims,
+            claims.setdefault("lock", threading.Lock()),
+            True,
+        )
+        self.begin()
 
     def add(self, key, value):
         with self.lock:
-            self.claims[key] = self.claims.get(key, 0) + value
+            self.claims[key] = self.claims.get(key, 0) + value * self.alive
             return self.claims[key]
+
+    def set(self, key, value):
+        self.claims[key] = value
+
+    def check(self, keys=None):
+        return all(key in self.claims for key in keys) if keys else super().check()
 
 
 def together(graph, parts, world):
@@ -156,6 +168,30 @@ class TestTogether:
     @pytest.fixture(autouse=True)
     def often(self, monkeypatch):
         monkeypatch.setattr(pieces, "POLL", 1e-3)
+        monkeypatch.setattr(ranks, "POLL", 1e-3)
+        monkeypatch.setattr(ranks, "BEAT", 0.02)
+        monkeypatch.setattr(ranks, "PATIENCE", 0.5)
+
+    def test_a_silent_process_is_not_waited_for(self, parts):
+        """Rank 1 claims a piece and is gone; so is rank 0 before it says where the folder is."""
+        claims = {}
+        first, gone = (Shared(rank, 2, claims) for rank in range(2))
+        time.sleep(0.1)
+        gone.claim("a")
+        gone.alive = False
+        graph = Graph({"a": (2, ""), "b": (1, "")})
+        with pytest.raises(ConnectionError, match="rank 1 gave no sign of life for 0.5 s"):
+            compute_all(graph.pieces, parts, first, lambda line: None)
+        assert graph.done == ["b"]  # what can be done is done
+        first.alive, third = False, Shared(1, 2, claims)
+        with pytest.raises(ConnectionError, match="rank 0 gave no sign of life"):
+            third.hear("folder")
+
+    def test_a_slow_process_is_waited_for(self, parts):
+        """It is longer at its piece than anyone's patience; and one that left is not missed."""
+        graph = Graph({"a": (2, ""), "b": (1, "")}, seconds=0.0)
+        graph.before = lambda name: time.sleep(1.0) if name == "a" else None
+        assert together(graph, parts, 3)[0] == {"a", "b"}
 
     @pytest.mark.parametrize("world", [2, 3, 5])
     def test_nothing_twice_nothing_before_what_it_needs(self, parts, world):

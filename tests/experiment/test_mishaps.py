@@ -1,0 +1,408 @@
+"""What befalls runs: another in their folder, files that changed, a full disk, signals."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, call_script
+
+import run
+from l2l_ref import files, pretrained
+from l2l_ref.errors import InputError
+from l2l_ref.experiment import folder, pieces
+from l2l_ref.files import read_checkpoint, read_json, sealed, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--dataset", "quadratic", "--quick", "--episodes", "2", "--steps", "10", "--seeds", "1"]
+LONG = ["--dataset", "quadratic", "--episodes", "2000", "--steps", "100"]
+
+
+def begin(*arguments, workdir, **options):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=workdir, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def finished(workdir):
+    run.main([*SHORT, "--out", "r"])
+    return workdir / "r"
+
+
+class TestTwoRunsAndOneFolder:
+    def test_of_default_runs_each_has_its_own(self, workdir):
+        several = [begin(*SHORT, workdir=workdir) for _ in range(3)]
+        for process in several:
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+        names = ["quadratic-none-paper-quick" + number for number in ("", "-2", "-3")]
+        assert {path.name for path in Path("runs").iterdir()} == set(names)
+        assert all(Path("runs", name, "summary.json").exists() for name in names)
+
+    def test_one_that_is_alive_is_neither_resumed_nor_joined(self, workdir):
+        alive = begin(*LONG, "--out", "r", workdir=workdir)
+        wait_for(Path("r/config.json"), alive)
+        for more in (["--resume"], []):
+            with pytest.raises(InputError, match="r (belongs to a run that is alive|is not empty)"):
+                run.main([*LONG, "--out", "r", *more])
+        alive.kill()
+        alive.wait()
+        with folder.claimed(run.cli.parse([*LONG, "--out", "r", "--resume"])):
+            pass  # what a killed run held is free
+
+    def test_of_two_that_chose_the_same_folder_one_ends(self, workdir, monkeypatch):
+        """The data take their time: one claims what the other chose before."""
+        prepare = run.prepare
+
+        def slow(config, rank):
+            if config.seed == 2:
+                run.main([*SHORT, "--seed", "1", "--out", "r"])
+            return prepare(config, rank)
+
+        monkeypatch.setattr(run, "prepare", slow)
+        with pytest.raises(InputError, match="--out r is not empty"):
+            run.main([*SHORT, "--seed", "2", "--out", "r"])
+        assert read_json(Path("r/config.json"), "")["settings"]["seed"] == 1
+
+    def test_a_mistake_leaves_no_folder(self, workdir):
+        with pytest.raises(InputError):
+            run.main(["--data-dir", "nowhere", "--strict-data", "--load", "no.pt", "--out", "r"])
+        assert list(workdir.iterdir()) == []
+
+    def test_a_claim_that_came_to_nothing_is_no_run(self, workdir):
+        Path("r").mkdir()
+        Path("r", folder.LOCK).touch()
+        run.main([*SHORT, "--out", "r"])
+        assert Path("r/summary.json").exists()
+
+
+def flipped(path: Path, noise: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[noise.randrange(len(content))] ^= 1 << noise.randrange(8)
+    path.write_bytes(content)
+
+
+def same(a, b) -> bool:
+    """Equal in every bit, nan with nan."""
+    if isinstance(a, torch.Tensor):
+        return (
+            a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        )
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return repr(a) == repr(b)
+
+
+class TestFlippedBits:
+    """A flip is refused, or every value is what it was."""
+
+    @pytest.mark.parametrize(
+        "name, read, flips",
+        [
+            ("meta_optimizer.pt", pretrained.read, 400),
+            ("parts/transfer-fold0-phi0-eps0.0.pt", read_checkpoint, 100),
+            ("parts/transfer-fold0-phi0-eps0.0.json", lambda path: read_json(path, "x"), 300),
+            ("config.json", lambda path: read_json(path, "x", folder.Saved), 300),
+        ],
+    )
+    def test_in_what_a_run_left(self, finished, name, read, flips, capsys):
+        noise, path, refused = random.Random(0), finished / name, 0
+        content, before = path.read_bytes(), read(path)
+        for _ in range(flips):
+            flipped(path, noise)
+            try:
+                after = read(path)
+            except InputError as error:
+                refused += 1
+                assert str(path) in str(error)
+            else:
+                seal = {key: value for key, value in after.items() if key not in before}
+                assert len(seal) <= 1  # a flip in the word "checksum" itself
+                assert same({k: v for k, v in after.items() if k not in seal}, before)
+            path.write_bytes(content)
+        assert refused > 0.95 * flips
+
+    def test_in_the_package(self, tmp_path, monkeypatch):
+        name = pretrained.list_pretrained()[0]
+        for kind in ("json", "safetensors"):
+            (tmp_path / f"{name}.{kind}").write_bytes(
+                (pretrained.FOLDER / f"{name}.{kind}").read_bytes()
+            )
+        monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+        before, noise = pretrained.load(name).state_dict(), random.Random(1)
+        for kind in ("json", "safetensors"):
+            path = tmp_path / f"{name}.{kind}"
+            content = path.read_bytes()
+            for _ in range(50):
+                flipped(path, noise)
+                try:
+                    assert same(dict(pretrained.load(name).state_dict()), dict(before))
+                except InputError as error:
+                    assert name in str(error)
+                path.write_bytes(content)
+
+    def test_the_run_names_the_file(self, finished):
+        part = next((finished / "parts").glob("run-*.json"))
+        part.write_text(part.read_text().replace("0.", "1.", 1))
+        with pytest.raises(InputError, match=re.escape(f"{part.name} is broken: delete it")):
+            run.main([*SHORT, "--out", "r", "--resume"])
+        part.unlink()
+        run.main([*SHORT, "--out", "r", "--resume"])
+
+
+class TestWithoutASeal:
+    """Files of older versions; and those that parse, but are not what they should be."""
+
+    def test_one_line_and_the_same_results(self, finished, capsys):
+        kept = (finished / "metrics.csv").read_bytes()
+        for path in finished.rglob("*.pt"):
+            torch.save(torch.load(path, weights_only=True), path)
+        for path in [finished / "config.json", *finished.rglob("parts/*.json")]:
+            value = json.loads(path.read_text())
+            del value["checksum"]
+            path.write_text(json.dumps(value))
+        files.say_unsealed.cache_clear()
+        run.main([*SHORT, "--out", "r", "--resume"])
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if "without a checksum" in line
+        ]
+        assert len(lines) == 2  # the folder's, and that of its parts
+        assert (finished / "metrics.csv").read_bytes() == kept
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda phi: phi.pop("state_dict"),
+            lambda phi: phi.pop("settings"),
+            lambda phi: phi.update(settings=[]),
+            lambda phi: phi["settings"].update(hidden_size=10**9),
+            lambda phi: phi["settings"].update(num_layers=10**9),
+            lambda phi: phi["settings"].update(hidden_size="20"),
+            lambda phi: phi["settings"].update(p=-1.0),
+            lambda phi: phi["settings"].update(p=None),
+            lambda phi: phi["settings"].pop("hidden_size"),
+            lambda phi: phi["settings"].update(unknown=1),
+            lambda phi: phi["settings"].update(theta_input=not phi["settings"]["theta_input"]),
+            lambda phi: phi["state_dict"].pop("lstm.weight_ih_l0"),
+            lambda phi: phi["state_dict"].update(more=torch.zeros(1)),
+            lambda phi: phi["state_dict"].update({"head.weight": 3}),
+            lambda phi: phi["state_dict"].update({"head.weight": torch.zeros(1, 21)}),
+            lambda phi: phi["state_dict"]["head.weight"].fill_(float("nan")),
+            lambda phi: phi["state_dict"]["lstm.bias_hh_l0"].fill_(float("-inf")),
+        ],
+    )
+    def test_an_edited_phi_is_refused(self, finished, edit):
+        saved = torch.load("r/meta_optimizer.pt", weights_only=True)
+        edit(next(iter(saved["phis"]["transfer-fold0-phi0-eps0.0"].values())))
+        torch.save(saved, "edited.pt")
+        for use in (pretrained.load, lambda path: run.main([*SHORT[:3], "--load", path])):
+            with pytest.raises(InputError, match=r"edited\.pt"):
+                use("edited.pt")
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda file: file.pop("phis"),
+            lambda file: file.update(phis=[]),
+            lambda file: file.update(phis={"a": {"b": 3}}),
+            lambda file: file.pop("config"),
+            lambda file: file.update(config=None),
+            lambda file: file["config"].pop("p"),
+            lambda file: file["config"].update(p="ten"),
+            lambda file: file["config"].update(eps=0.1),
+            lambda file: file["config"].pop("seed"),
+            lambda file: file.pop("data"),
+            lambda file: file.update(given_up=3),
+        ],
+    )
+    def test_an_edited_phi_file_is_refused(self, finished, edit):
+        saved = torch.load("r/meta_optimizer.pt", weights_only=True)
+        edit(saved)
+        torch.save(saved, "edited.pt")
+        with pytest.raises(InputError, match=r"edited\.pt"):
+            run.main([*SHORT[:3], "--load", "edited.pt"])
+
+    @pytest.mark.parametrize("kind", ["run", "tune", "nominal", "transfer"])
+    def test_edited_parts_are_refused(self, finished, kind):
+        """Each value in turn is of another type, or missing."""
+        path = next(p for p in sorted((finished / "parts").glob(f"{kind}-*.json")))
+        before = read_json(path, "x")
+        for key, value in before.items():
+            others = [{}, {**before, key: "other" if key != "ended" else 3}]
+            if key != "bad":
+                others.append({**before, key: {"other": 1}})
+            if key not in ("bad", "ended"):
+                others.append({k: v for k, v in before.items() if k != key})
+            if isinstance(value, list) and kind == "run":
+                others.append({**before, key: value[:-1]})
+            for other in others:
+                path.write_text(json.dumps(sealed(other)))
+                with pytest.raises(InputError, match=re.escape(path.name)):
+                    run.main([*SHORT, "--out", "r", "--resume"])
+        for text in ("", "null", "[]", "3", '"x"', "{", "\0", "[" * 100_000):
+            path.write_text(text)
+            with pytest.raises(InputError, match=re.escape(path.name)):
+                run.main([*SHORT, "--out", "r", "--resume"])
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda saved: saved.pop("episodes"),
+            lambda saved: saved.update(episodes="2"),
+            lambda saved: saved.update(settings=None),
+            lambda saved: saved["settings"].update(meta_optimizers=3),
+            lambda saved: saved.update(history=[]),
+            lambda saved: saved["history"].update(loss=3),
+            lambda saved: saved.update(adam={}),
+            lambda saved: saved["adam"]["state"][0].update(exp_avg=torch.zeros(3)),
+            lambda saved: saved["adam"]["state"][0].pop("exp_avg"),
+            lambda saved: saved["meta_optimizers"].popitem(),
+            lambda saved: next(iter(saved["meta_optimizers"].values())).fill_(float("nan")),
+        ],
+    )
+    def test_an_edited_checkpoint_is_refused(self, finished, edit):
+        name = "transfer-fold0-phi0-eps0.0"
+        path = finished / "parts" / f"{name}.pt"
+        saved = torch.load(path, weights_only=True)
+        saved["episodes"] = 1
+        edit(saved)
+        write_checkpoint(path, saved)
+        path.with_suffix("").with_suffix("").parent.joinpath(f"{name}.json").unlink()
+        with pytest.raises(InputError, match=re.escape(str(path.name))):
+            run.main([*SHORT, "--out", "r", "--resume"])
+
+
+class TestTheDisk:
+    def test_full_in_mid_run_and_then_resumed(self, workdir, monkeypatch):
+        """At each file in turn there is no room, once."""
+        run.main([*SHORT, "--out", "whole"])
+        write, count = Path.write_bytes, len(list(Path("whole").rglob("*.pt")))
+        for at in range(0, count, 2):
+            calls = iter(range(10**6))
+
+            def full(path, content, at=at, calls=calls):
+                if next(calls) == at:
+                    write(path, content[: len(content) // 2])
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return write(path, content)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "write_bytes", full)
+                with pytest.raises(OSError, match="No space left on device: .*pt'"):
+                    run.main([*SHORT, "--out", f"r{at}"])
+            assert not list(Path(f"r{at}").rglob("*.partial"))
+            run.main([*SHORT, "--out", f"r{at}", "--resume"])
+            assert Path(f"r{at}/metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
+
+    def test_it_is_one_sentence(self, tmp_path):
+        (tmp_path / "file").touch()
+        for out in ("file/x", "x" * 300, "/proc/no/such"):
+            done = call_script(*SHORT, "--out", out, cwd=tmp_path)
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+            assert out.split("/")[-1] in done.stderr and "Traceback" not in done.stderr
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+    def test_a_full_disk_behind_stdout_does_not_end_a_run(self, tmp_path):
+        with open("/dev/full", "w") as nowhere:
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "run.py"), *SHORT, "--out", "r"], cwd=tmp_path,
+                stdout=nowhere, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert done.returncode == 0 and not done.stderr
+        assert (tmp_path / "r" / "curves.png").exists()
+
+
+def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
+    process = begin(*SHORT, "--out", "r", workdir=tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and not process.stderr.read()
+    assert (tmp_path / "r" / "curves.png").exists()
+
+
+class TestSignals:
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+    def test_they_end_a_run_with_a_word(self, name, workdir):
+        number = getattr(signal, name)
+        process = begin(*LONG, "--out", "r", workdir=workdir)
+        wait_for(Path("r/parts"), process)
+        process.send_signal(number)
+        _, said = process.communicate()
+        assert process.returncode == 128 + number, said
+        assert said.strip() == "stopped; --resume continues"
+        assert not list(Path("r").rglob("*.partial"))
+
+    def test_nohup_is_heard(self, workdir):
+        process = begin(
+            *SHORT, "--out", "r", workdir=workdir,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        )  # fmt: skip
+        wait_for(Path("r/config.json"), process)
+        process.send_signal(signal.SIGHUP)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--seeds", str(10**12)], "pieces"),
+        (["--tasks", str(10**9)], "gradients"),
+        (["--tasks", str(10**6)], "GiB"),
+        (["--dataset", "quadratic", "--batch-size", str(10**9)], "GiB"),
+        (["--episodes", str(10**12)], "gradients"),
+        (["--steps", str(10**15)], "gradients"),
+        (["--grid", "p=" + ",".join(map(str, range(1, 70))),
+          "unroll=" + ",".join(map(str, range(1, 2000))),
+          "meta-lr=" + ",".join(f"{i}e-4" for i in range(1, 100))], "pieces"),
+        (["--meta-lr", "1e300"], "meta-lr is 1e"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_at_once(arguments, words, workdir, small_data):
+    start = time.monotonic()
+    with pytest.raises(InputError, match=words):
+        run.main([*arguments, "--out", "r"])
+    assert time.monotonic() - start < 10 and not Path("r").exists()
+
+
+def test_candidates_that_are_alike_have_pieces_of_their_own(workdir, small_data):
+    grid = ["--grid", "p=5.0000001,5.0000002"]
+    setting = run.prepare(run.cli.parse([*TINY, *grid]))
+    experiment = run.Experiment(setting, Path("r"), run.progress())
+    names = [piece.name for piece in experiment.pieces()]
+    assert len(names) == len(set(names))
+    assert sum(name.startswith("grid") for name in names) == 2
+
+
+def test_a_long_value_is_cut(tmp_path):
+    done = call_script("--dataset", "x" * 5000, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr) < 1000 and "choose from" in done.stderr
+
+
+def test_a_piece_is_checked_before_anything_is_computed(tmp_path):
+    parts = pieces.Parts(tmp_path)
+    piece = pieces.Piece("a", lambda parts: {"x": 1}, "", 1.0, valid=lambda value: "x" in value)
+    parts.check([piece])
+    parts.keep("a", {"y": 1})
+    with pytest.raises(InputError, match=r"a\.json is broken"):
+        parts.check([piece])

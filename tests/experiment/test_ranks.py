@@ -1,0 +1,115 @@
+"""Processes that die, start anew, or sit on two machines: real ones, under torchrun."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import call_script
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ["--dataset", "quadratic", "--quick", "--episodes", "6", "--steps", "40", "--seeds", "3",
+       "--nominal"]  # fmt: skip
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+
+
+def torchrun(*arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def worker(launcher, rank: int | str = "") -> int:
+    """The process that a launcher started as that rank, or any."""
+    while launcher.poll() is None:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it has ended meanwhile
+            ranks = {line for line in environment if line.startswith(f"RANK={rank}".encode())}
+            if parent == launcher.pid and ranks:
+                return int(entry.name)
+        time.sleep(0.05)
+    raise AssertionError(launcher.communicate())
+
+
+def wait_for_parts(folder: Path, count: int) -> None:
+    end = time.monotonic() + 120
+    while len(list(folder.glob("parts/*.json"))) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """metrics.csv of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = call_script(*RUN, "--out", "r", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return (folder / "r" / "metrics.csv").read_bytes()
+
+
+class TestARankThatIsKilled:
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_the_job_ends_and_goes_on_at_another_size(self, tmp_path, alone, rank):
+        job = torchrun("--standalone", "--nproc-per-node", 2, ROOT / "run.py", *RUN, "--out", "r",
+                       cwd=tmp_path)  # fmt: skip
+        victim = worker(job, rank)
+        wait_for_parts(tmp_path / "r", 2)
+        os.kill(victim, signal.SIGKILL)
+        _, said = job.communicate(timeout=60)
+        assert job.returncode == 1 and "Signal 9 (SIGKILL)" in said
+        done = call_script(*RUN, "--out", "r", "--resume", cwd=tmp_path, processes=3)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_torchrun_begins_it_anew(self, tmp_path, alone, rank):
+        job = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, ROOT / "run.py",
+                       *RUN, "--out", "r", cwd=tmp_path)  # fmt: skip
+        victim = worker(job, rank)
+        wait_for_parts(tmp_path / "r", 2)
+        os.kill(victim, signal.SIGKILL)
+        _, said = job.communicate(timeout=120)
+        assert job.returncode == 0, said
+        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+
+
+def node(port, *more, cwd):
+    """A torchrun as on a machine of its own: they meet at an address, and share a folder."""
+    return torchrun("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id",
+                    "job", "--rdzv-endpoint", f"127.0.0.1:{port}", *more, ROOT / "run.py", *RUN,
+                    "--out", "r", cwd=cwd)  # fmt: skip
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class TestTwoMachines:
+    def test_the_same_bits(self, tmp_path, alone, port):
+        jobs = [node(port, cwd=tmp_path) for _ in range(2)]
+        for job in jobs:
+            _, said = job.communicate(timeout=120)
+            assert job.returncode == 0, said
+        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+
+    def test_a_worker_that_dies_is_replaced_on_both(self, tmp_path, alone, port):
+        jobs = [node(port, "--max-restarts", 1, cwd=tmp_path) for _ in range(2)]
+        wait_for_parts(tmp_path / "r", 2)
+        os.kill(worker(jobs[0]), signal.SIGKILL)
+        for job in jobs:
+            _, said = job.communicate(timeout=120)
+            assert job.returncode == 0, said
+        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
