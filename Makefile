@@ -17,9 +17,9 @@ BUILD_NEEDS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | t
 
 EMPTY  :=
 SPACE  := $(EMPTY) $(EMPTY)
-GOALS  := $(filter setup run test lint sanitize docs dist,$(MAKECMDGOALS))
+GOALS  := $(filter setup run test lint sanitize soak docs dist,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-NEEDS  := ninja $(if $(filter test sanitize,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
+NEEDS  := ninja $(if $(filter test sanitize soak,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
   ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
   ifneq ($(ACTIVE_PY),)
@@ -29,11 +29,18 @@ ifneq ($(and $(GOALS),$(ACTIVE)),)
 endif
 
 ENGINE    := $(wildcard csrc/*.* csrc/*/*.*)
-SANITIZED := build/sanitized
 PUBLIC    := $(patsubst l2l_ref/%.py,l2l_ref.%,$(filter-out %/__init__.py,$(wildcard l2l_ref/*.py)))
-RUNTIMES   = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CC) -print-file-name=$(lib)))
+runtimes   = $(foreach lib,$(1),$(shell $(CC) -print-file-name=$(lib)))
+MEMORY    := address,undefined
+SANITIZED  = build/sanitized-$(1)
+# The second line fails where nothing was built, or every test would skip.
+define sanitized
+	L2L_SANITIZE=$(1) USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@ls $(SANITIZED)/lib/l2l_ref/backend/_C*.so
+endef
+sanitized_tests = "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider
 
-.PHONY: help run test lint sanitize docs dist setup clean distclean
+.PHONY: help run test lint sanitize soak docs dist setup clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -50,13 +57,20 @@ lint: $(SETUP) ## ruff: faults and format; mypy: types; clang-format: csrc
 	"$(PY)" -m mypy
 	"$$(dirname "$(PY)")/clang-format" --dry-run -Werror $(ENGINE)
 
-sanitize: $(SETUP) ## the engine's tests with the address and undefined-behaviour sanitizers (GCC)
-	L2L_SANITIZE=1 USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	@ls $(SANITIZED)/lib/l2l_ref/backend/_C*.so  # or every test would skip
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(RUNTIMES)" \
-	  "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cacheprovider \
+sanitize: $(SETUP) ## the engine's tests with the sanitizers of memory, undefined behaviour, threads (GCC)
+	$(call sanitized,$(MEMORY))
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$(call runtimes,libasan.so libubsan.so libstdc++.so)" $(call sanitized_tests,$(MEMORY)) \
 	  -k "not TestCompile and not TestMemory" tests/backend \
 	  --ignore tests/backend/test_graphs.py --ignore tests/backend/test_build.py $(ARGS)
+	$(call sanitized,thread)
+	TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=4 \
+	  LD_PRELOAD="$(call runtimes,libtsan.so)" $(call sanitized_tests,thread) \
+	  -k "threads and not cuda" tests/backend $(ARGS)
+
+soak: $(SETUP) ## an hour and a half: random kills, long runs, random inputs
+	L2L_FUZZ_SECONDS=900 "$(PY)" -m pytest -s tests/soak_long.py tests/experiment/soak_kills.py \
+	  tests/backend/test_fuzz.py $(ARGS)
 
 docs: $(SETUP) ## the docstrings as pages, in build/docs
 	"$(PY)" -m pip install -q pdoc

@@ -36,8 +36,8 @@ if X86:
     avx512 = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512"
     INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma", "avx512": avx512}
 OPTIMIZED, SANITIZED = "-O3 -g0", ""
-if os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: memory errors and undefined behaviour
-    SANITIZED = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+if kinds := os.environ.get("L2L_SANITIZE"):  # for `make sanitize`: "address,undefined" or "thread"
+    SANITIZED = f"-fsanitize={kinds} -fno-sanitize-recover=undefined"
     OPTIMIZED = f"-O1 -g1 -fno-omit-frame-pointer {SANITIZED}"
 # Contraction makes a*b + c one rounding. No -ffast-math: infinities and NaN keep their meaning.
 CPU_FLAGS = (

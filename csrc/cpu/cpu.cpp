@@ -14,6 +14,10 @@
 
 #include "../operators.h"
 
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace avx512 {
 extern const l2l::InstructionSet instruction_set;
 }
@@ -95,6 +99,24 @@ const T* pack(const Kernels<T>& kernels, const Shape& shape, const Tensor& phi) 
   return packed;
 }
 
+// parallel_for, with the fork and join of OpenMP in words that the thread sanitizer understands.
+template <class F>
+void parallel(int64_t size, int64_t grain, F body) {
+#ifdef __SANITIZE_THREAD__
+  static char fork, join;
+  const auto told = [body](int64_t begin, int64_t end) {
+    __tsan_acquire(&fork);
+    body(begin, end);
+    __tsan_release(&join);
+  };
+  __tsan_release(&fork);
+  torch::stable::parallel_for(0, size, grain, told);
+  __tsan_acquire(&join);
+#else
+  torch::stable::parallel_for(0, size, grain, body);
+#endif
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- the device ----
@@ -110,12 +132,11 @@ struct Cpu {
     const Kernels<T>& kernels = instruction_set().kernels<T>();
     const T* packed = pack(kernels, shape, phi);
     const int64_t block = kernels.block(shape);
-    torch::stable::parallel_for(
-        0, ceil_div(shape.coordinates, block), grain, [&](int64_t begin, int64_t end) {
-          T* scratch = kept_memory<T, Use::scratch>(kernels.step_scratch(shape));
-          kernels.step(shape, call, packed, scratch, begin * block,
-                       std::min(end * block, shape.coordinates));
-        });
+    parallel(ceil_div(shape.coordinates, block), grain, [&](int64_t begin, int64_t end) {
+      T* scratch = kept_memory<T, Use::scratch>(kernels.step_scratch(shape));
+      kernels.step(shape, call, packed, scratch, begin * block,
+                   std::min(end * block, shape.coordinates));
+    });
   }
 
   // The coordinates are cut into segments without regard to the number of threads, each with a sum
@@ -129,7 +150,7 @@ struct Cpu {
     const int64_t size = shape.phi(), fitting = sums_bytes / int64_t(size * sizeof(double));
     const int64_t segments = std::min<int64_t>(blocks, std::clamp<int64_t>(fitting, 8, 64));
     std::vector<double> sums(segments * size, 0.0);
-    torch::stable::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
+    parallel(segments, 1, [&](int64_t begin, int64_t end) {
       const Memory<T> scratch(kernels.backward_scratch(shape, call.steps));
       for (int64_t segment = begin; segment < end; ++segment) {
         Backward<T> part = call;
@@ -148,7 +169,7 @@ struct Cpu {
   template <class T>
   static void preprocess(const Tensor&, const Preprocess<T>& call) {
     constexpr int64_t grain = 1 << 14;
-    torch::stable::parallel_for(0, call.size, grain, [&](int64_t begin, int64_t end) {
+    parallel(call.size, grain, [&](int64_t begin, int64_t end) {
       instruction_set().kernels<T>().preprocess(call, begin, end);
     });
   }

@@ -1,0 +1,140 @@
+"""Any shape, layout and values for every operator: the reference's result, or a refusal.
+
+It draws for `L2L_FUZZ_SECONDS` (20) with each of the machine's kernels; `make soak` has it draw for a
+quarter of an hour. A failure names the seed of its example, at which `L2L_FUZZ_SEED` begins.
+"""
+
+import math
+import os
+import random
+import time
+
+import pytest
+import torch
+from engine_cases import BACKWARD, STEP, UNROLL, Case, arguments
+
+from l2l_ref import equations
+
+SECONDS = float(os.environ.get("L2L_FUZZ_SECONDS", 20))
+SEED = int(os.environ.get("L2L_FUZZ_SEED", 0))
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}  # of the largest finite element
+SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3e38, math.exp(-10))
+
+
+def derivative(name):
+    """`name`_backward by the reference: autograd through `name`."""
+
+    def of(*tensors, **form):
+        count = len(tensors) - (2 if name == "theta_step" else 1)
+        inputs = [x.clone().requires_grad_() for x in tensors[:count]]
+        outputs = getattr(equations, name)(*inputs, **form)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return torch.autograd.grad(outputs, inputs, tensors[count:])
+
+    return of
+
+
+# Of each operator its tensors, and its twin.
+OPERATORS = {
+    "theta_step_": (STEP, equations.theta_step_),
+    "theta_step": (STEP, equations.theta_step),
+    "theta_step_backward": (BACKWARD, derivative("theta_step")),
+    "unroll_meta_gradient": (UNROLL, equations.unroll_meta_gradient),
+    "preprocess": (("gradient",), equations.preprocess),
+    "preprocess_backward": (("gradient", "d_preprocessed"), derivative("preprocess")),
+}
+
+
+def drawn_case(noise: random.Random) -> Case:
+    return Case(
+        n=noise.choice((0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, noise.randrange(400))),
+        layers=noise.choice((1, 2, 2, 3)),
+        hidden=noise.choice((1, 2, 7, 8, 16, 20, 20, 20, 33, noise.randrange(1, 65))),
+        theta_input=noise.random() < 0.5,
+        odd=noise.random() < 0.5,
+        steps=noise.choice((1, 2, 3, 7)),
+        p=noise.choice((10.0, 10.0, 0.5, 1.0, 40.0, 80.0)),
+        output_scale=noise.choice((0.1, 1e-3, 1.0, 10.0, 0.0, -1.0)),
+        seed=noise.randrange(1000),
+    )
+
+
+def with_values(noise: random.Random, x: torch.Tensor, strange: bool) -> torch.Tensor:
+    """Some elements become tiny, huge, or, if `strange`, no numbers."""
+    x = x.clone()
+    flat = x.view(-1)
+    for _ in range(noise.choice((0, 0, 1, 3)) if len(flat) else 0):
+        value = noise.choice(SPECIAL) if strange else 10 ** noise.uniform(-20, 3)
+        flat[noise.randrange(len(flat))] = value
+    return x
+
+
+def with_layout(noise: random.Random, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The same numbers elsewhere in memory, and whether an operator takes them there."""
+    kind = noise.choice(("plain", "plain", "offset", "strided", "transposed", "expanded"))
+    if kind == "offset":
+        begin = noise.randrange(1, 9)
+        wide = torch.full((x.numel() + begin + 3,), math.nan, dtype=x.dtype)
+        wide[begin : begin + x.numel()] = x.flatten()
+        x = wide[begin : begin + x.numel()].view(x.shape)
+    elif kind == "strided":
+        wide = x.new_full((*x.shape, 2), math.nan)
+        wide[..., 0] = x
+        x = wide[..., 0]
+    elif kind == "transposed" and x.ndim > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif kind == "expanded" and x.ndim:
+        x = x[..., :1].expand(x.shape) if x.shape[-1] else x
+    return x, x.is_contiguous()
+
+
+def finite_size(x: torch.Tensor) -> float:
+    finite = x[x.isfinite()]
+    return float(finite.abs().max()) if len(finite) else 0.0
+
+
+def check(name: str, noise: random.Random) -> None:
+    names, twin = OPERATORS[name]
+    case, dtype = drawn_case(noise), noise.choice((torch.float32, torch.float64))
+    given = arguments(case, dtype)
+    given["d_preprocessed"] = torch.randn(2, case.n, dtype=dtype)
+    odd_ones = noise.choice(("gradient", "gradients", "state", "cotangents", "theta", "", "", ""))
+    tensors, taken = [], True
+    for argument in names:
+        if argument == "thetas" and not case.theta_input:
+            tensors.append(None)
+            continue
+        x = with_values(noise, given[argument], argument == odd_ones)
+        x, plain = with_layout(noise, x)
+        tensors.append(x)
+        taken &= plain
+    form = {"p": case.p} if name.startswith("preprocess") else case.form
+    operator = getattr(torch.ops.l2l_ref, name)
+    if not taken:
+        with pytest.raises(RuntimeError, match="contiguous"):
+            operator(*tensors, **form)
+        return
+    clones = [None if x is None else x.clone() for x in tensors]
+    actual, expected = operator(*tensors, **form), twin(*clones, **form)
+    if name == "theta_step_":
+        actual, expected = (tensors[0], tensors[2]), (clones[0], clones[2])
+    results = [r if isinstance(r, tuple) else (r,) for r in (actual, expected)]
+    for a, e in zip(*results, strict=True):
+        assert a.shape == e.shape and a.dtype == e.dtype
+        least = max(abs(case.output_scale), 1e-30)
+        size = max(finite_size(e), finite_size(clones[0]) if name == "theta_step_" else 0.0, least)
+        if size < 1e30:  # beyond, sums overflow in one order and not in another
+            tolerance = TOLERANCE[dtype]
+            torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_any_input(cpu_level, name):
+    seed, end = SEED, time.monotonic() + SECONDS / len(OPERATORS)
+    while time.monotonic() < end:
+        try:
+            check(name, random.Random(f"{name} {seed}"))
+        except BaseException as error:
+            raise AssertionError(f"L2L_FUZZ_SEED={seed}, {name}, {cpu_level}") from error
+        seed += 1
+    assert seed - SEED >= SECONDS, "hardly an example was tried"
