@@ -1,7 +1,7 @@
 """Any shape, layout and values for every operator: the reference's result, or a refusal.
 
-It draws for `L2L_FUZZ_SECONDS` (20) with each of the machine's kernels; `make soak` has it draw for a
-quarter of an hour. A failure names the seed of its example, at which `L2L_FUZZ_SEED` begins.
+It draws for `L2L_FUZZ_SECONDS` (20) with each of the machine's kernels; `make soak` has it draw
+for a quarter of an hour. A failure names the seed of its example, where `L2L_FUZZ_SEED` begins.
 """
 
 import math

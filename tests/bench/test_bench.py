@@ -1,6 +1,7 @@
 """The benchmarks in miniature: that they run, agree with the reference and write what they say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import measure, memory, operators, peers, resnet_step, transfer_step
+from bench import measure, memory, operators, peers, pieces, resnet_step, transfer_step
 from bench.case import flops, make_case
 from l2l_ref.backend import built
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES, complete
+from l2l_ref.experiment.pieces import Piece
 
 
 def report_of(command, folder: Path, *arguments: str) -> dict:
@@ -174,3 +176,14 @@ def test_profile(tmp_path):
     assert "LSTM" not in seconds["tuning"]  # where the baselines are
     last = done.stdout.split("\nall")[1].splitlines()[0]
     assert last.split()[-2:] == ["100.0", "100.0"]
+
+
+def test_pieces_dealt_out_by_hand(capsys):
+    several = [Piece(name, None, "", cost, tuple(needs))
+               for name, cost, needs in (("a", 4, ""), ("b", 3, ""), ("c", 2, "a"))]  # fmt: skip
+    # of two processes one has a and then c, while the other ends with b
+    assert [pieces.time_of(several, count) for count in (1, 2, 3)] == [9, 6, 6]
+    pieces.main(["--dataset", "quadratic", "--meta-seeds", "4"])
+    said = capsys.readouterr().out
+    assert "the longest, " in said and ": transfer-fold0-phi0-eps0.0" in said
+    assert re.search(r"\n   2 processes: 2\.0 times", said)

@@ -1,7 +1,7 @@
 """50 kills of a real run at random, then the same bits: `make soak`.
 
-Each is killed when it has left a random number of files, from none to all: in meta-training, tuning,
-transfer, report, and some again while they are resumed. By turns one process and two ranks.
+Each is killed when it has left a random number of files, from none to all: in meta-training,
+tuning, transfer, report, and some again while they are resumed. By turns one process and two ranks.
 """
 
 import os
