@@ -1,12 +1,12 @@
-"""Models of a finished run, trained once more and judged by a stronger PGD.
+"""Models of a finished run, trained once more and judged by a stronger attack.
 
 python -m bench.judge runs/mnist-fgsm-robust "L2L-Transfer (clean)" "Adam + L1"
+python -m bench.judge runs/mnist-fgsm-robust "Adam + L1" --attack torchattacks:AutoAttack
 
 Takes φ and tuned settings as the run left them, so the losses should come out as they did there:
 their largest difference is printed. Writes judge.json into the run's folder.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from l2l_ref.experiment.progress import progress
 from l2l_ref.experiment.protocol import Experiment, Results
 from l2l_ref.experiment.setting import prepare
 from l2l_ref.experiment.summary import differences, summarise
+from l2l_ref.files import read_json
 
 
 def parser(prog: str, doc: str) -> Parser:
@@ -37,6 +38,7 @@ def parser(prog: str, doc: str) -> Parser:
 def parse(arguments: list[str]) -> Any:
     """The options; raises InputError for any that are wrong."""
     top = parser("judge.py", __doc__)
+    top.add_argument("--attack", default="pgd", metavar="NAME", help="pgd, or MODULE:FUNCTION")
     top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
     top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
     return top.parse_args(arguments)
@@ -45,7 +47,8 @@ def parse(arguments: list[str]) -> Any:
 def settings_of(options: Any, **changes: Any) -> Config:
     """Those of the run's config.json, but for who judges."""
     try:
-        saved = as_saved(json.loads((options.folder / "config.json").read_text())["settings"])
+        path = options.folder / "config.json"
+        saved = as_saved(read_json(path, folder.AFRESH, folder.Saved)["settings"])
         grid = {name: tuple(values) for name, values in saved.pop("grid").items()}
         config = Config(**tuples(saved), grid=grid)
     except (OSError, ValueError, KeyError, TypeError):
@@ -83,7 +86,11 @@ def main(arguments: list[str]) -> None:
     """Parse, train, judge, print, write."""
     options = parse(arguments)
     keep_freed_memory()
-    stronger = {"judge_steps": options.steps, "restarts": options.restarts}
+    stronger = {
+        "judge_attack": options.attack,
+        "judge_steps": options.steps,
+        "restarts": options.restarts,
+    }
     experiment = experiment_of(options, **stronger)
     setting, parts = experiment.setting, experiment.parts
     runs, worst = [], 0.0

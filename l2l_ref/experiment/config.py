@@ -112,6 +112,8 @@ class Config:
     curve_samples: int = option(default=1000, exceptions={"cifar10": 256, "quadratic": 1,
         "quick": 100, "cifar10 quick": 32})  # for the losses
     record_every: int = option(TRANSFER, "updates between points of a curve", said="steps/100")
+    judge_attack: str = option(TRANSFER, "under which models are judged: pgd, on cross-entropy and "
+        "margin, or MODULE:FUNCTION", "pgd", metavar="NAME")
     judge_steps: int = option(TRANSFER, "of the PGD that judges", 20)
     restarts: int = option(TRANSFER, "of that, on each of its two losses", 2, {"quick": 1})
     judge: str = option(TRANSFER, "test, or validation: the meta half only", "test",
@@ -154,6 +156,8 @@ class Config:
         require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
         known = self.attack in ATTACKS or ":" in self.attack
         require("attack", known, self.attack, f"{', '.join(ATTACKS)}, or MODULE:FUNCTION")
+        known = self.judge_attack == "pgd" or ":" in self.judge_attack
+        require("judge_attack", known, self.judge_attack, "pgd, or MODULE:FUNCTION")
         for eps in self.eps:
             require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
@@ -252,6 +256,7 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
 BEFORE: dict[str, Any] = {
     "tasks": 1, "nominal": False, "penalty": 0.0, "record_every": 1, "judge": "test",
     "images": None, "curriculum": [0.0, 0.0], "judge_steps": 20,
+    "judge_attack": "pgd",
 }  # fmt: skip
 
 

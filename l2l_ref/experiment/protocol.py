@@ -278,13 +278,17 @@ def run_method(
         generator = trial.stream("judge")
         result |= trial.judge(model, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
-        pgd = [
-            attacks.make("pgd", eps=eps, steps=c.judge_steps, loss=loss, generator=generator)
-            for loss in ("cross_entropy", "margin")
+        own = c.judge_attack == "pgd"
+        judges = [
+            attacks.make(
+                c.judge_attack, eps=eps, steps=c.judge_steps, loss=loss, generator=generator
+            )
+            for loss in (("cross_entropy", "margin") if own else ("cross_entropy",))
         ]
+        restarts = c.restarts if own else 1
         fgsm = attacks.make("fgsm", eps=eps)
         result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
-        result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, pgd, restarts=c.restarts)
+        result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, judges, restarts=restarts)
         if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], setting.problem.classes):
             result["end"] = "collapsed"
     return result

@@ -30,7 +30,8 @@ def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str
     names = [name for name in METRICS if any(name in row for row in summary)]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
-    labels = [METRICS[name].format(judge_steps=config.judge_steps) for name in names]
+    judge = config.judge_attack.partition(":")[2] or f"PGD-{config.judge_steps}"
+    labels = [METRICS[name].format(judge=judge) for name in names]
     head = ["ε", "method", *labels, "runs", ""]
     body = [
         [f"{row['eps']:g}", row["method"],
@@ -125,7 +126,8 @@ def draw(
     out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
 ) -> None:
     """Draw curves.png; a figure that fails is one line on stderr, and all else is there."""
-    heading, footer = title(setting), footnote(setting.config, environment, command)
+    words = title(setting), footnote(setting.config, environment, command)
+    heading, footer = (text.encode(errors="replace").decode() for text in words)  # bytes of paths
     rows, path = summarise(results), out / "curves.png"
     try:
         draw_curves(path, results.runs, rows, setting.config, heading, footer)

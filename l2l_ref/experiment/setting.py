@@ -105,7 +105,8 @@ def prepare(config: Config, rank: int = 0) -> Setting:
         name = f"cuda:{rank % torch.cuda.device_count()}"
     device = available_device(name)
     resolve(config.backend, device)
-    attacks.make(config.attack, eps=config.eps[0])  # a name that is nowhere is wrong now
+    for name in (config.attack, config.judge_attack):
+        attacks.make(name, eps=config.eps[0])  # a name that is nowhere is wrong now
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     must_fit(config, problem, device)

@@ -13,7 +13,7 @@ METRICS = {
     "fgsm_loss": "loss, FGSM",
     "accuracy": "clean acc.",
     "fgsm_accuracy": "FGSM acc.",
-    "pgd_accuracy": "PGD-{judge_steps} acc.",
+    "pgd_accuracy": "{judge} acc.",
     "ms_per_step": "ms/step",
 }
 # Of each recipe the row that says whether φ has learned, and those that it must be below: what it

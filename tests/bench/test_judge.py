@@ -98,3 +98,19 @@ def test_mistakes_of_unseen(workdir, small_data, arguments, words):
     with pytest.raises(InputError, match=words):
         unseen.main(arguments)
     assert not list(workdir.iterdir())
+
+
+def never(model, x, y, eps):
+    return x
+
+
+def test_another_attack_judges(finished, capsys):
+    before = json.loads((finished / "summary.json").read_text())["table"]
+    clean = {row["method"]: row["accuracy"]["mean"] for row in before}
+    judge.main([str(finished), "Adam", "--samples", "40", "--attack", f"{__name__}:never"])
+    found = json.loads((finished / "judge.json").read_text())
+    assert found["loss_difference"] == 0
+    (row,) = found["table"]
+    assert row["pgd_accuracy"]["mean"] == clean["Adam"] and "never acc." in capsys.readouterr().out
+    with pytest.raises(InputError, match="--judge-attack is fgsm: it must be pgd, or MODULE"):
+        judge.main([str(finished), "Adam", "--attack", "fgsm"])

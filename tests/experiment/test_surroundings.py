@@ -55,6 +55,11 @@ def test_dollars_and_a_tilde(workdir, monkeypatch):
     assert not (workdir / "~").exists()
 
 
+def test_bytes_that_are_no_text(workdir):
+    run.main([*SHORT, "--out", os.fsdecode(b"r\xff")])
+    assert os.path.exists(b"r\xff/curves.png")
+
+
 @pytest.mark.parametrize("flag", ["--out", "--load", "--data-dir"])
 def test_no_path_at_all(flag, workdir):
     with pytest.raises(InputError, match=f"argument {flag}: it is empty"):
