@@ -202,6 +202,18 @@ class TestTogether:
         assert sorted(graph.done) == sorted(names)
         assert there[0] == names.keys()  # rank 0 goes on to report, so it waits for all
 
+    def test_a_slow_folder(self, parts):
+        """What is written is seen a while later, as on a file system of a network."""
+
+        class Slow(Parts):
+            def __contains__(self, name):
+                path = self.path(name)
+                return path.exists() and time.time() - path.stat().st_mtime > 0.2
+
+        graph = Graph({"a": (3, ""), "b": (2, ""), "c": (1, "ab"), "d": (1, "c")})
+        there = together(graph, Slow(parts.folder), 3)
+        assert sorted(graph.done) == ["a", "b", "c", "d"] and there[0] == {"a", "b", "c", "d"}
+
     def test_another_goes_on_while_the_longest_runs(self, parts):
         graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
         free = threading.Event()
