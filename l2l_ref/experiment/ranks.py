@@ -1,5 +1,6 @@
 """The processes of `torchrun`, on one machine or several, which share its store."""
 
+import atexit
 import os
 import threading
 import time
@@ -37,16 +38,25 @@ class Ranks:
         """Give signs of life from now on, and listen to those of the others."""
         self.heard = {rank: (0, time.monotonic()) for rank in range(self.world)}
         self.checked = time.monotonic()
+        self.over = threading.Event()
         if self.store is not None:
-            threading.Thread(target=self._beat, daemon=True).start()
+            self.thread = threading.Thread(target=self._beat, daemon=True)
+            self.thread.start()
+            atexit.register(self.end)
 
     def _beat(self) -> None:
         try:
-            while True:
+            while not self.over.is_set():
                 self.store.add(f"beat {self.rank}", 1)
-                time.sleep(BEAT)
+                self.over.wait(BEAT)
         except RuntimeError:
             pass  # the store is gone: whoever needs it will say so
+
+    def end(self) -> None:
+        """No more signs of life: a thread that is in the store when Python ends aborts it."""
+        if self.store is not None:
+            self.over.set()
+            self.thread.join(PATIENCE)
 
     def claim(self, name: str) -> bool:
         """Whether this process is the first to ask for `name`."""
@@ -67,6 +77,7 @@ class Ranks:
     def leave(self) -> None:
         """This process has nothing more to do, and nobody waits for it."""
         self.tell(f"left {self.rank}", "")
+        self.end()
 
     def check(self) -> None:
         """To be called while one waits.
@@ -103,7 +114,7 @@ def meet(store: dist.Store, rank: int) -> str:
         if store.check(["attempt"]):
             attempt = store.get("attempt").decode()
             count = store.add(f"{attempt}/beat 0", 0)
-            if first.setdefault(attempt, count) != count:
+            if first.setdefault(attempt, count) != count or store.check([f"{attempt}/left 0"]):
                 return attempt
         time.sleep(POLL)
     raise ConnectionError(f"rank 0 did not begin within {BEGIN:g} s")

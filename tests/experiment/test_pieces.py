@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 from conftest import call_script
 
 from l2l_ref.errors import InputError
@@ -186,6 +187,27 @@ class TestTogether:
         first.alive, third = False, Shared(1, 2, claims)
         with pytest.raises(ConnectionError, match="rank 0 gave no sign of life"):
             third.hear("folder")
+
+    def test_an_attempt_of_the_past_is_not_joined(self, monkeypatch):
+        """Its rank 0 gives no more signs of life; unless it left, having ended well."""
+        store, joined = dist.HashStore(), []
+        past = ranks.meet(store, 0)
+        store.add(f"{past}/beat 0", 7)
+        late = threading.Thread(target=lambda: joined.append(ranks.meet(store, 1)), daemon=True)
+        late.start()
+        time.sleep(0.1)
+        now = ranks.meet(store, 0)
+        assert not joined
+        for _ in range(100):
+            store.add(f"{now}/beat 0", 1)
+            time.sleep(0.005)
+        late.join(5)
+        assert joined == [now]
+        store.set(f"{now}/left 0", "")
+        assert ranks.meet(store, 1) == now
+        monkeypatch.setattr(ranks, "BEGIN", 0.05)
+        with pytest.raises(ConnectionError, match="rank 0 did not begin within 0.05 s"):
+            ranks.meet(dist.HashStore(), 1)
 
     def test_a_slow_process_is_waited_for(self, parts):
         """It is longer at its piece than anyone's patience; and one that left is not missed."""
