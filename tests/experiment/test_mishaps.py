@@ -344,10 +344,13 @@ class TestSignals:
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
     def test_they_end_a_run_with_a_word(self, name, workdir):
         number = getattr(signal, name)
-        process = begin(*LONG, "--out", "r", workdir=workdir)
+        process = begin(
+            *LONG, "--out", "r", workdir=workdir,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # whatever tests inherit
+        )  # fmt: skip
         wait_for(Path("r/parts"), process)
         process.send_signal(number)
-        _, said = process.communicate()
+        _, said = process.communicate(timeout=120)
         assert process.returncode == 128 + number, said
         assert said.strip() == "stopped; --resume continues"
         assert not list(Path("r").rglob("*.partial"))
