@@ -18,14 +18,16 @@ from l2l_ref.files import read_json, replace_with, sealed
 AFRESH = "start afresh with another --out"
 
 
-class Environment(TypedDict):
-    """What a folder says of the machine, code and data of its run; older ones say less."""
+class Origin(TypedDict):
+    """Of the samples: their source and checksum."""
 
     data: str
     data_sha256: str | None
 
 
-class Later(Environment, total=False):
+class Environment(Origin, total=False):
+    """What a folder says of the machine, code and data of its run; older ones say less."""
+
     device: str
     threads: int
     processes: int
@@ -36,11 +38,11 @@ class Later(Environment, total=False):
 
 
 class Saved(TypedDict):
-    """config.json"""
+    """What config.json holds."""
 
     command: str
     settings: dict[str, Any]
-    environment: Later
+    environment: Environment
 
 
 LOCK = ".lock"  # in a folder, held by the run that writes there, until it ends however it ends
