@@ -5,6 +5,7 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 torchrun --nproc-per-node 2 run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
+import os
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,11 +24,11 @@ from l2l_ref.experiment.setting import prepare
 
 def main(arguments: list[str]) -> None:
     """Parse, meta-train, transfer, compare, report; other ranks than 0 lend a hand between."""
+    if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(arguments):
+        return  # rank 0 shows it, and is gone before they could meet
     ranks = Ranks()
     if ranks.world > 1:
         torch.set_num_threads(1)
-    if ranks.rank and {"-h", "--help"} & set(arguments):
-        return
     # A user's mistake ends rank 0 before it names the folder, and torchrun then ends the others.
     named = ranks.hear("folder") if ranks.rank else None
     config = cli.parse(arguments)
