@@ -151,19 +151,22 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is dict:
         pairs = value.items() if isinstance(value, dict) else [(None, None)]
         return all(fits(k, args[0]) and fits(v, args[1]) for k, v in pairs)
-    if dataclasses.is_dataclass(kind) or is_typeddict(kind):
+    if is_typeddict(kind) or dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            return False
         hints = get_type_hints(kind)
-        needed, more = set(getattr(kind, "__required_keys__", ())), is_typeddict(kind)
-        if not more:
-            missing = dataclasses.MISSING
-            needed = {f.name for f in dataclasses.fields(kind)
-                      if f.default is missing and f.default_factory is missing}  # fmt: skip
-        return (
-            isinstance(value, dict)
-            and needed <= value.keys()
-            and (more or value.keys() <= hints.keys())
-            and all(fits(v, hints[k]) for k, v in value.items() if k in hints)
-        )
+        if is_typeddict(kind):
+            named = kind.__required_keys__ <= value.keys()
+        else:
+            named = without_default(kind) <= value.keys() <= hints.keys()
+        return named and all(fits(v, hints[k]) for k, v in value.items() if k in hints)
     if isinstance(value, bool) and kind is not bool:
         return False
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def without_default(kind: Any) -> set[str]:
+    """The fields of a dataclass that its constructor must be given."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(kind)
+    return {f.name for f in fields if f.default is missing and f.default_factory is missing}

@@ -182,6 +182,9 @@ def require(name: str, ok: bool, value: Any, allowed: str) -> None:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
 
 
+MOST_PIECES, MOST_GRADIENTS = 10**5, 10**10
+
+
 def must_end(c: Config) -> None:
     """InputError for a run of more pieces, or gradients of a batch, than anyone waits for."""
     phis = c.folds * len(c.eps) * c.meta_seeds
@@ -197,7 +200,6 @@ def must_end(c: Config) -> None:
             raise InputError(f"this run has at least {count:,} {what}: ask for {most:,} at most")
 
 
-MOST_PIECES, MOST_GRADIENTS = 10**5, 10**10
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
 POINTS = 100  # of a curve
 
@@ -255,8 +257,7 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
 # What settings that came later were before, for runs and φ that do not name them.
 BEFORE: dict[str, Any] = {
     "tasks": 1, "nominal": False, "penalty": 0.0, "record_every": 1, "judge": "test",
-    "images": None, "curriculum": [0.0, 0.0], "judge_steps": 20,
-    "judge_attack": "pgd",
+    "images": None, "curriculum": [0.0, 0.0], "judge_steps": 20, "judge_attack": "pgd",
 }  # fmt: skip
 
 

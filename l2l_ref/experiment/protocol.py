@@ -278,14 +278,11 @@ def run_method(
         generator = trial.stream("judge")
         result |= trial.judge(model, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
-        own = c.judge_attack == "pgd"
-        judges = [
-            attacks.make(
-                c.judge_attack, eps=eps, steps=c.judge_steps, loss=loss, generator=generator
-            )
-            for loss in (("cross_entropy", "margin") if own else ("cross_entropy",))
-        ]
-        restarts = c.restarts if own else 1
+        losses, restarts = list(attacks.LOSSES), c.restarts
+        if c.judge_attack != "pgd":  # it has a loss and restarts of its own
+            losses, restarts = ["cross_entropy"], 1
+        make = partial(attacks.make, eps=eps, steps=c.judge_steps, generator=generator)
+        judges = [make(c.judge_attack, loss=loss) for loss in losses]
         fgsm = attacks.make("fgsm", eps=eps)
         result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
         result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, judges, restarts=restarts)

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_ranks import ROOT, RUN, torchrun
+from test_ranks import ROOT, RUN, children, torchrun
 from test_run import same_results
 
 
@@ -28,25 +29,12 @@ def start(ranks: int, *more: str, cwd: Path):
     )  # fmt: skip
 
 
-def children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return found
-
-
 def kill(job) -> None:
     """The process, or the launcher and all its ranks."""
     everyone = [job.pid, *children(job.pid)]
     for pid in everyone:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     job.communicate()
     while any(Path(f"/proc/{pid}/exe").exists() for pid in everyone):
         time.sleep(0.01)

@@ -287,7 +287,7 @@ class TestWithoutASeal:
         saved["episodes"] = 1
         edit(saved)
         write_checkpoint(path, saved)
-        path.with_suffix("").with_suffix("").parent.joinpath(f"{name}.json").unlink()
+        (finished / "parts" / f"{name}.json").unlink()
         with pytest.raises(InputError, match=re.escape(str(path.name))):
             run.main([*SHORT, "--out", "r", "--resume"])
 

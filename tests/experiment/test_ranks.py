@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,18 +26,24 @@ def torchrun(*arguments, cwd):
     )  # fmt: skip
 
 
+def children(pid: int) -> list[int]:
+    """The processes that this one started and that are there."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
 def worker(launcher, rank: int | str = "") -> int:
     """The process that a launcher started as that rank, or any."""
     while launcher.poll() is None:
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue  # it has ended meanwhile
-            ranks = {line for line in environment if line.startswith(f"RANK={rank}".encode())}
-            if parent == launcher.pid and ranks:
-                return int(entry.name)
+        for pid in children(launcher.pid):
+            with suppress(OSError):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if any(line.startswith(f"RANK={rank}".encode()) for line in environment):
+                    return pid
         time.sleep(0.05)
     raise AssertionError(launcher.communicate())
 
