@@ -82,6 +82,18 @@ class TestTwoRunsAndOneFolder:
             run.main([*SHORT, "--seed", "2", "--out", "r"])
         assert read_json(Path("r/config.json"), "")["settings"]["seed"] == 1
 
+    def test_what_another_left_between_choosing_and_holding(self, workdir, monkeypatch):
+        make = folder.make
+
+        def slow(path, **options):
+            make(path, **options)
+            (path / "config.json").write_text("{}")
+
+        monkeypatch.setattr(folder, "make", slow)
+        with pytest.raises(InputError, match="--out r is not empty"):
+            run.main([*SHORT, "--out", "r"])
+        assert [path.name for path in Path("r").iterdir()] == ["config.json"]
+
     def test_a_mistake_leaves_no_folder(self, workdir):
         with pytest.raises(InputError):
             run.main(["--data-dir", "nowhere", "--strict-data", "--load", "no.pt", "--out", "r"])
