@@ -112,12 +112,12 @@ class Config:
     curve_samples: int = option(default=1000, exceptions={"cifar10": 256, "quadratic": 1,
         "quick": 100, "cifar10 quick": 32})  # for the losses
     record_every: int = option(TRANSFER, "updates between points of a curve", said="steps/100")
-    judge_attack: str = option(TRANSFER, "under which models are judged: pgd, on cross-entropy and "
-        "margin, or MODULE:FUNCTION", "pgd", metavar="NAME")
+    judge_attack: str = option(TRANSFER, "what judges: pgd or MODULE:FUNCTION", "pgd",
+        metavar="NAME")
     judge_steps: int = option(TRANSFER, "of the PGD that judges", 20)
     restarts: int = option(TRANSFER, "of that, on each of its two losses", 2, {"quick": 1})
     judge: str = option(TRANSFER, "test, or validation: the meta half only", "test",
-        choices=("test", "validation"))
+        choices=("test", "validation"), metavar="SET")
 
     quick: bool = option(RUN, "a miniature of all of it", False)
     seed: int = option(RUN, "base of all randomness", 0)
