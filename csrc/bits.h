@@ -29,22 +29,31 @@ L2L_INLINE V maximum(V a, V b) {
 }
 
 template <class V>
-struct Split {
-  V n, r;
-};
-template <class V>
 inline constexpr int mantissa_bits = sizeof(scalar_t<V>) == 4 ? 23 : 52;
 template <class V>
 inline constexpr int exponent_bias = sizeof(scalar_t<V>) == 4 ? 127 : 1023;
 
-// f·2^n, n as `split` makes it.
+// y = n + r with n whole and |r| <= 1/2, where `power` is for `pow2` to make 2^n of: 0 at the lower
+// end, inf at bias + 1, beyond which y must not be.
 template <class V>
-L2L_INLINE V pow2(V f, V n) {
-  using I = integers_t<V>;
-  constexpr scalar_t<V> magic =
-      scalar_t<V>(3) * (int64_t(1) << (mantissa_bits<V> - 1)) + exponent_bias<V>;
+struct Split {
+  V power, r;
+};
+template <class V>
+L2L_INLINE Split<V> split(V y) {
+  using T = scalar_t<V>;
+  // To add it rounds to a whole number, and leaves the exponent of 2^n in the last bits.
+  constexpr T magic = T(3) * (int64_t(1) << (mantissa_bits<V> - 1)) + exponent_bias<V>;
+  y = maximum(broadcast<V>(T(-exponent_bias<V>)), y);
+  const V power = y + magic;
+  return {power, y - (power - magic)};
+}
+
+// f·2^n
+template <class V>
+L2L_INLINE V pow2(V f, V power) {
   // A product, so that a NaN in f stays one: an integer added to its bits could make it a number.
-  return f * bit_cast<V>(shifted<V>(bit_cast<I>(n + magic), mantissa_bits<V>));
+  return f * bit_cast<V>(shifted<V>(bit_cast<integers_t<V>>(power), mantissa_bits<V>));
 }
 
 }  // namespace L2L_NAMESPACE

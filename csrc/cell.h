@@ -87,16 +87,16 @@ struct Fit<double> {
 #ifndef L2L_SCALAR
 template <class V>
 L2L_INLINE V exp2(V y) {
-  auto [n, r] = split(y);
-  return pow2(polynomial(Fit<scalar_t<V>>::exp2(), r), n);
+  auto [power, r] = split(bounded(y));
+  return pow2(polynomial(Fit<scalar_t<V>>::exp2(), r), power);
 }
 #endif
 
 // 2^y - 1, accurate near 0. y must not overflow.
 template <class V>
 L2L_INLINE V exp2m1(V y) {
-  auto [n, r] = split(y);
-  V power = pow2(broadcast<V>(1), n);
+  auto [power, r] = split(y);
+  power = pow2(broadcast<V>(1), power);
   return power * (r * polynomial(Fit<scalar_t<V>>::exp2m1(), r)) + (power - 1);
 }
 
@@ -169,13 +169,21 @@ L2L_INLINE V clamped_theta_backward(V theta, V d) {
   return size <= T(theta_clamp) ? T(theta_scale) * d : V{};
 }
 
-// One unit of an LSTM layer: scaled gates and c -> the next c and h.
+// One unit of an LSTM layer: scaled gates and c -> the next c, and of that h.
+template <class V>
+L2L_INLINE V cell_state(V i, V f, V g, V c) {
+  const V t = tanh_numerator(g);
+  return quotient(c, sigmoid_divisor(f)) + quotient(t, V(sigmoid_divisor(i) * (t + 2)));
+}
+template <class V>
+L2L_INLINE V cell_output(V divisor_o, V c) {
+  const V t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
+  return quotient(t, V(divisor_o * (t + 2)));
+}
 template <class V>
 L2L_INLINE void cell(V i, V f, V g, V o, V& c, V& h) {
-  V t = tanh_numerator(g);
-  c = quotient(c, sigmoid_divisor(f)) + quotient(t, V(sigmoid_divisor(i) * (t + 2)));
-  t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
-  h = quotient(t, V(sigmoid_divisor(o) * (t + 2)));
+  c = cell_state(i, f, g, c);
+  h = cell_output(sigmoid_divisor(o), c);
 }
 
 // What the backward of a unit needs: the gates after their functions, and tanh of the next c.
@@ -184,16 +192,24 @@ struct Activations {
   V i, f, g, o, tanh_c;
 };
 template <class V>
-L2L_INLINE Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
-  V t = tanh_numerator(g);
+L2L_INLINE Activations<V> cell_state_keep(V i, V f, V g, V o, V& c) {
+  const V t = tanh_numerator(g), one = broadcast<V>(1);
   Activations<V> a;
-  const V one = broadcast<V>(1);
   a.i = quotient(one, sigmoid_divisor(i)), a.f = quotient(one, sigmoid_divisor(f));
   a.o = quotient(one, sigmoid_divisor(o));
   a.g = quotient(t, V(t + 2));
   c = a.f * c + a.i * a.g;
-  t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
-  a.tanh_c = quotient(t, V(t + 2));
+  return a;
+}
+template <class V>
+L2L_INLINE V tanh_of_state(V c) {
+  const V t = tanh_numerator(V(scalar_t<V>(tanh_scale) * c));
+  return quotient(t, V(t + 2));
+}
+template <class V>
+L2L_INLINE Activations<V> cell_keep(V i, V f, V g, V o, V& c, V& h) {
+  auto a = cell_state_keep(i, f, g, o, c);
+  a.tanh_c = tanh_of_state(c);
   h = a.o * a.tanh_c;
   return a;
 }

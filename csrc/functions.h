@@ -1,4 +1,4 @@
-// The functions of cell.h by their names, for the tests.
+// The functions of cell.h by their names, for the tests; multiply-adds alone, for the benchmarks.
 //
 //   x [n]   | a vector | a vector | ... | what is left, then ones |
 //               name       name               name
@@ -41,6 +41,23 @@ bool function(const char* name, const scalar_t<V>* x, scalar_t<V>* y, int64_t n)
   }
   return false;
 }
+
+#ifndef L2L_SCALAR
+// As many multiply-adds as there is room for at once, none of which waits for another: `rounds` of
+// them. Returns how many numbers that were.
+template <class V, int sums>
+int64_t multiply_adds(int64_t rounds) {
+  using T = scalar_t<V>;
+  V sum[sums];
+  for (int i = 0; i < sums; ++i) sum[i] = broadcast<V>(T(i));
+  for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 32
+    for (int i = 0; i < sums; ++i) sum[i] = sum[i] * T(0.5) + T(1);
+  for (int i = 1; i < sums; ++i) sum[0] += sum[i];
+  [[maybe_unused]] volatile T used = sum[0][0];
+  return rounds * sums * int64_t(sizeof(V) / sizeof(T));
+}
+#endif
 
 }  // namespace
 }  // namespace L2L_NAMESPACE

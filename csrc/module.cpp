@@ -4,7 +4,8 @@
 //   import l2l_ref.backend._C
 //     +-- torch.ops.l2l_ref.*            defined here; run by cpu/cpu.cpp and cuda/cuda.cpp
 //     +-- torch.ops.l2l_ref_emulated.*   defined and run by cuda/emulated.cpp
-//     +-- build_info, use_instruction_set, function, emulated.use_machine, emulated.function
+//     +-- build_info, use_instruction_set, function, multiply_adds
+//     +-- emulated.use_machine, emulated.function
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -83,6 +84,11 @@ PYBIND11_MODULE(_C, m) {
       "with, the kernels that this machine can run and the one in use.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use the kernels of another instruction set, one of build_info()['kernels'].");
+  m.def(
+      "multiply_adds",
+      [](int64_t rounds) { return l2l::instruction_set().f32.multiply_adds(rounds); },
+      py::arg("rounds"),
+      "Rounds of independent multiply-adds in float32, on one thread; returns how many they were.");
   bind_functions(m, [](const char* name, const auto* x, auto* y, int64_t n) {
     using T = std::decay_t<decltype(*y)>;
     return l2l::instruction_set().kernels<T>().function(name, x, y, n);

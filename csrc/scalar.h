@@ -71,17 +71,3 @@ L2L_INLINE V exp2(V y) {
 }  // namespace L2L_NAMESPACE
 
 #include "bits.h"
-
-namespace L2L_NAMESPACE {
-
-// y = n + r with n whole and |r| <= 1/2; y is at most exponent_bias.
-template <class V>
-L2L_INLINE Split<V> split(V y) {
-  constexpr V lowest = -exponent_bias<V>;
-  constexpr V magic = V(3) * (int64_t(1) << (mantissa_bits<V> - 1));  // adding it rounds to whole
-  y = maximum(lowest, y);
-  const V n = (y + magic) - magic;
-  return {n, y - n};
-}
-
-}  // namespace L2L_NAMESPACE

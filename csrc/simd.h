@@ -13,7 +13,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#ifdef __SSE2__
 #ifndef __clang__  // GCC 12 warns of its own header
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -106,17 +106,10 @@ inline integers_t<V> shifted(integers_t<V> n, int bits) {
 
 namespace L2L_NAMESPACE {
 
-// y = n + r with n whole and |r| <= 1/2. The general form keeps n within [-127, 128] (float) or
-// [-1023, 1024] (double), where 2^n is 0 at one end and inf at the other.
+// What `split` takes, of any y.
 template <class V>
-inline Split<V> split(V y) {
-  using T = scalar_t<V>;
-  constexpr T limit = exponent_bias<V> + 1;
-  y = minimum(broadcast<V>(limit), y);
-  y = maximum(broadcast<V>(1 - limit), y);
-  constexpr T magic = T(3) * (int64_t(1) << (mantissa_bits<V> - 1));  // adding it rounds to whole
-  V n = (y + magic) - magic;
-  return {n, y - n};
+inline V bounded(V y) {
+  return minimum(broadcast<V>(exponent_bias<V> + 1), y);
 }
 
 #if defined(__has_builtin)
@@ -155,26 +148,50 @@ inline void transpose_square(V (&m)[W]) {
 #endif
 }
 
+#ifdef __SSE2__
+// minps is just that, but GCC makes a comparison and a blend of it.
+#define L2L_MINIMUM(T, W, prefix, suffix)                                \
+  template <>                                                            \
+  inline Vec<T, W>::type minimum(Vec<T, W>::type a, Vec<T, W>::type b) { \
+    return (Vec<T, W>::type)prefix##_min_##suffix(a, b);                 \
+  }                                                                      \
+  template <>                                                            \
+  inline Vec<T, W>::type maximum(Vec<T, W>::type a, Vec<T, W>::type b) { \
+    return (Vec<T, W>::type)prefix##_max_##suffix(a, b);                 \
+  }
+L2L_MINIMUM(float, 4, _mm, ps)
+L2L_MINIMUM(double, 2, _mm, pd)
+#ifdef __AVX__
+L2L_MINIMUM(float, 8, _mm256, ps)
+L2L_MINIMUM(double, 4, _mm256, pd)
+#endif
+#ifdef __AVX512F__
+L2L_MINIMUM(float, 16, _mm512, ps)
+L2L_MINIMUM(double, 8, _mm512, pd)
+#endif
+#undef L2L_MINIMUM
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 // Three instructions, right at infinities too: reduce gives 0 there, scalef inf or 0.
 using F16 = Vec<float, 16>::type;
 using D8 = Vec<double, 8>::type;
+template <>
+inline F16 bounded(F16 y) {
+  return y;
+}
 template <>
 inline Split<F16> split(F16 y) {
   return {(F16)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
           (F16)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 template <>
-inline F16 pow2(F16 f, F16 n) {
-  return (F16)_mm512_scalef_ps((__m512)f, (__m512)n);
+inline F16 pow2(F16 f, F16 power) {
+  return (F16)_mm512_scalef_ps((__m512)f, (__m512)power);
 }
 template <>
-inline F16 minimum(F16 a, F16 b) {
-  return (F16)_mm512_min_ps((__m512)a, (__m512)b);
-}
-template <>
-inline F16 maximum(F16 a, F16 b) {
-  return (F16)_mm512_max_ps((__m512)a, (__m512)b);
+inline D8 bounded(D8 y) {
+  return y;
 }
 template <>
 inline Split<D8> split(D8 y) {
@@ -182,16 +199,8 @@ inline Split<D8> split(D8 y) {
           (D8)_mm512_reduce_pd((__m512d)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 template <>
-inline D8 pow2(D8 f, D8 n) {
-  return (D8)_mm512_scalef_pd((__m512d)f, (__m512d)n);
-}
-template <>
-inline D8 minimum(D8 a, D8 b) {
-  return (D8)_mm512_min_pd((__m512d)a, (__m512d)b);
-}
-template <>
-inline D8 maximum(D8 a, D8 b) {
-  return (D8)_mm512_max_pd((__m512d)a, (__m512d)b);
+inline D8 pow2(D8 f, D8 power) {
+  return (D8)_mm512_scalef_pd((__m512d)f, (__m512d)power);
 }
 #endif
 

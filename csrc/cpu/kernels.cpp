@@ -25,7 +25,8 @@ constexpr l2l::Kernels<T> kernels() {
           },
           backward<T>,
           preprocess<T>,
-          function<vec_t<T>>};
+          function<vec_t<T>>,
+          multiply_adds<vec_t<T>, registers * 5 / 8>};
 }
 
 }  // namespace

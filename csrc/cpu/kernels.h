@@ -32,6 +32,7 @@ struct Kernels {
   void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
   // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
   bool (*function)(const char* name, const T* x, T* y, int64_t n);
+  int64_t (*multiply_adds)(int64_t rounds);  // of this type, for benchmarks; how many they were
 };
 
 struct InstructionSet {
