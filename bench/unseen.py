@@ -69,14 +69,15 @@ def main(arguments: list[str]) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise InputError("bench.unseen is one process: start it without torchrun")
-    out = folder.choose(config)  # results of another φ are never found there
     keep_freed_memory()
     setting, phis = load_phis(Path(config.load), prepare(config))
-    for name, build in NETWORKS.items():
-        own = replace(setting, problem=replace(setting.problem, build=build))
-        results = compare(own, out / name.replace(", ", "-").replace(" ", "-"), phis, ranks)
-        footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
-        print("\n" + report.table(summarise(results), config, report.title(own), footer))
+    with folder.claimed(config) as out:  # results of another φ are never found there
+        for name, build in NETWORKS.items():
+            own = replace(setting, problem=replace(setting.problem, build=build))
+            part = out / name.replace(", ", "-").replace(" ", "-")
+            results = compare(own, part, phis, ranks)
+            footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
+            print("\n" + report.table(summarise(results), config, report.title(own), footer))
 
 
 if __name__ == "__main__":
