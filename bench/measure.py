@@ -11,12 +11,13 @@ import subprocess
 import timeit
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from l2l_ref.backend import BACKENDS, available_device, build_info, resolve
+from l2l_ref.backend import BACKENDS, available_device, build_info, built, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.cli import Parser
 from l2l_ref.experiment.machine import processor
@@ -231,7 +232,10 @@ def spread(found: dict[str, Any]) -> str:
 def machine(
     script: str, arguments: list[str], backend: str, device: torch.device = CPU
 ) -> dict[str, Any]:
-    """Date, hardware, versions, the backend with what it says of its build, and the command."""
+    """Date, hardware, versions, the backend with what it says of its build, and the command.
+
+    Of a CPU also its `rates`; a GPU's are `gpu.ceilings`.
+    """
     gpu, ours = about(device), resolve(backend, device)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -240,15 +244,45 @@ def machine(
         "torch": torch.__version__,
         "backend": ours,
         "build": build_info() if ours == "fused" else None,
-        **({"gpu": gpu} if gpu else {}),
+        **({"gpu": gpu} if gpu else {"rates": rates()}),
         "command": command(script, arguments),
     }
 
 
 def where(found: dict[str, Any]) -> str:
-    """What `machine` is about, in a line: the GPU or the CPU, PyTorch and the backend."""
-    name = found["gpu"]["name"] if "gpu" in found else found["cpu"]
-    return f"{name}, torch {found['torch']}, {found['backend']} backend"
+    """What `machine` is about: the GPU or the CPU with its rates, PyTorch and the backend."""
+    about = f"torch {found['torch']}, {found['backend']} backend"
+    if "gpu" in found:
+        return f"{found['gpu']['name']}, {about}"
+    flops, copied = found["rates"]["flops"], found["rates"]["copied"]
+    computed = f"{flops / 1e9:.0f} GFLOP/s in float32, " if flops else ""
+    return f"{found['cpu']}, {about}\none thread: {computed}copies {copied / 1e9:.1f} GB/s"
+
+
+def rates(copied: int = 1 << 26, rounds: int = 9) -> dict[str, float | None]:
+    """What one thread of this CPU does a second, at best, as measured now.
+
+    Args:
+        copied: bytes that are read and as many that are written at once, far beyond any cache.
+
+    Returns:
+        "flops": of independent multiply-adds in float32, two each, None without the engine;
+        "copied": bytes read and written by a copy.
+    """
+
+    def fastest(run: Callable[[], Any]) -> float:
+        return min(clock(run, 1) for _ in range(rounds))
+
+    flops, source = None, torch.rand(copied // 4)
+    target, before = torch.empty_like(source), torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = fastest(lambda: target.copy_(source))
+    torch.set_num_threads(before)
+    if built():
+        multiply_adds = import_module("l2l_ref.backend._C").multiply_adds
+        many = 10**6
+        flops = 2 * multiply_adds(many) / fastest(lambda: multiply_adds(many))
+    return {"flops": flops, "copied": 2 * copied / seconds}
 
 
 def command(script: str, arguments: list[str]) -> str:

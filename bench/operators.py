@@ -17,17 +17,17 @@ import torch
 from bench import gpu, measure, memory, peers, plot
 from bench.case import Peer, Unavailable, flops, make_case
 from bench.measure import count
-from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
+from bench.peers import ADAM, CLASS, COPY, FLOOR, GRAPH, OURS, TENSOR, XLA
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 
 CORES = os.cpu_count() or 1
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
-SHORT = {"nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
+SHORT = {CLASS: "class", "nn.LSTM": "LSTM", "torch.compile": "compiled", FLOOR: "sgemm",
          GRAPH: "graph", TENSOR: "tensor", ADAM: "Adam"}  # fmt: skip
-COLUMNS = {"cpu": ("nn.LSTM", "torch.compile", "reference", FLOOR)}
-COLUMNS["cuda"] = (GRAPH, TENSOR, *COLUMNS["cpu"], ADAM, COPY)
+BOTH = (CLASS, "nn.LSTM", "torch.compile", "reference", FLOOR)
+COLUMNS = {"cpu": (*BOTH, XLA), "cuda": (GRAPH, TENSOR, *BOTH, ADAM, COPY)}
 DEFAULTS = {
     "cpu": {"sizes": [1000, 10_000, 16_384, 100_000, 1_000_000], "most": 2_000_000,
             "unroll": [1, 20], "threads": [k for k in (1, 2) if k <= CORES]},
@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--theta-input", action="store_true", help="φ that sees θ")
     top.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     top.add_argument("--no-compile", action="store_false", dest="compiled",
-                     help="leave torch.compile out")  # fmt: skip
+                     help="leave torch.compile and XLA out")  # fmt: skip
     top.add_argument("--no-memory", action="store_false", dest="memory",
                      help="do not measure memory")  # fmt: skip
     options = measure.parse(top, arguments)

@@ -16,15 +16,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench import gpu, measure
+from bench import gpu, measure, xla
 from bench.case import SHARE, Case, Peer, Unavailable, flops, must_fit, ns, step_with
 from bench.measure import CPU
 from l2l_ref import equations
 from l2l_ref.backend import operators
 from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
+from l2l_ref.optimizer import LearnedOptimizer
 
 OPERATORS = ("step", "meta_gradient")
-OURS, FLOOR = "ours", "sgemm floor"
+OURS, CLASS, XLA, FLOOR = "ours", "LearnedOptimizer", "XLA", "sgemm floor"
 GRAPH, TENSOR = "ours in a CUDA graph", "ours on tensor cores"
 ADAM, COPY = "fused Adam", "copy"
 YARDSTICKS = (FLOOR, ADAM, COPY)
@@ -41,13 +42,14 @@ def builders(
 
     Args:
         device: where the cases are.
-        compiled: with `torch.compile`.
+        compiled: with `torch.compile`, and on a CPU XLA.
     """
     ours = operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
     on_gpu = measure.kind(device) == "cuda"
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),
+            CLASS: partial(step_by_class, backend),
             "nn.LSTM": step_lstm,
             "torch.compile": step_compiled,
             "reference": partial(step_with, equations.theta_step_),
@@ -73,6 +75,8 @@ def builders(
         }
     if not compiled:
         del table["torch.compile"]
+    elif not on_gpu:
+        table[XLA] = xla.step if operator == "step" else xla.meta_gradient
     return table
 
 
@@ -130,6 +134,21 @@ def lstm_state(case: Case) -> tuple[Tensor, Tensor]:
     """The state as `nn.LSTM` wants it: h and c, [L, M, H] each."""
     h, c = case.state.transpose(2, 3).unbind(1)
     return h.contiguous(), c.contiguous()
+
+
+def step_by_class(backend: str, case: Case) -> Peer:
+    """T steps of the `torch.optim.Optimizer`, with all coordinates in one parameter."""
+    theta, meta = torch.nn.Parameter(case.theta.clone()), case.meta
+    optimizer = LearnedOptimizer([theta], meta, backend=backend)
+    optimizer.state[theta]["lstm"] = case.state.view(*meta.state_axes, -1).clone()
+
+    def run() -> Tensor:
+        for gradient in case.gradients:
+            theta.grad = gradient
+            optimizer.step()
+        return theta.detach()
+
+    return Peer(run, ns(case))
 
 
 def step_lstm(case: Case) -> Peer:

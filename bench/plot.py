@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from bench.peers import ADAM, COPY, FLOOR, GRAPH, OURS, TENSOR
+from bench.peers import ADAM, CLASS, COPY, FLOOR, GRAPH, OURS, TENSOR, XLA
 from l2l_ref.drawing import own_style, save_png
 
 # Okabe & Ito's colour-blind-safe palette; a marker each, so that grey print will do too.
 STYLES = {
     OURS: ("#D55E00", "o-"),
+    CLASS: ("#666666", "+:"),
     "nn.LSTM": ("#0072B2", "s-"),
     "torch.compile": ("#CC79A7", "^--"),
     "reference": ("#000000", "x:"),
+    XLA: ("#009E73", "v-."),
     FLOOR: ("#999999", "--"),
     GRAPH: ("#E69F00", "o--"),
     TENSOR: ("#F0E442", "p-"),

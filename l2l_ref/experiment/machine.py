@@ -12,6 +12,7 @@ import torch
 from l2l_ref.backend import build_info
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # instructions, as Linux names them
 LARGEST_BLOCK = 32 << 20  # bytes; glibc takes no higher threshold
 
 
@@ -65,14 +66,20 @@ def package_version(name: str) -> str | None:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """The CPU: its name, on x86 also family, model and vector instructions, for a name such as
+    "AMD EPYC" says little."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+        lines = []  # not Linux
+    found = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in found:
+        return name
+    sets = [name for name in VECTORS if name in found.get("flags", "").split()]
+    return f"{name} (family {found['cpu family']}, model {found['model']}; {' '.join(sets)})"
 
 
 def git_commit() -> str | None:

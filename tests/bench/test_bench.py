@@ -40,6 +40,7 @@ def test_operators_in_miniature(tmp_path, capsys, monkeypatch, form):
     assert len(report["rows"]) == 2 * 2 * 2  # operators, sizes, unrolls
     for row in report["rows"]:
         expected = {"ours", "nn.LSTM", "reference", "sgemm floor"}
+        expected |= {"LearnedOptimizer"} if row["operator"] == "step" else set()
         assert row["peers"].keys() == expected and not row["unavailable"]
         for peer in row["peers"].values():
             low, high = peer["quartiles"]
@@ -64,6 +65,24 @@ def test_a_peer_that_differs_is_caught():
     step = peers.step_with(lambda theta, *rest, **form: theta.add_(0.01), case)
     with pytest.raises(AssertionError, match="adder differs"):
         peers.check("step", case, "adder", step, None)
+
+
+@pytest.mark.parametrize("form", [{}, {"odd": True, "theta_input": True}])
+def test_xla_computes_the_same(form):
+    pytest.importorskip("jax")
+    case = make_case(50, 3, **form)
+    expected = peers.builders("meta_gradient", "reference")["reference"](case).run()
+    for operator in peers.OPERATORS:
+        peer = peers.builders(operator, "reference")[peers.XLA](case)
+        peers.check(operator, case, peers.XLA, peer, expected)
+
+
+def test_the_machine_is_measured(monkeypatch):
+    rates = measure.rates(copied=1 << 22, rounds=3)
+    assert 1e8 < rates["copied"] < 1e13
+    assert 1e9 < rates["flops"] < 1e13 if built() else rates["flops"] is None
+    line = measure.where({"cpu": "x", "torch": "y", "backend": "z", "rates": rates})
+    assert ("GFLOP/s" in line) == built() and "GB/s" in line
 
 
 def test_blocks_add_up(monkeypatch):

@@ -124,7 +124,7 @@ def test_operators_on_a_pretended_gpu(tmp_path, capsys, pretended):
     rows = [(row["operator"], row["n"], row["unroll"]) for row in report["rows"]]
     assert rows == [(o, n, t) for o, t in (("step", 1), ("meta_gradient", 20)) for n in (50, 200)]
     for row in report["rows"]:
-        others = {"fused Adam", "copy"} if row["operator"] == "step" else set()
+        others = {"LearnedOptimizer", "fused Adam", "copy"} if row["operator"] == "step" else set()
         assert row["peers"].keys() == {"ours", "nn.LSTM", "reference", "sgemm floor"} | others
         share = row["floors"]["floor"] / row["peers"]["ours"]["median"]
         assert row["floors"]["reached"] == {"ours": pytest.approx(share)}

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""What a run says of its machine, and that freed memory stays with the process."""
 
 import ctypes
 import platform
@@ -43,3 +43,32 @@ def test_another_c_library_is_left_alone(monkeypatch, library):
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert machine.keep_freed_memory() is False
+
+
+CPUINFO = """processor\t: 0
+cpu family\t: 25
+model\t\t: 17
+model name\t: AMD EPYC
+flags\t\t: fpu avx2 avx512f avx512_bf16
+
+processor\t: 1
+model name\t: another
+"""
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        (CPUINFO, "AMD EPYC (family 25, model 17; avx2 avx512f avx512_bf16)"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_the_cpu_by_name_and_model(monkeypatch, text, name):
+    def read(path):
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert machine.processor() == name
