@@ -65,6 +65,6 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     labels = [f"ours ({report['backend']})" if name == OURS else name for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=3, frameon=False)
     counts = " and ".join(map(str, threads))
-    where = gpu["name"] if gpu else f"{report['cpu']}, {counts} thread{'s' * (threads != [1])}"
+    where = gpu["name"] if gpu else f"{report['cpu']}\n{counts} thread{'s' * (threads != [1])}"
     figure.suptitle(f"{where}, torch {report['torch']}, float32")
     save_png(figure, path, 130)

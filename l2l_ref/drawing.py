@@ -23,5 +23,14 @@ def own_style() -> Iterator[None]:
 
 
 def save_png(figure: Any, path: Path, dpi: int) -> None:
-    """Write a `matplotlib.figure.Figure`, whole or not at all."""
+    """Write a `matplotlib.figure.Figure`, whole or not at all; logarithmic axes have plain numbers,
+    for what matplotlib puts there in their place is formulas, with a `$`."""
+    from matplotlib.ticker import LogFormatter, NullFormatter
+
+    for panel in figure.axes:
+        for axis in (panel.xaxis, panel.yaxis):
+            if axis.get_scale() != "linear":
+                axis.set_major_formatter(LogFormatter())
+                if not isinstance(axis.get_minor_formatter(), NullFormatter):
+                    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=dpi))

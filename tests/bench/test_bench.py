@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from bench import measure, memory, operators, peers, pieces, resnet_step, transfer_step
 from bench.case import flops, make_case
+from l2l_ref import drawing
 from l2l_ref.backend import built
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES, complete
@@ -65,6 +67,18 @@ def test_a_peer_that_differs_is_caught():
     step = peers.step_with(lambda theta, *rest, **form: theta.add_(0.01), case)
     with pytest.raises(AssertionError, match="adder differs"):
         peers.check("step", case, "adder", step, None)
+
+
+def test_no_formulas_on_logarithmic_axes(tmp_path):
+    with drawing.own_style():
+        figure = Figure()
+        for panel, scale in zip(figure.subplots(1, 2), ("log", "symlog"), strict=True):
+            panel.plot([1, 4, 1000], [200, 300, 450])
+            panel.set(xscale=scale, yscale=scale)
+        drawing.save_png(figure, tmp_path / "x.png", 50)
+        axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
+        labels = [label.get_text() for axis in axes for label in axis.get_ticklabels(which="both")]
+    assert "10" in labels and "300" in labels and "$" not in "".join(labels)
 
 
 @pytest.mark.parametrize("form", [{}, {"odd": True, "theta_input": True}])
