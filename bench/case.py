@@ -15,6 +15,7 @@ from bench.measure import CPU
 from l2l_ref import equations
 from l2l_ref.meta_optimizer import MetaOptimizer
 
+UNROLL_BYTES = 2400  # that reverse mode may take for each step of each column of the state
 STEP_BYTES = 1600  # that a step in plain PyTorch may take for each column of the state
 SHARE = 0.4  # of the free memory that one peer may take
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu, measure, xla
-from bench.case import SHARE, Case, Peer, Unavailable, flops, must_fit, ns, step_with
+from bench.case import SHARE, UNROLL_BYTES, Case, Peer, Unavailable, flops, must_fit, ns, step_with
 from bench.measure import CPU
 from l2l_ref import equations
 from l2l_ref.backend import operators
@@ -31,7 +31,6 @@ ADAM, COPY = "fused Adam", "copy"
 YARDSTICKS = (FLOOR, ADAM, COPY)
 SIDE, COLUMNS = 2048, 512  # of the floor's product: 4.3 GFLOP, tens of milliseconds on a CPU
 WIDER = 16  # as many columns on a GPU, or half of it would have nothing to do
-UNROLL_BYTES = 2400  # that autograd may take for each step of each column of the state
 TOLERANCE = 1e-3  # relative difference, in the 2-norm
 
 

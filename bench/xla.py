@@ -1,23 +1,23 @@
 """The same step and meta-gradient in JAX, compiled by XLA: what the compiler of another library
 makes of them. An optional extra: pip install jax.
 
-Arrays as in `l2l_ref.equations`; the matrices multiply from the left, which is the faster way here.
+Arrays as in `l2l_ref.equations`.
 """
 
+import math
 import os
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.case import Case, Peer, Unavailable, must_fit, need, ns
+from bench.case import SHARE, UNROLL_BYTES, Case, Peer, Unavailable, must_fit, need, ns
 from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, phi_shapes
-
-UNROLL_BYTES = 2400  # that a meta-gradient may take for each step of each column of the state
 
 
 def started() -> Any:
-    """jax.numpy and jax, on the CPU and as many threads as PyTorch has now.
+    """The module `jax`, on the CPU and as many threads as PyTorch has now.
 
     Raises:
         Unavailable: it is not installed, or began with another number of threads.
@@ -45,13 +45,11 @@ def update(case: Case) -> Any:
     layers, _, hidden, _ = case.state.shape
     shapes = phi_shapes(layers, hidden, 3 if form["theta_input"] else 2)
 
+    ends = list(accumulate(map(math.prod, shapes)))
+
     def unpacked(phi: Any) -> list[Any]:
-        found = []
-        for shape in shapes:
-            size = torch.Size(shape).numel()
-            found.append(phi[:size].reshape(shape))
-            phi = phi[size:]
-        return found
+        parts = jnp.split(phi, ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def inputs(theta: Any, gradient: Any) -> Any:
         size = jnp.abs(gradient)
@@ -108,7 +106,7 @@ def step(case: Case) -> Peer:
 def meta_gradient(case: Case) -> Peer:
     """Reverse mode through a scan over the steps, jitted, for all coordinates at once."""
     jax, one = started(), update(case)
-    need(UNROLL_BYTES * len(case.gradients) * case.state.shape[-1], case.theta.device, 0.4)
+    need(UNROLL_BYTES * len(case.gradients) * case.state.shape[-1], case.theta.device, SHARE)
 
     def surrogate(phi: Any, state: Any, rows: Any) -> Any:
         def advance(state: Any, row: Any) -> Any:

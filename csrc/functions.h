@@ -42,9 +42,7 @@ bool function(const char* name, const scalar_t<V>* x, scalar_t<V>* y, int64_t n)
   return false;
 }
 
-#ifndef L2L_SCALAR
-// As many multiply-adds as there is room for at once, none of which waits for another: `rounds` of
-// them. Returns how many numbers that were.
+// `rounds` of `sums` multiply-adds, none of which waits for another; how many numbers that were.
 template <class V, int sums>
 int64_t multiply_adds(int64_t rounds) {
   using T = scalar_t<V>;
@@ -57,7 +55,6 @@ int64_t multiply_adds(int64_t rounds) {
   [[maybe_unused]] volatile T used = sum[0][0];
   return rounds * sums * int64_t(sizeof(V) / sizeof(T));
 }
-#endif
 
 }  // namespace
 }  // namespace L2L_NAMESPACE

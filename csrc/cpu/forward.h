@@ -34,45 +34,43 @@ void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t
   for (int64_t lane = 0; lane < lanes; lane += tile_lanes<T>) {
     // A unit's h waits for the gates of the next: two chains of functions, neither of which waits
     // for the other.
-    V c_before[tile] = {}, o_before[tile] = {};
+    V c_last[tile] = {}, o_last[tile] = {};
     const auto output = [&](int64_t unit) {
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) {
         const int64_t at = unit * lanes + lane + t * width<T>;
         if constexpr (keep) {
-          const V tanh_c = tanh_of_state(c_before[t]);
+          const V tanh_c = tanh_of_state(c_last[t]);
           store(kept + 4 * (unit + 1) * lanes + at, tanh_c);
-          store(h + at, V(o_before[t] * tanh_c));
+          store(h + at, V(o_last[t] * tanh_c));
         } else {
-          store(h + at, cell_output(o_before[t], c_before[t]));
+          store(h + at, cell_output(o_last[t], c_last[t]));
         }
       }
     };
     for (int64_t unit = 0; unit < H; ++unit) {
-      V gates[4][tile], c_now[tile], o_now[tile];
+      V gates[4][tile];
       unit_gates(gates, w + unit * unit_size, below + lane, F, prev + lane, H);
+      if (unit) output(unit - 1);
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) {
         const int64_t at = unit * lanes + lane + t * width<T>;
-        c_now[t] = load<V>(c + at);
+        c_last[t] = load<V>(c + at);
         if constexpr (keep) {
           const auto a =
-              cell_state_keep(gates[0][t], gates[1][t], gates[2][t], gates[3][t], c_now[t]);
+              cell_state_keep(gates[0][t], gates[1][t], gates[2][t], gates[3][t], c_last[t]);
           T* to = kept + 4 * unit * lanes + at;
           store(to, a.i);
           store(to + lanes, a.f);
           store(to + 2 * lanes, a.g);
           store(to + 3 * lanes, a.o);
-          o_now[t] = a.o;
+          o_last[t] = a.o;
         } else {
-          c_now[t] = cell_state(gates[0][t], gates[1][t], gates[2][t], c_now[t]);
-          o_now[t] = sigmoid_divisor(gates[3][t]);
+          c_last[t] = cell_state(gates[0][t], gates[1][t], gates[2][t], c_last[t]);
+          o_last[t] = sigmoid_divisor(gates[3][t]);
         }
-        store(next_c + at, c_now[t]);
+        store(next_c + at, c_last[t]);
       }
-      if (unit) output(unit - 1);
-#pragma GCC unroll 4
-      for (int t = 0; t < tile; ++t) c_before[t] = c_now[t], o_before[t] = o_now[t];
     }
     output(H - 1);
   }

@@ -78,7 +78,7 @@ def processor() -> str:
     name = found.get("model name") or platform.processor() or platform.machine()
     if "cpu family" not in found:
         return name
-    sets = [name for name in VECTORS if name in found.get("flags", "").split()]
+    sets = [each for each in VECTORS if each in found.get("flags", "").split()]
     return f"{name} (family {found['cpu family']}, model {found['model']}; {' '.join(sets)})"
 
 

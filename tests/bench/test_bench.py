@@ -91,7 +91,7 @@ def test_xla_computes_the_same(form):
         peers.check(operator, case, peers.XLA, peer, expected)
 
 
-def test_the_machine_is_measured(monkeypatch):
+def test_the_machine_is_measured():
     rates = measure.rates(copied=1 << 22, rounds=3)
     assert 1e8 < rates["copied"] < 1e13
     assert 1e9 < rates["flops"] < 1e13 if built() else rates["flops"] is None
