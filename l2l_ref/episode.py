@@ -15,7 +15,7 @@ from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangent
 from l2l_ref.errors import InputError
 from l2l_ref.flatten import check_tied, flatten_
 from l2l_ref.guard import leaves_no_trace
-from l2l_ref.meta_optimizer import MetaOptimizer, with_phi
+from l2l_ref.meta_optimizer import MetaOptimizer, no_autocast, with_phi
 from l2l_ref.meta_settings import MetaSettings
 
 
@@ -120,7 +120,7 @@ class Coordinates:
         if any(weight.requires_grad for weight in meta.weights()):
             gradient_of = operators(self.backend, self.state).unroll_meta_gradient
             thetas = None if self.thetas is None else self.thetas[:length]
-            with torch.autocast(self.theta.device.type, enabled=False):
+            with no_autocast(self.theta):
                 dphi = gradient_of(
                     self.read[:length], self.first_state, cotangents, self.phi, thetas, **meta.form
                 )

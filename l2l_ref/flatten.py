@@ -54,15 +54,16 @@ def same_memory(part: Tensor | None, whole: Tensor | None) -> bool:
 def local(tensor: Any, like: Any = None) -> Tensor:
     """What this process holds: of a `DTensor` its shard, placed as `like` is; of another all."""
     if not hasattr(tensor, "to_local"):
-        return tensor.detach()
+        return tensor
     if like is not None:
         tensor = tensor.redistribute(like.device_mesh, like.placements)
     return tensor.detach().to_local()
 
 
-def flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On one axis and of that dtype: the tensor itself if it `is_flat`, else a copy."""
-    return tensor.to(dtype).reshape(-1).contiguous()
+def flat(tensor: Tensor, dtype: torch.dtype, *axes: int) -> Tensor:
+    """As [*axes, N] of that dtype: a view of the tensor if it `is_flat`, else of a copy."""
+    kept = tensor if is_flat(tensor, dtype) else tensor.to(dtype).contiguous()
+    return kept.view(*axes, -1)
 
 
 def is_flat(tensor: Tensor, dtype: torch.dtype) -> bool:

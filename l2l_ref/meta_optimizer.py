@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class MetaOptimizer(nn.Module):
 
     def phi(self) -> Tensor:
         """All weights as one vector [P], differentiable: what the operators take."""
-        return torch.cat([weight.reshape(-1) for weight in self.weights()])
+        return torch.cat([weight.flatten() for weight in self.weights()])
 
     def fingerprint(self) -> str:
         """Of all that φ is: 16 hexadecimal digits, the same on every device."""
@@ -130,7 +131,7 @@ class MetaOptimizer(nn.Module):
         """
         self._check_moments(moments)
         step = operators(backend, state).theta_step
-        with torch.autocast(theta.device.type, enabled=False):  # φ computes in its own dtype
+        with no_autocast(theta):
             theta, state = step(theta, gradient, state, self.phi(), **self.form)
         if moments is None or self.log_eta is None:
             return theta, state
@@ -161,7 +162,7 @@ class MetaOptimizer(nn.Module):
         """
         self._check_moments(moments)
         step = operators(backend, state).theta_step_
-        with torch.autocast(theta.device.type, enabled=False):
+        with no_autocast(theta):
             step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
         if moments is None or self.log_eta is None:
             return None
@@ -180,6 +181,13 @@ class MetaOptimizer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def no_autocast(theta: Tensor) -> AbstractContextManager:
+    """φ computes in its own dtype, also where autocast is on; asked at every step, so cheap."""
+    device = theta.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

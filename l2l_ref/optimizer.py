@@ -166,14 +166,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         states = [local(state) for state in self._states(param, group)]
         if theta.numel() == 0 or (new and float(lr) == 0 and not gradient.any()):
             return  # the dummy step by which PyTorch asks an optimizer for its states
-        before, gradient, *inner = (flat(t, phi.dtype) for t in (theta, gradient, *states))
+        before, gradient = flat(theta, phi.dtype), flat(gradient, phi.dtype)
+        inner = [flat(s, phi.dtype, *s.shape[:k]) for s, k in zip(states, (3, 1), strict=False)]
         as_learned = not isinstance(lr, Tensor) and lr == 1 and decay == 0
         after = before if as_learned else before.clone()
         group["meta_optimizer"].step_(
             after,
             -gradient if group["maximize"] else gradient,
-            inner[0].view(*states[0].shape[:3], -1),
-            inner[1].view(3, -1) if len(inner) > 1 else None,
+            *inner,
             phi=phi,
             backend=group["backend"],
         )

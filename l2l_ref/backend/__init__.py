@@ -79,13 +79,22 @@ def operators(backend: str, state: Tensor) -> ModuleType:
         InputError: as `resolve`, or "fused" for a state that its kernels do not serve.
         ImportError: an extension that is there but broken is never mistaken for a missing one.
     """
-    resolved, units = resolve(backend, state.device), state.shape[2]
-    if resolved == "fused" and state.dtype not in (torch.float32, torch.float64):
-        resolved = _fall_back(backend, f"does not serve {state.dtype}, only float32 and float64")
-    elif resolved == "fused" and not _takes(len(state), units, state.dtype, state.device):
+    layers, _, units, _ = state.shape
+    return _operators(backend, layers, units, state.dtype, state.device)
+
+
+@cache
+def _operators(
+    backend: str, layers: int, units: int, dtype: torch.dtype, device: torch.device
+) -> ModuleType:
+    """Remembered, as every step asks."""
+    resolved = resolve(backend, device)
+    if resolved == "fused" and dtype not in (torch.float32, torch.float64):
+        resolved = _fall_back(backend, f"does not serve {dtype}, only float32 and float64")
+    elif resolved == "fused" and not _takes(layers, units, dtype, device):
         why = f"does not serve {units} hidden units, only up to {MAX_HIDDEN}"
         if units <= MAX_HIDDEN:
-            why = f"has not the shared memory for {units} hidden units on {state.device}"
+            why = f"has not the shared memory for {units} hidden units on {device}"
         resolved = _fall_back(backend, why)
     return equations if resolved == "reference" else _fused()
 
@@ -117,7 +126,6 @@ def use_tensor_cores(on: bool) -> None:
     import_module("l2l_ref.backend._C_cuda").use_tensor_cores(on)
 
 
-@cache
 def _takes(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels take an LSTM of that size; a GPU's shared memory may be too small."""
     if units > MAX_HIDDEN or device.type == "cpu":

@@ -12,15 +12,18 @@ from conftest import generator, random_phi, weights
 from torch import nn
 
 from l2l_ref import equations
-from l2l_ref.backend import _takes, _warn, build_info, operators, resolve
+from l2l_ref.backend import _operators, _takes, _warn, build_info, operators, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.optimizer import LearnedOptimizer
 
 
 @pytest.fixture(autouse=True)
 def warns_anew():
-    """The one warning is given anew in each test."""
+    """The one warning is given anew in each test, and the choice is made anew."""
     _warn.cache_clear()
+    _operators.cache_clear()
+    yield
+    _operators.cache_clear()
 
 
 @pytest.fixture
@@ -108,18 +111,14 @@ class TestChoice:
 
         monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": True)
         monkeypatch.setattr("l2l_ref.backend.import_module", lambda name: Module)
-        _takes.cache_clear()
         device, ask = torch.device("cuda:1"), _takes
         assert ask(2, 56, torch.float32, device) and not ask(2, 57, torch.float32, device)
         assert ask(2, 28, torch.float64, device) and not ask(2, 29, torch.float64, device)
-        _takes.cache_clear()
         large = MagicMock(shape=(2, 2, 64, 3), dtype=torch.float32, device=device)
-        large.__len__.return_value = 2
         with pytest.warns(UserWarning, match="shared memory for 64 hidden units on cuda:1"):
             assert operators("auto", large) is equations
         with pytest.raises(InputError, match="'fused' has not the shared memory for 64"):
             operators("fused", large)
-        _takes.cache_clear()
 
     def test_build_info(self, cpu_level, fused):
         info = build_info()
