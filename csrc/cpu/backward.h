@@ -81,8 +81,9 @@ void unroll_forward(const Shape& shape, const Backward<T>& call, const Packed<co
     const T* below = s.in + step * s.F * lanes;
     for (int64_t layer = 0; layer < L; ++layer) {
       const int64_t now = step * s.states + layer * H * lanes, next = now + s.states;
-      layer_forward<true>(packed[layer].forward, below, shape.width(layer), s.h + now, H, s.c + now,
-                          s.c + next, s.h + next, s.kept + 5 * now);
+      layer_forward<true>(
+          packed[layer].forward, below, shape.width(layer), s.h + now, H, Rows<const T>{s.c + now},
+          Rows<T>{s.c + next}, s.h + next, [](int64_t, int64_t) {}, s.kept + 5 * now);
       below = s.h + next;
     }
   }

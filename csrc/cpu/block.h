@@ -122,6 +122,7 @@ void pack(const Shape& shape, const T* phi, T* memory) {
 template <class T>
 inline void multiply(vec_t<T> (&sum)[4][tile], const T* w, const T* x, int64_t K) {
   using V = vec_t<T>;
+#pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k, w += 4, x += lanes) {
     V in[tile];
 #pragma GCC unroll 4
@@ -135,13 +136,26 @@ inline void multiply(vec_t<T> (&sum)[4][tile], const T* w, const T* x, int64_t K
   }
 }
 
+// Rows of a block where they lie: in scratch, or in an array, which has m(-x) `jump` further on.
+template <class T>
+struct Rows {
+  T* first;
+  int64_t stride = lanes, half = 0, jump = 0;
+
+  T* at(int64_t row, int64_t lane) const {
+    return first + row * stride + lane + (lane >= half ? jump : 0);
+  }
+};
+
 // Which coordinates a block holds; moves them between its lanes and arrays of N or M columns. Lanes
 // without a coordinate hold zeros, with which nothing overflows and no derivative appears.
 template <class T>
 struct Block {
   int64_t start, count;
   int64_t half;  // the first lane of m(-x), 0 if the form is not odd
+  int64_t skip;  // to the next block, 0 if there is none
   int64_t N, M;
+  bool whole;  // every lane has a coordinate
 
   static int64_t room(const Shape& shape) { return shape.form.odd ? lanes / 2 : lanes; }
 
@@ -151,6 +165,22 @@ struct Block {
         N(shape.coordinates),
         M(shape.states()) {
     count = end - start < room(shape) ? end - start : room(shape);
+    skip = end - start > count ? count : 0;
+    whole = count == room(shape);
+  }
+
+  // rows of M columns, of a whole block
+  template <class U>
+  Rows<U> rows(U* array) const {
+    return {array + start, M, half, half ? N - half : 0};
+  }
+  // Asks the cache for what the next block will read where `at` is this one's: a tile of lanes.
+  void fetch_next(const T* at) const {
+    if (!skip) return;
+#pragma GCC unroll 4
+    for (int64_t lane = 0; lane < tile_lanes<T>; lane += 64 / sizeof(T))
+      __builtin_prefetch(at + skip + lane);
+    asm volatile("");  // GCC leaves out a function that does nothing but fetch
   }
 
   // rows of M columns

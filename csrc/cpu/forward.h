@@ -5,7 +5,8 @@
 //    prev  [H]   |====|xxxx|=====|        4 gates = bias + w [below; prev], in registers
 //    c     [H]   |====|xxxx|=====|        cell: the unit's row of c and h
 //
-// All of it lies in the thread's scratch, w in the packed φ; the last layer's h gives u.
+// It lies in the thread's scratch, w in the packed φ, and the c of a whole block where the state
+// is. The last layer's h gives u. Meanwhile the cache is asked for the state of the next block.
 #pragma once
 
 #include "block.h"
@@ -24,56 +25,63 @@ inline void unit_gates(vec_t<T> (&gates)[4][tile], const T* w, const T* below, i
   multiply(gates, w + 4 + 4 * F, prev, H);
 }
 
-// One layer: below [F][lanes], prev (its last h) [H][lanes], c [H][lanes] -> h, next_c [H][lanes].
-// With `kept` [H][5][lanes] it also writes what the backward reads; next_c may be c without it.
-template <bool keep, class T>
-void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t H, const T* c,
-                   T* next_c, T* h, T* kept = nullptr) {
+// One layer: below [F][lanes], prev (its last h) [H][lanes], H rows c -> h [H][lanes], H rows
+// next_c. With `kept` [H][5][lanes] it also writes what the backward reads; next_c may be c without
+// it. Calls meanwhile(unit, lane) before the products of each tile.
+template <bool keep, class T, class Meanwhile>
+void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t H, Rows<const T> c,
+                   Rows<T> next_c, T* h, const Meanwhile& meanwhile, T* kept = nullptr) {
   using V = vec_t<T>;
   const int64_t unit_size = 4 * (1 + F + H);
-  for (int64_t lane = 0; lane < lanes; lane += tile_lanes<T>) {
-    // A unit's h waits for the gates of the next: two chains of functions, neither of which waits
-    // for the other.
-    V c_last[tile] = {}, o_last[tile] = {};
-    const auto output = [&](int64_t unit) {
+  // A tile's h waits for the gates of the next: two chains of functions, neither of which waits for
+  // the other.
+  V c_last[tile] = {}, o_last[tile] = {};
+  T *h_last = nullptr, *kept_last = nullptr;
+  const auto output = [&] {
 #pragma GCC unroll 4
-      for (int t = 0; t < tile; ++t) {
-        const int64_t at = unit * lanes + lane + t * width<T>;
-        if constexpr (keep) {
-          const V tanh_c = tanh_of_state(c_last[t]);
-          store(kept + 4 * (unit + 1) * lanes + at, tanh_c);
-          store(h + at, V(o_last[t] * tanh_c));
-        } else {
-          store(h + at, cell_output(o_last[t], c_last[t]));
-        }
+    for (int t = 0; t < tile; ++t) {
+      if constexpr (keep) {
+        const V tanh_c = tanh_of_state(c_last[t]);
+        store(kept_last + 4 * lanes + t * width<T>, tanh_c);
+        store(h_last + t * width<T>, V(o_last[t] * tanh_c));
+      } else {
+        store(h_last + t * width<T>, cell_output(o_last[t], c_last[t]));
       }
-    };
-    for (int64_t unit = 0; unit < H; ++unit) {
+    }
+  };
+  // Unit by unit, so that its weights and rows stay near; but tile by tile where much is kept.
+  const int64_t tiles = lanes / tile_lanes<T>, outer = keep ? tiles : H, inner = keep ? H : tiles;
+  for (int64_t i = 0; i < outer; ++i)
+    for (int64_t j = 0; j < inner; ++j) {
+      const int64_t unit = keep ? j : i, lane = (keep ? i : j) * tile_lanes<T>;
       V gates[4][tile];
+      meanwhile(unit, lane);
       unit_gates(gates, w + unit * unit_size, below + lane, F, prev + lane, H);
-      if (unit) output(unit - 1);
+      if (h_last) output();
+      h_last = h + unit * lanes + lane;
+      if constexpr (keep) kept_last = kept + 5 * unit * lanes + lane;
+      const T* from = c.at(unit, lane);
+      T* to = next_c.at(unit, lane);
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) {
-        const int64_t at = unit * lanes + lane + t * width<T>;
-        c_last[t] = load<V>(c + at);
+        c_last[t] = load<V>(from + t * width<T>);
         if constexpr (keep) {
           const auto a =
               cell_state_keep(gates[0][t], gates[1][t], gates[2][t], gates[3][t], c_last[t]);
-          T* to = kept + 4 * unit * lanes + at;
-          store(to, a.i);
-          store(to + lanes, a.f);
-          store(to + 2 * lanes, a.g);
-          store(to + 3 * lanes, a.o);
+          T* into = kept_last + t * width<T>;
+          store(into, a.i);
+          store(into + lanes, a.f);
+          store(into + 2 * lanes, a.g);
+          store(into + 3 * lanes, a.o);
           o_last[t] = a.o;
         } else {
           c_last[t] = cell_state(gates[0][t], gates[1][t], gates[2][t], c_last[t]);
           o_last[t] = sigmoid_divisor(gates[3][t]);
         }
-        store(next_c + at, c_last[t]);
+        store(to + t * width<T>, c_last[t]);
       }
     }
-    output(H - 1);
-  }
+  output();
 }
 
 // What the first layer reads: [F][lanes] from gradient and θ [lanes].
@@ -145,15 +153,15 @@ void add_update(const Shape& shape, const T* head, const T* h, int64_t half, T* 
 
 template <class T>
 struct StepScratch {
-  T *theta, *gradient, *in, *state, *spare;
+  T *theta, *gradient, *in, *prev, *c;
+  T* h[2];  // of a layer and the one below
   int64_t size;
 
   StepScratch(const Shape& shape, T* memory) {
     Arena<T> arena{memory};
     theta = arena.take(lanes), gradient = arena.take(lanes);
     in = arena.take(shape.inputs() * lanes);
-    state = arena.take(2 * shape.layers * shape.hidden * lanes);
-    spare = arena.take(shape.hidden * lanes);
+    for (T** rows : {&prev, &c, &h[0], &h[1]}) *rows = arena.take(shape.hidden * lanes);
     size = arena.used;
   }
 };
@@ -169,17 +177,29 @@ void step(const Shape& shape, const l2l::Step<T>& call, const T* packed_phi, T* 
     const Block<T> block(shape, start, end);
     block.load_signed(scratch.theta, call.theta);
     block.load_signed(scratch.gradient, call.gradient);
-    block.load_states(scratch.state, call.state, 2 * shape.layers * H);
     inputs(shape, eq5, scratch.gradient, scratch.theta, scratch.in);
-    // A layer's h goes where the last h of the layer below was, which nobody needs any more.
-    T *below = scratch.in, *h = scratch.spare;
+    const T* below = scratch.in;
     for (int64_t layer = 0; layer < shape.layers; ++layer) {
-      T *prev = scratch.state + 2 * layer * H * lanes, *c = prev + H * lanes;
-      layer_forward<false>(packed[layer].forward, below, shape.width(layer), prev, H, c, c, h);
-      block.store_states(call.next_state + 2 * layer * H * M, h, H);
-      block.store_states(call.next_state + (2 * layer + 1) * H * M, c, H);
+      const T *last_h = call.state + 2 * layer * H * M, *last_c = last_h + H * M;
+      T *next_h = call.next_state + 2 * layer * H * M, *next_c = next_h + H * M;
+      T* h = scratch.h[layer % 2];
+      block.load_states(scratch.prev, last_h, H);
+      // Of a whole block, c is read and written where it lies.
+      Rows<const T> from{scratch.c};
+      Rows<T> to{scratch.c};
+      if (block.whole)
+        from = block.rows(last_c), to = block.rows(next_c);
+      else
+        block.load_states(scratch.c, last_c, H);
+      const auto fetch = [&](int64_t unit, int64_t lane) {
+        block.fetch_next(block.rows(last_h).at(unit, lane));
+        block.fetch_next(block.rows(last_c).at(unit, lane));
+      };
+      layer_forward<false>(packed[layer].forward, below, shape.width(layer), scratch.prev, H, from,
+                           to, h, fetch);
+      block.store_states(next_h, h, H);
+      if (!block.whole) block.store_states(next_c, scratch.c, H);
       below = h;
-      h = prev;
     }
     add_update(shape, packed.head, below, block.half, scratch.theta);
     std::memcpy(call.next_theta + start, scratch.theta, block.count * sizeof(T));
