@@ -136,11 +136,17 @@ inline void multiply(vec_t<T> (&sum)[4][tile], const T* w, const T* x, int64_t K
   }
 }
 
-// Rows of a block where they lie: in scratch, or in an array, which has m(-x) `jump` further on.
+// Rows of a block in scratch, and in an array, which has m(-x) `jump` further on.
 template <class T>
-struct Rows {
+struct ScratchRows {
   T* first;
-  int64_t stride = lanes, half = 0, jump = 0;
+
+  T* at(int64_t row, int64_t lane) const { return first + row * lanes + lane; }
+};
+template <class T>
+struct ArrayRows {
+  T* first;
+  int64_t stride = lanes, half = 0, jump = 0;  // as of rows in scratch
 
   T* at(int64_t row, int64_t lane) const {
     return first + row * stride + lane + (lane >= half ? jump : 0);
@@ -171,15 +177,15 @@ struct Block {
 
   // rows of M columns, of a whole block
   template <class U>
-  Rows<U> rows(U* array) const {
+  ArrayRows<U> rows(U* array) const {
     return {array + start, M, half, half ? N - half : 0};
   }
-  // Asks the cache for what the next block will read where `at` is this one's: a tile of lanes.
-  void fetch_next(const T* at) const {
+  // Asks the cache for a tile of lanes of a row of the next block.
+  void fetch_next(const T* array, int64_t row, int64_t lane) const {
     if (!skip) return;
 #pragma GCC unroll 4
-    for (int64_t lane = 0; lane < tile_lanes<T>; lane += 64 / sizeof(T))
-      __builtin_prefetch(at + skip + lane);
+    for (int64_t i = 0; i < tile_lanes<T>; i += 64 / sizeof(T))
+      __builtin_prefetch(rows(array).at(row, lane + i) + skip);
     asm volatile("");  // GCC leaves out a function that does nothing but fetch
   }
 

@@ -28,9 +28,9 @@ inline void unit_gates(vec_t<T> (&gates)[4][tile], const T* w, const T* below, i
 // One layer: below [F][lanes], prev (its last h) [H][lanes], H rows c -> h [H][lanes], H rows
 // next_c. With `kept` [H][5][lanes] it also writes what the backward reads; next_c may be c without
 // it. Calls meanwhile(unit, lane) before the products of each tile.
-template <bool keep, class T, class Meanwhile>
-void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t H, Rows<const T> c,
-                   Rows<T> next_c, T* h, const Meanwhile& meanwhile, T* kept = nullptr) {
+template <bool keep, class T, class C, class NextC, class Meanwhile>
+void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t H, const C& c,
+                   const NextC& next_c, T* h, const Meanwhile& meanwhile, T* kept = nullptr) {
   using V = vec_t<T>;
   const int64_t unit_size = 4 * (1 + F + H);
   // A tile's h waits for the gates of the next: two chains of functions, neither of which waits for
@@ -60,11 +60,9 @@ void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t
       if (h_last) output();
       h_last = h + unit * lanes + lane;
       if constexpr (keep) kept_last = kept + 5 * unit * lanes + lane;
-      const T* from = c.at(unit, lane);
-      T* to = next_c.at(unit, lane);
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) {
-        c_last[t] = load<V>(from + t * width<T>);
+        c_last[t] = load<V>(c.at(unit, lane + t * width<T>));
         if constexpr (keep) {
           const auto a =
               cell_state_keep(gates[0][t], gates[1][t], gates[2][t], gates[3][t], c_last[t]);
@@ -78,7 +76,7 @@ void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t
           c_last[t] = cell_state(gates[0][t], gates[1][t], gates[2][t], c_last[t]);
           o_last[t] = sigmoid_divisor(gates[3][t]);
         }
-        store(to + t * width<T>, c_last[t]);
+        store(next_c.at(unit, lane + t * width<T>), c_last[t]);
       }
     }
   output();
@@ -185,15 +183,15 @@ void step(const Shape& shape, const l2l::Step<T>& call, const T* packed_phi, T* 
       T* h = scratch.h[layer % 2];
       block.load_states(scratch.prev, last_h, H);
       // Of a whole block, c is read and written where it lies.
-      Rows<const T> from{scratch.c};
-      Rows<T> to{scratch.c};
+      ArrayRows<const T> from{scratch.c};
+      ArrayRows<T> to{scratch.c};
       if (block.whole)
         from = block.rows(last_c), to = block.rows(next_c);
       else
         block.load_states(scratch.c, last_c, H);
       const auto fetch = [&](int64_t unit, int64_t lane) {
-        block.fetch_next(block.rows(last_h).at(unit, lane));
-        block.fetch_next(block.rows(last_c).at(unit, lane));
+        block.fetch_next(last_h, unit, lane);
+        block.fetch_next(last_c, unit, lane);
       };
       layer_forward<false>(packed[layer].forward, below, shape.width(layer), scratch.prev, H, from,
                            to, h, fetch);
