@@ -36,7 +36,8 @@ ROWS = (OPTIMIZEE, CRAFTING, LSTM, ATTACKS, OPTIMIZERS, BATCHES, REST)
 PHASES = ("meta-training", "tuning", "transfer", "recording", "judging", "between")
 SHORT = {
     "mnist": "--steps 50 --episodes 14 --seeds 1 --eval-samples 1000",
-    "cifar10": "--steps 3 --unroll 3 --episodes 8 --seeds 5 --folds 1 --eval-samples 10",
+    "cifar10": "--steps 20 --record-every 10 --unroll 10 --episodes 4 --episode-steps 20 60 "
+    "--eval-samples 40",
     "quadratic": "--steps 50 --episodes 20 --seeds 1",
 }
 
