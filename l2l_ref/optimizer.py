@@ -167,7 +167,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if theta.numel() == 0 or (new and float(lr) == 0 and not gradient.any()):
             return  # the dummy step by which PyTorch asks an optimizer for its states
         before, gradient = flat(theta, phi.dtype), flat(gradient, phi.dtype)
-        inner = [flat(s, phi.dtype, *s.shape[:k]) for s, k in zip(states, (3, 1), strict=False)]
+        axes = (3, 1)  # of the LSTM state [L, 2, H, …], and of the moments [3, …] if there are any
+        inner = [flat(s, phi.dtype, *s.shape[:k]) for s, k in zip(states, axes, strict=False)]
         as_learned = not isinstance(lr, Tensor) and lr == 1 and decay == 0
         after = before if as_learned else before.clone()
         group["meta_optimizer"].step_(

@@ -175,7 +175,7 @@ struct Block {
     whole = count == room(shape);
   }
 
-  // rows of M columns, of a whole block
+  // Rows of M columns, of a whole block.
   template <class U>
   ArrayRows<U> rows(U* array) const {
     return {array + start, M, half, half ? N - half : 0};
@@ -193,9 +193,9 @@ struct Block {
   void load_states(T* to, const T* from, int64_t rows) const {
     from += start;
     for (int64_t row = 0; row < rows; ++row, to += lanes, from += M) {
-      if (count == lanes) {
+      if (whole && !half) {
         copy<lanes>(to, from);
-      } else if (half && count == half) {
+      } else if (whole) {
         copy<lanes / 2>(to, from);
         copy<lanes / 2>(to + half, from + N);
       } else {
@@ -208,9 +208,9 @@ struct Block {
   void store_states(T* to, const T* from, int64_t rows) const {
     to += start;
     for (int64_t row = 0; row < rows; ++row, from += lanes, to += M) {
-      if (count == lanes) {
+      if (whole && !half) {
         copy<lanes>(to, from);
-      } else if (half && count == half) {
+      } else if (whole) {
         copy<lanes / 2>(to, from);
         copy<lanes / 2>(to + N, from + half);
       } else {

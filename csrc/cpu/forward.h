@@ -183,12 +183,9 @@ void step(const Shape& shape, const l2l::Step<T>& call, const T* packed_phi, T* 
       T* h = scratch.h[layer % 2];
       block.load_states(scratch.prev, last_h, H);
       // Of a whole block, c is read and written where it lies.
-      ArrayRows<const T> from{scratch.c};
-      ArrayRows<T> to{scratch.c};
-      if (block.whole)
-        from = block.rows(last_c), to = block.rows(next_c);
-      else
-        block.load_states(scratch.c, last_c, H);
+      const auto from = block.whole ? block.rows(last_c) : ArrayRows<const T>{scratch.c};
+      const auto to = block.whole ? block.rows(next_c) : ArrayRows<T>{scratch.c};
+      if (!block.whole) block.load_states(scratch.c, last_c, H);
       const auto fetch = [&](int64_t unit, int64_t lane) {
         block.fetch_next(last_h, unit, lane);
         block.fetch_next(last_c, unit, lane);
