@@ -48,7 +48,11 @@ def test_the_seed_cuts_them(installed, tmp_path):
     assert cut(0) == cut(0) and cut(0)[0] != cut(1)[0] and cut(0)[1] != cut(1)[1]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1,2\n3"), gzip.compress(b"a,b")])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b"1,2\n3"), gzip.compress(b"a,b")],
+    ids=["no gzip", "rows of unequal length", "no numbers"],
+)
 def test_a_broken_file_is_named(installed, tmp_path, content):
     installed.write_bytes(content)
     with pytest.raises(InputError, match="mnist_5k.csv.gz"):
