@@ -44,8 +44,11 @@ template <class T>
 struct Fit;
 template <>
 struct Fit<float> {
-  // 2^r, |r| <= 1/2: 1.4e-7
+  // 2^r, |r| <= 1/2: 1.4e-7; 0 <= r < 1: 8.7e-8
+  template <bool from_zero>
   static L2L_INLINE constexpr Coefficients<float, 6> exp2() {
+    if (from_zero)
+      return {{1.0f, 0.6931513f, 0.24016444f, 0.055799924f, 0.0090170437f, 0.0018671305f}};
     return {{1.0f, 0.69314697f, 0.2402212f, 0.055507133f, 0.0096755413f, 0.0013276473f}};
   }
   // (2^r - 1) / r: 1.1e-8
@@ -60,8 +63,10 @@ struct Fit<float> {
 };
 template <>
 struct Fit<double> {
-  // 3.1e-18
+  // |r| <= 1/2: 3.1e-18
+  template <bool from_zero>
   static L2L_INLINE constexpr Coefficients<double, 12> exp2() {
+    static_assert(!from_zero, "");
     return {{1.0, 0.6931471805599453, 0.24022650695910155, 0.055504108664819925,
              0.009618129107588335, 0.0013333558146789923, 0.00015403530462514432,
              1.5252733489988525e-05, 1.32154330896764e-06, 1.0178198021671931e-07,
@@ -87,8 +92,8 @@ struct Fit<double> {
 #ifndef L2L_SCALAR
 template <class V>
 L2L_INLINE V exp2(V y) {
-  auto [power, r] = split(bounded(y));
-  return pow2(polynomial(Fit<scalar_t<V>>::exp2(), r), power);
+  auto [power, r] = split_any(y);
+  return pow2(polynomial(Fit<scalar_t<V>>::template exp2<rounds_down<V>>(), r), power);
 }
 #endif
 

@@ -83,7 +83,8 @@ void unroll_forward(const Shape& shape, const Backward<T>& call, const Packed<co
       const int64_t now = step * s.states + layer * H * lanes, next = now + s.states;
       layer_forward<true>(
           packed[layer].forward, below, shape.width(layer), s.h + now, H, ScratchRows<T>{s.c + now},
-          ScratchRows<T>{s.c + next}, s.h + next, [](int64_t, int64_t) {}, s.kept + 5 * now);
+          ScratchRows<T>{s.c + next}, s.h + next, ScratchRows<T>{}, [](int64_t, int64_t) {},
+          s.kept + 5 * now);
       below = s.h + next;
     }
   }

@@ -136,7 +136,7 @@ inline void multiply(vec_t<T> (&sum)[4][tile], const T* w, const T* x, int64_t K
   }
 }
 
-// Rows of a block in scratch, and in an array, which has m(-x) `jump` further on.
+// Rows of a block in scratch, and in an array, whose columns of m(-x) lie further on.
 template <class T>
 struct ScratchRows {
   T* first;
@@ -145,11 +145,11 @@ struct ScratchRows {
 };
 template <class T>
 struct ArrayRows {
-  T* first;
-  int64_t stride = lanes, half = 0, jump = 0;  // as of rows in scratch
+  T *low, *high;  // lane 0 of row 0, for the first half of the lanes and for the second
+  int64_t stride;
 
   T* at(int64_t row, int64_t lane) const {
-    return first + row * stride + lane + (lane >= half ? jump : 0);
+    return (lane < lanes / 2 ? low : high) + row * stride + lane;
   }
 };
 
@@ -175,10 +175,15 @@ struct Block {
     whole = count == room(shape);
   }
 
-  // Rows of M columns, of a whole block.
+  // Rows of M columns, of a whole block; of one that is not, those of `scratch`.
   template <class U>
   ArrayRows<U> rows(U* array) const {
-    return {array + start, M, half, half ? N - half : 0};
+    U* const low = array + start;
+    return {low, half ? low + N - half : low, M};
+  }
+  template <class U>
+  ArrayRows<U> rows(U* array, T* scratch) const {
+    return whole ? rows(array) : ArrayRows<U>{scratch, scratch, lanes};
   }
   // Asks the cache for a tile of lanes of a row of the next block.
   void fetch_next(const T* array, int64_t row, int64_t lane) const {

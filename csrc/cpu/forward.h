@@ -5,8 +5,9 @@
 //    prev  [H]   |====|xxxx|=====|        4 gates = bias + w [below; prev], in registers
 //    c     [H]   |====|xxxx|=====|        cell: the unit's row of c and h
 //
-// It lies in the thread's scratch, w in the packed φ, and the c of a whole block where the state
-// is. The last layer's h gives u. Meanwhile the cache is asked for the state of the next block.
+// It lies in the thread's scratch, w in the packed φ. The c of a whole block is read and written
+// where the state is, and h is written there too. The last layer's h gives u. Meanwhile the cache
+// is asked for the state of the next block.
 #pragma once
 
 #include "block.h"
@@ -26,26 +27,32 @@ inline void unit_gates(vec_t<T> (&gates)[4][tile], const T* w, const T* below, i
 }
 
 // One layer: below [F][lanes], prev (its last h) [H][lanes], H rows c -> h [H][lanes], H rows
-// next_c. With `kept` [H][5][lanes] it also writes what the backward reads; next_c may be c without
-// it. Calls meanwhile(unit, lane) before the products of each tile.
-template <bool keep, class T, class C, class NextC, class Meanwhile>
+// next_c. With `kept` [H][5][lanes] it also writes what the backward reads; without, h goes to H
+// rows next_h too, and next_c may be c. Calls meanwhile(unit, lane) before the products of each
+// tile.
+template <bool keep, class T, class C, class Next, class Meanwhile>
 void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t H, const C& c,
-                   const NextC& next_c, T* h, const Meanwhile& meanwhile, T* kept = nullptr) {
+                   const Next& next_c, T* h, const Next& next_h, const Meanwhile& meanwhile,
+                   T* kept = nullptr) {
   using V = vec_t<T>;
   const int64_t unit_size = 4 * (1 + F + H);
   // A tile's h waits for the gates of the next: two chains of functions, neither of which waits for
   // the other.
   V c_last[tile] = {}, o_last[tile] = {};
   T *h_last = nullptr, *kept_last = nullptr;
+  int64_t unit_last = 0, lane_last = 0;
   const auto output = [&] {
 #pragma GCC unroll 4
     for (int t = 0; t < tile; ++t) {
+      T* const to = h_last + t * width<T>;
       if constexpr (keep) {
         const V tanh_c = tanh_of_state(c_last[t]);
         store(kept_last + 4 * lanes + t * width<T>, tanh_c);
-        store(h_last + t * width<T>, V(o_last[t] * tanh_c));
+        store(to, V(o_last[t] * tanh_c));
       } else {
-        store(h_last + t * width<T>, cell_output(o_last[t], c_last[t]));
+        const V out = cell_output(o_last[t], c_last[t]);
+        store(to, out);
+        store(next_h.at(unit_last, lane_last + t * width<T>), out);
       }
     }
   };
@@ -60,6 +67,7 @@ void layer_forward(const T* w, const T* below, int64_t F, const T* prev, int64_t
       if (h_last) output();
       h_last = h + unit * lanes + lane;
       if constexpr (keep) kept_last = kept + 5 * unit * lanes + lane;
+      unit_last = unit, lane_last = lane;
 #pragma GCC unroll 4
       for (int t = 0; t < tile; ++t) {
         c_last[t] = load<V>(c.at(unit, lane + t * width<T>));
@@ -182,18 +190,18 @@ void step(const Shape& shape, const l2l::Step<T>& call, const T* packed_phi, T* 
       T *next_h = call.next_state + 2 * layer * H * M, *next_c = next_h + H * M;
       T* h = scratch.h[layer % 2];
       block.load_states(scratch.prev, last_h, H);
-      // Of a whole block, c is read and written where it lies.
-      const auto from = block.whole ? block.rows(last_c) : ArrayRows<const T>{scratch.c};
-      const auto to = block.whole ? block.rows(next_c) : ArrayRows<T>{scratch.c};
       if (!block.whole) block.load_states(scratch.c, last_c, H);
       const auto fetch = [&](int64_t unit, int64_t lane) {
         block.fetch_next(last_h, unit, lane);
         block.fetch_next(last_c, unit, lane);
       };
-      layer_forward<false>(packed[layer].forward, below, shape.width(layer), scratch.prev, H, from,
-                           to, h, fetch);
-      block.store_states(next_h, h, H);
-      if (!block.whole) block.store_states(next_c, scratch.c, H);
+      layer_forward<false>(packed[layer].forward, below, shape.width(layer), scratch.prev, H,
+                           block.rows(last_c, scratch.c), block.rows(next_c, scratch.c), h,
+                           block.rows(next_h, h), fetch);
+      if (!block.whole) {
+        block.store_states(next_h, h, H);
+        block.store_states(next_c, scratch.c, H);
+      }
       below = h;
     }
     add_update(shape, packed.head, below, block.half, scratch.theta);
