@@ -11,9 +11,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from bench import measure, memory, operators, peers, pieces, resnet_step, transfer_step
+from bench import bfloat16, measure, memory, operators, peers, pieces, resnet_step, transfer_step
 from bench.case import flops, make_case
-from l2l_ref import drawing
+from l2l_ref import drawing, equations
 from l2l_ref.backend import built
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES, complete
@@ -130,6 +130,20 @@ def test_transfer_step_in_miniature(tmp_path):
         assert row["methods"].keys() == learned | {"Adam (clean)", "Adam (PGD-7)"}
         assert row["ratios"]["Adam (PGD-7)"] == 1
         assert all(method["median"] > 0 for method in row["methods"].values())
+
+
+def test_bfloat16_in_miniature(tmp_path, capsys):
+    w, x = torch.randn(2, 80, 80, generator=torch.Generator().manual_seed(0)).double()
+    errors = [
+        (product(w, x) - w @ x).norm() / (w @ x).norm() for _, product, _ in bfloat16.ROWS[1:]
+    ]
+    assert 1e-3 < errors[0] < 4e-3 and errors[1] < errors[0] and errors[2] < 2e-5
+    before = equations.lstm_cell
+    arguments = f"--steps 2 --seeds 1 --data-dir {tmp_path}".split()
+    bfloat16.main(arguments)
+    rows = capsys.readouterr().out.splitlines()
+    same = [float(row.split()[-3]) for row in rows if row.split()[:1] in (["float32"], ["weights"])]
+    assert len(same) == 8 and same[0] < same[1] and equations.lstm_cell is before
 
 
 @pytest.fixture
