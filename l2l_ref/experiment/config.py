@@ -45,8 +45,8 @@ class Config:
     eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
         "one panel each", (0.1,), {"cifar10": (0.03,), "quadratic": (0.0,)})
     recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
-        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: the same, "
-        "reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
+        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: the same "
+        "without θ, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
     optimizee: str = option(WHAT, "the network that is trained", "mlp",
         {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
     attack_steps: int = option(WHAT, "PGD steps", 7)
@@ -84,7 +84,8 @@ class Config:
         {"robust": True, "quadratic": False}, of="φ", said="robust", opposite=True)
     # θ of a quadratic travels much farther than a network's.
     output_scale: float = option(default=0.01, exceptions={"robust": 0.1, "quadratic": 0.1}, of="φ")
-    theta_input: bool = option(default=False, exceptions={"robust": True}, of="φ")
+    # What shrinks weights is in the penalised gradient; a φ that sees them learns to let them grow.
+    theta_input: bool = option(default=False, exceptions={"robust": True, "penalty": False}, of="φ")
     odd: bool = option(default=False, exceptions={"robust": True}, of="φ")
     hidden_size: int = option(default=20, of="φ")
     num_layers: int = option(default=2, of="φ")

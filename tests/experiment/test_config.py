@@ -33,6 +33,8 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
         ("--dataset quadratic --recipe penalty", QUADRATIC),
         # robust reads clean gradients and is judged under attack
         ("--recipe robust", {**ROBUST, "penalty": 0}),
+        # what penalty reads shrinks weights, which it need not see
+        ("--recipe penalty", {**ROBUST, "penalty": 1, "theta_input": False}),
         ("--recipe robust --no-nominal", {**ROBUST, "nominal": False}),
         ("--nominal", {"nominal": True}),
         ("--penalty 0.5", {"penalty": 0.5}),
