@@ -28,18 +28,25 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 
 
-def expect_same(actual, reference, dtype):
-    """The same infinities and NaN; else close, in units of what is finite."""
+def expect_same(actual, reference, dtype, noise=0.0):
+    """The same infinities and NaN; else close, in units of what is finite, or to `noise`."""
     for a, r in zip(actual, reference, strict=True):
         assert torch.equal(a.isnan(), r.isnan())
         finite = r.isfinite()
         assert torch.equal(a[~finite & ~r.isnan()], r[~finite & ~r.isnan()])
         assert a[finite].isfinite().all()
-        torch.testing.assert_close(a[finite], r[finite], rtol=TOLERANCE[dtype], atol=1e-5)
+        torch.testing.assert_close(a[finite], r[finite], rtol=TOLERANCE[dtype], atol=1e-5 + noise)
 
 
-def run_both(fused, run, case, given, dtype):
-    expect_same(run(fused, case, given), run(equations, case, given), dtype)
+def run_both(fused, run, case, given, dtype, noise=0.0):
+    expect_same(run(fused, case, given), run(equations, case, given), dtype, noise)
+
+
+def rounding(run, case, given):
+    """The largest error of the reference in the dtype of what is given."""
+    wide = {name: x.double() for name, x in given.items()}
+    pairs = zip(run(equations, case, given), run(equations, case, wide), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 @everywhere
@@ -105,7 +112,10 @@ class TestExtremeTensors:
             for unit in range(3):
                 given["state"][layer, row, unit, 4 * unit + 7 * layer] = value
         for run in RUNS:
-            run_both(fused, run, case, given, dtype)
+            # It multiplies roundings: 1e-5 is less than what float32 itself is off by.
+            noise = rounding(run, case, given) if abs(value) == 1e3 else 0.0
+            assert noise < 1e-4
+            run_both(fused, run, case, given, dtype, noise)
 
     @every_form
     def test_theta(self, level, fused, theta_input, odd, value, dtype):
