@@ -69,8 +69,10 @@ class Option:
         if self.said is not None or self.default is None or self.default is False:
             return self.help + (f" ({self.said})" if self.said else "")
         shown = [show(self.default)]
-        shown += [f"{TITLES.get(words, words)}: {show(other)}"
-                  for words, other in self.exceptions.items() if "quick" not in words]  # fmt: skip
+        for words, other in self.exceptions.items():
+            if "quick" not in words:
+                where = " ".join(TITLES.get(word, word) for word in words.split())
+                shown.append(f"{where}: {show(other)}")
         return f"{self.help} ({'; '.join(shown)})"
 
     def arguments(self, type_: Any) -> dict[str, Any]:
