@@ -13,6 +13,7 @@ import pytest
 from conftest import call_script
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 300  # seconds, of a machine that is busy with other things
 RUN = ["--dataset", "quadratic", "--quick", "--episodes", "6", "--steps", "40", "--seeds", "3",
        "--nominal"]  # fmt: skip
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
@@ -49,7 +50,7 @@ def worker(launcher, rank: int | str = "") -> int:
 
 
 def wait_for_parts(folder: Path, count: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while len(list(folder.glob("parts/*.json"))) < count:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -72,7 +73,7 @@ class TestARankThatIsKilled:
         victim = worker(job, rank)
         wait_for_parts(tmp_path / "r", 2)
         os.kill(victim, signal.SIGKILL)
-        _, said = job.communicate(timeout=60)
+        _, said = job.communicate(timeout=PATIENCE)
         assert job.returncode == 1 and "Signal 9 (SIGKILL)" in said
         done = call_script(*RUN, "--out", "r", "--resume", cwd=tmp_path, processes=3)
         assert done.returncode == 0, done.stderr
@@ -85,7 +86,7 @@ class TestARankThatIsKilled:
         victim = worker(job, rank)
         wait_for_parts(tmp_path / "r", 2)
         os.kill(victim, signal.SIGKILL)
-        _, said = job.communicate(timeout=120)
+        _, said = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, said
         assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
 
@@ -108,7 +109,7 @@ class TestTwoMachines:
     def test_the_same_bits(self, tmp_path, alone, port):
         jobs = [node(port, cwd=tmp_path) for _ in range(2)]
         for job in jobs:
-            _, said = job.communicate(timeout=120)
+            _, said = job.communicate(timeout=PATIENCE)
             assert job.returncode == 0, said
         assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
 
@@ -117,6 +118,6 @@ class TestTwoMachines:
         wait_for_parts(tmp_path / "r", 2)
         os.kill(worker(jobs[0]), signal.SIGKILL)
         for job in jobs:
-            _, said = job.communicate(timeout=120)
+            _, said = job.communicate(timeout=PATIENCE)
             assert job.returncode == 0, said
         assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
