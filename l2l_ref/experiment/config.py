@@ -75,7 +75,7 @@ class Config:
     read_alpha: float = option(  # that of the loss whose gradient φ reads
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
     penalty: float = option(META, "λ/eps of the loss that φ reads", 0.0,
-        {"penalty": 1.0, "quadratic": 0.0}, of="φ")
+        {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ")
     # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
     curriculum: tuple[float, float] = option(META, "shares of the episodes: clean up to one, as "
         "set from the other on", (0.0, 0.5),

@@ -26,7 +26,7 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
                                "episode_steps": (100, 300), "episodes": 50, "record_every": 10,
                                "curriculum": (0.5, 0.75)}),
         ("--dataset cifar10 --recipe robust", {"episode_steps": (100, 1000), "episodes": 30}),
-        ("--dataset cifar10 --recipe penalty", {"episode_steps": (100, 300), "episodes": 30}),
+        ("--dataset cifar10 --recipe penalty", {"episode_steps": (100, 300), "episodes": 30, "penalty": 1}),
         # quadratics have neither curriculum nor penalty
         ("--dataset quadratic --recipe paper", QUADRATIC),
         ("--dataset quadratic --recipe robust", QUADRATIC),
@@ -64,7 +64,7 @@ def test_meta_training_has_three_hundred_unrolls():
 
 def test_penalty_is_robust_but_for_what_it_reads():
     robust, penalty = (cli.parse(["--recipe", name]) for name in ("robust", "penalty"))
-    assert penalty.penalty == 1 and not penalty.theta_input
+    assert penalty.penalty == 1.5 and not penalty.theta_input
     assert penalty.episodes == 60 and penalty.episode_steps == (100, 300)
     episodes = {"episodes": robust.episodes, "episode_steps": robust.episode_steps}
     assert replace(penalty, recipe="robust", penalty=0.0, theta_input=True, **episodes) == robust
