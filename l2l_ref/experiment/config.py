@@ -70,7 +70,7 @@ class Config:
     clip: float = option(default=1.0, of="φ")  # of the meta-gradient's norm
     # The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that φ
     # collapses, so some of the clean one stays.
-    alpha: float = option(META, "clean share of Eq. 6", 0.5,
+    alpha: float = option(META, "the clean share α", 0.5,
         {"pgd": 0.2, "none": 1.0, "robust": 0.0, "robust none": 1.0}, of="φ")
     read_alpha: float = option(  # that of the loss whose gradient φ reads
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
