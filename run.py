@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> None:
             compute_all(experiment.pieces(), experiment.parts, ranks, experiment.progress.say)
         else:
             conduct(experiment, ranks, arguments)
+    ranks.leave()
 
 
 def conduct(experiment: Experiment, ranks: Ranks, arguments: list[str]) -> None:

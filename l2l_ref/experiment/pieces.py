@@ -83,7 +83,7 @@ def compute_all(
 ) -> None:
     """Compute every piece that is not there yet; the longest of those that are ready comes first.
 
-    Returns when this process finds nothing more to do; on rank 0, when all pieces are there.
+    Returns when all pieces are there.
 
     Args:
         say: prints a line: how much of the run is done, and the time that the rest will take.
@@ -96,8 +96,7 @@ def compute_all(
     while True:
         pending = [piece for piece in pending if piece.name not in parts]
         free = [piece for piece in pending if piece.name not in claimed]
-        if not pending or (ranks.rank and not free):
-            ranks.leave()
+        if not pending:
             return
         ready = (p for p in free if all(name in parts for name in p.needs))
         for piece in ready:

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import uuid
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -75,8 +76,12 @@ class Ranks:
         return self.store.get(key).decode()
 
     def leave(self) -> None:
-        """This process has nothing more to do, and nobody waits for it."""
-        self.tell(f"left {self.rank}", "")
+        """The end, when rank 0 has come to its own: torchrun begins nothing anew on a machine whose
+        processes are gone, wherever another dies."""
+        with suppress(dist.DistError):  # the store was rank 0's, and is gone with it
+            if self.rank:
+                self.hear("left 0")
+            self.tell(f"left {self.rank}", "")
         self.end()
 
     def check(self) -> None:

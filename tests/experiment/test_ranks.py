@@ -37,16 +37,16 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def worker(launcher, rank: int | str = "") -> int:
-    """The process that a launcher started as that rank, or any."""
-    while launcher.poll() is None:
-        for pid in children(launcher.pid):
+def worker(rank: int, *launchers) -> int:
+    """The process that one of these started as that rank."""
+    while all(launcher.poll() is None for launcher in launchers):
+        for pid in [pid for launcher in launchers for pid in children(launcher.pid)]:
             with suppress(OSError):
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if any(line.startswith(f"RANK={rank}".encode()) for line in environment):
+                if f"RANK={rank}".encode() in environment:
                     return pid
         time.sleep(0.05)
-    raise AssertionError(launcher.communicate())
+    raise AssertionError([launcher.communicate() for launcher in launchers])
 
 
 def wait_for_parts(folder: Path, count: int) -> None:
@@ -56,13 +56,26 @@ def wait_for_parts(folder: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+def wait_until_still(folder: Path) -> None:
+    """Until no part has come for five seconds."""
+    count, since = -1, time.monotonic()
+    while time.monotonic() < since + 5:
+        if (now := len(list(folder.glob("parts/*.json")))) != count:
+            count, since = now, time.monotonic()
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """metrics.csv of one process."""
+    """The run of one process."""
     folder = tmp_path_factory.mktemp("alone")
     done = call_script(*RUN, "--out", "r", cwd=folder)
     assert done.returncode == 0, done.stderr
-    return (folder / "r" / "metrics.csv").read_bytes()
+    return folder / "r"
+
+
+def assert_same(folder: Path, alone: Path) -> None:
+    assert (folder / "metrics.csv").read_bytes() == (alone / "metrics.csv").read_bytes()
 
 
 class TestARankThatIsKilled:
@@ -70,25 +83,25 @@ class TestARankThatIsKilled:
     def test_the_job_ends_and_goes_on_at_another_size(self, tmp_path, alone, rank):
         job = torchrun("--standalone", "--nproc-per-node", 2, ROOT / "run.py", *RUN, "--out", "r",
                        cwd=tmp_path)  # fmt: skip
-        victim = worker(job, rank)
+        victim = worker(rank, job)
         wait_for_parts(tmp_path / "r", 2)
         os.kill(victim, signal.SIGKILL)
         _, said = job.communicate(timeout=PATIENCE)
         assert job.returncode == 1 and "Signal 9 (SIGKILL)" in said
         done = call_script(*RUN, "--out", "r", "--resume", cwd=tmp_path, processes=3)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+        assert_same(tmp_path / "r", alone)
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_torchrun_begins_it_anew(self, tmp_path, alone, rank):
         job = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, ROOT / "run.py",
                        *RUN, "--out", "r", cwd=tmp_path)  # fmt: skip
-        victim = worker(job, rank)
+        victim = worker(rank, job)
         wait_for_parts(tmp_path / "r", 2)
         os.kill(victim, signal.SIGKILL)
         _, said = job.communicate(timeout=PATIENCE)
         assert job.returncode == 0, said
-        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+        assert_same(tmp_path / "r", alone)
 
 
 def node(port, *more, cwd):
@@ -111,14 +124,20 @@ class TestTwoMachines:
         for job in jobs:
             _, said = job.communicate(timeout=PATIENCE)
             assert job.returncode == 0, said
-        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+        assert_same(tmp_path / "r", alone)
 
-    def test_a_worker_that_dies_is_replaced_on_both(self, tmp_path, alone, port):
+    @pytest.mark.parametrize("rank, late", [(0, False), (1, False), (0, True)])
+    def test_a_worker_that_dies_is_replaced_on_both(self, tmp_path, alone, port, rank, late):
+        """Late, when the other has no more to do."""
         jobs = [node(port, "--max-restarts", 1, cwd=tmp_path) for _ in range(2)]
-        victim = worker(jobs[0])
-        wait_for_parts(tmp_path / "r", 1)  # a worker that has nothing more to do leaves for good
+        victim = worker(rank, *jobs)
+        total = len(list(alone.glob("parts/*.json")))
+        wait_for_parts(tmp_path / "r", total - 20 if late else 1)  # runs, which nothing waits for
+        if late:
+            os.kill(victim, signal.SIGSTOP)
+            wait_until_still(tmp_path / "r")
         os.kill(victim, signal.SIGKILL)
         for job in jobs:
             _, said = job.communicate(timeout=PATIENCE)
             assert job.returncode == 0, said
-        assert (tmp_path / "r" / "metrics.csv").read_bytes() == alone
+        assert_same(tmp_path / "r", alone)
