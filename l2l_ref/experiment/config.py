@@ -54,7 +54,7 @@ class Config:
 
     # On CIFAR-10 φ takes some 100 unrolls of clean episodes until it begins to learn, and under PGD
     # one of 100-step episodes collapses. With its lengths the robust φ holds to 3,000 steps;
-    # that of the penalty holds anyway, and with long ones learns nothing (docs/trials).
+    # that of the penalty holds anyway, and with long ones is slower (docs/trials).
     episodes: int = option(META, "each trains fresh optimizees", 70,
         {"cifar10": 50, "robust": 30, "penalty": 60, "cifar10 penalty": 30, "quadratic": 100,
          "mnist quick": 15, "cifar10 quick": 1, "quadratic quick": 10}, of="φ")
