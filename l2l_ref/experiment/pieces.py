@@ -95,10 +95,10 @@ def compute_all(
     clock, pending, claimed = Clock(pieces, ranks.world), pieces, set()
     while True:
         pending = [piece for piece in pending if piece.name not in parts]
-        free = [piece for piece in pending if piece.name not in claimed]
         if not pending:
             return
-        ready = (p for p in free if all(name in parts for name in p.needs))
+        free = (piece for piece in pending if piece.name not in claimed)
+        ready = (piece for piece in free if all(name in parts for name in piece.needs))
         for piece in ready:
             claimed.add(piece.name)
             if ranks.claim(piece.name):
