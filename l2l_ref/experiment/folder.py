@@ -61,7 +61,8 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         folder = Path(config.out)
     else:
         attack = config.attack.replace(":", ".")  # of MODULE:FUNCTION
-        parts = [config.dataset, attack, config.recipe] + ["quick"] * config.quick
+        recipe = "loaded" if config.load else config.recipe  # φ's own, which is not read yet
+        parts = [config.dataset, attack, recipe] + ["quick"] * config.quick
         name = "-".join(parts)
         folder = root / name
         for number in itertools.count(2):
