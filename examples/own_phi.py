@@ -17,16 +17,22 @@ from l2l_ref.data.images import endless
 
 
 def blobs(seed: int, count: int = 2048) -> Dataset:
-    """Your data: here points in [0, 1]^8 around one of four centres."""
-    noise = torch.Generator().manual_seed(seed)
-    centres = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+    """Your data: points in [0, 1]^64 around one of four centres.
+
+    They are far apart in 8 features. In the other 56 they are so close that the attack moves a
+    point from one to another, and yet Adam relies on those too.
+    """
+    fixed, noise = (torch.Generator().manual_seed(number) for number in (0, seed))
+    far, close = torch.rand(4, 8, generator=fixed), 0.5 + 0.1 * torch.randn(4, 56, generator=fixed)
+    centres = torch.cat([far, close], dim=1)
     y = torch.randint(4, (count,), generator=noise)
-    return TensorDataset((centres[y] + 0.1 * torch.randn(count, 8, generator=noise)).clamp(0, 1), y)
+    x = centres[y] + 0.1 * torch.randn(count, 64, generator=noise)
+    return TensorDataset(x.clamp(0, 1), y)
 
 
 def build() -> nn.Module:
     """Your model."""
-    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
 def main(episodes: int = 100, steps: int = 100) -> tuple[float, float]:
@@ -39,7 +45,9 @@ def main(episodes: int = 100, steps: int = 100) -> tuple[float, float]:
         return l2l_ref.Episode(build(), loader, attack, classes=4)
 
     phi = l2l_ref.new_phi(build(), odd=True, theta_input=True, output_scale=0.1)
-    settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, read_alpha=1.0, alpha=0.0)
+    settings = l2l_ref.MetaSettings(
+        episodes, steps=steps, meta_lr=5e-3, schedule="cosine", read_alpha=1.0, alpha=0.0
+    )
     l2l_ref.meta_train(phi, settings, draw)
 
     def accuracy(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int) -> float:

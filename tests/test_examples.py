@@ -30,9 +30,9 @@ def test_another_attack(small_data, capsys):
 
 
 def test_own_phi():
-    """Its φ trains more robust models on clean batches than Adam does, which is what it is for."""
+    """Its φ trains robust models on clean batches, Adam does not; which is what it is for."""
     ours, adam = own_phi.main()
-    assert ours > adam > 0.25
+    assert ours > 0.5 > adam
 
 
 def test_fair_comparison(small_data, capsys):
