@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     for key, piece in experiment.runs():
         if key["method"] in options.methods and "skipped" not in parts[piece.name]:
             run = piece.compute(parts)
-            worst = max(worst, abs(run["attacked_loss"] - parts[piece.name]["attacked_loss"]))
+            worst = max(worst, abs(run["pgd_loss"] - parts[piece.name]["pgd_loss"]))
             runs.append({**key, **run})
     results = Results(runs, {}, [], {})
     about = machine("judge", arguments, setting.config.backend)

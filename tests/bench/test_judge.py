@@ -13,7 +13,7 @@ from l2l_ref.errors import InputError
 
 @pytest.fixture
 def finished(workdir, small_data, few_candidates):
-    run.main([*TINY, "--out", "r"])
+    run.main([*TINY, "--attack", "pgd", "--attack-steps", "2", "--out", "r"])
     return workdir / "r"
 
 
