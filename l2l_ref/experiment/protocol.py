@@ -231,15 +231,15 @@ class Experiment:
                 grid.label: grid.chosen(parts) for grid in tuning.grids(self.setting, fold, eps)
             }
         tried = [row for search in self.searches.values() for row in search.tried(parts)]
-        histories = {}
+        phis, histories = {}, {}  # in this order, whatever that of the pieces was
         for name, (_, number, *_) in phis_of(c).items():
-            self.phi(name, self.folds[number])
+            phis[name] = self.phi(name, self.folds[number])
             if name not in self.given:
                 histories[name] = parts[name]
-        if c.load and self.given == self.phis.keys():  # what they come from goes along unchanged
+        if c.load and self.given == phis.keys():  # what they come from goes along unchanged
             write_checkpoint(self.out / "meta_optimizer.pt", read(c.load))
         else:
-            ended = {name: self.ended(name, parts) for name in self.phis}
+            ended = {name: self.ended(name, parts) for name in phis}
             setting = self.searches[0].best(parts)
             about = {
                 "config": asdict(setting.config),
@@ -247,7 +247,7 @@ class Experiment:
                 "data_sha256": setting.checksum,
                 "given_up": {name: end for name, end in ended.items() if end},
             }
-            save(self.out / "meta_optimizer.pt", self.phis, about)
+            save(self.out / "meta_optimizer.pt", phis, about)
         return Results(runs, chosen, tried, histories)
 
 

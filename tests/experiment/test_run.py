@@ -173,6 +173,15 @@ class TestResumeAndLoad:
         run.main([*arguments, "--out", "r", "--resume"])
         assert same_results("whole", "r")
 
+    def test_the_first_phi_of_the_file_is_that_under_attack(self, workdir, small_data):
+        """`l2l_ref.load` takes it, whatever order the pieces were made in."""
+        run.main([*TINY, "--out", "r"])
+        before = list(phis_of("r"))
+        for path in Path("r/parts").glob("run-*Nominal alone*"):
+            path.unlink()
+        run.main([*TINY, "--out", "r", "--resume"])
+        assert list(phis_of("r")) == before and before[0].startswith("transfer-")
+
     def test_load_skips_meta_training_and_gives_the_same_transfer(self, workdir, small_data):
         run.main([*self.arguments[:-1], "a"])
         run.main([*LOADING, "--out", "b", "--load", "a/meta_optimizer.pt"])
