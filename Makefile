@@ -1,11 +1,9 @@
-# make run ARGS="--dataset mnist" JOBS=2     make test ARGS="-k attacks"
+# make run ARGS="--dataset mnist"     make test ARGS="-k attacks"
 # The first call sets everything up in .venv; later calls start at once. An active environment
 # (venv or conda) that has the packages is used as it is, and nothing is installed into it: the
 # extension is built into l2l_ref/.
 
 PYTHON ?= python3
-JOBS   ?= 1
-LAUNCH := $(if $(filter-out 1,$(JOBS)),-m torch.distributed.run --nproc-per-node $(JOBS))
 EXTRAS ?= dev
 READY  := .venv/.ready-$(EXTRAS)
 PY     := .venv/bin/python
@@ -45,8 +43,8 @@ sanitized_tests = "$(PY)" -m pytest -s -o pythonpath=$(SANITIZED)/lib -p no:cach
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="...", processes in JOBS=2
-	"$(PY)" $(LAUNCH) run.py $(ARGS)
+run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="..."
+	"$(PY)" run.py $(ARGS)
 
 test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,attacks adds the optional ones
 	"$(PY)" -m pytest $(ARGS)

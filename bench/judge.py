@@ -15,10 +15,10 @@ from bench.measure import count, machine
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder, report
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import Config, as_saved, tuples
+from l2l_ref.experiment.config import Config, tuples
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.phis import load_phis
-from l2l_ref.experiment.progress import progress
+from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.protocol import Experiment, Results
 from l2l_ref.experiment.setting import prepare
 from l2l_ref.experiment.summary import differences, summarise
@@ -48,7 +48,7 @@ def settings_of(options: Any, **changes: Any) -> Config:
     """Those of the run's config.json, but for who judges."""
     try:
         path = options.folder / "config.json"
-        saved = as_saved(read_json(path, folder.AFRESH, folder.Saved)["settings"])
+        saved = read_json(path, folder.AFRESH)["settings"]
         grid = {name: tuple(values) for name, values in saved.pop("grid").items()}
         config = Config(**tuples(saved), grid=grid)
     except (OSError, ValueError, KeyError, TypeError):
@@ -71,7 +71,7 @@ def experiment_of(options: Any, **changes: Any) -> Experiment:
     setting, phis = prepare(settings_of(options, **changes)), {}
     if setting.config.load:
         setting, phis = load_phis(setting.config.load, setting)
-    experiment = Experiment(setting, options.folder, progress(), phis)
+    experiment = Experiment(setting, options.folder, Progress(), phis)
     labels = dict.fromkeys(key["method"] for key, _ in experiment.runs())
     for label in options.methods:
         if label not in labels:

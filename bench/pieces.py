@@ -10,15 +10,16 @@ import heapq
 from pathlib import Path
 
 from l2l_ref.experiment import cli
-from l2l_ref.experiment.pieces import Piece
-from l2l_ref.experiment.progress import progress
+from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.protocol import Experiment
+from l2l_ref.experiment.queue import Piece, chains
 from l2l_ref.experiment.setting import prepare
 
 
 def time_of(pieces: list[Piece], processes: int) -> float:
-    """When the last of them ends, in gradients: the longest that is ready comes first."""
-    waiting = sorted(pieces, key=lambda piece: -piece.cost)
+    """When the last of them ends, in gradients: that with the longest chain comes first."""
+    chain = chains(pieces)
+    waiting = sorted(pieces, key=lambda piece: -chain[piece.name])
     done, running, now = set(), [], 0.0
     while waiting or running:
         ready = [piece for piece in waiting if done.issuperset(piece.needs)]
@@ -32,13 +33,13 @@ def time_of(pieces: list[Piece], processes: int) -> float:
 
 def main(arguments: list[str]) -> None:
     """Parse, plan, print."""
-    experiment = Experiment(prepare(cli.parse(arguments)), Path("nowhere"), progress())
+    experiment = Experiment(prepare(cli.parse(arguments)), Path("nowhere"), Progress())
     pieces = experiment.pieces()
     total = sum(piece.cost for piece in pieces)
     longest = max(pieces, key=lambda piece: piece.cost)
     print(f"{len(pieces)} pieces of {total:,.0f} gradients together")
     print(f"the longest, {longest.cost / total:.1%}: {longest.name}")
-    print(f"no faster than {total / time_of(pieces, len(pieces)):.1f} times one process")
+    print(f"no faster than {total / max(chains(pieces).values()):.1f} times one process")
     for processes in (2, 4, 8, 16, 32):
         print(f"{processes:4} processes: {total / time_of(pieces, processes):.1f} times")
 

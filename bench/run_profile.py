@@ -23,9 +23,8 @@ from bench.measure import command
 from l2l_ref import attacks, data, equations, evaluate
 from l2l_ref.backend import cuda_graphs, operators, resolve
 from l2l_ref.experiment import cli, folder, machine, protocol, tuning
-from l2l_ref.experiment.pieces import compute_all
 from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.ranks import Ranks
+from l2l_ref.experiment.queue import compute_all
 from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.optimizer import LearnedOptimizer
 
@@ -145,11 +144,10 @@ def main(arguments: list[str]) -> None:
     backend = resolve(config.backend, setting.device)
     environment = machine.environment(setting.device, backend, setting.data)
     torch.optim.SGD([torch.zeros(1)]).zero_grad()  # the first one imports half of PyTorch
-    quiet = Progress(lambda line: None, lambda total, label: lambda done, loss: None)
     clock = Clock(setting.device)
     with tempfile.TemporaryDirectory() as scratch:
-        whole = protocol.Experiment(instrument(clock, setting, backend), Path(scratch), quiet)
-        compute_all(whole.pieces(), whole.parts, Ranks(), quiet.say)
+        whole = protocol.Experiment(instrument(clock, setting, backend), Path(scratch), Progress())
+        compute_all(whole.pieces(), whole.parts, Progress())
     clock.lap()
     line = command("run_profile", arguments)
     total = sum(sum(phase.values()) for phase in clock.seconds.values())

@@ -15,10 +15,9 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, folder, report
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.phis import load_phis
-from l2l_ref.experiment.pieces import compute_all
-from l2l_ref.experiment.progress import progress
+from l2l_ref.experiment.progress import Display
 from l2l_ref.experiment.protocol import Experiment, Results
-from l2l_ref.experiment.ranks import Ranks
+from l2l_ref.experiment.queue import compute_all
 from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.experiment.summary import summarise
 
@@ -41,14 +40,16 @@ NETWORKS = {
 }
 
 
-def compare(setting: Setting, out: Path, phis: dict[str, nn.ModuleDict], ranks: Ranks) -> Results:
+def compare(setting: Setting, out: Path, phis: dict[str, nn.ModuleDict]) -> Results:
     """Only the runs of `METHODS`, and the candidates that they need."""
-    experiment = Experiment(setting, out, progress(), phis)
+    display = Display()
+    experiment = Experiment(setting, out, display.progress(), phis)
     runs = [(key, piece) for key, piece in experiment.runs() if key["method"] in METHODS]
     needed = {name for _, piece in runs for name in piece.needs}
     pieces = [piece for piece in experiment.pieces() if piece.name in needed]
     pieces += [piece for _, piece in runs]
-    compute_all(pieces, experiment.parts, ranks, experiment.progress.say)
+    with display.of(pieces, experiment.parts):
+        compute_all(pieces, experiment.parts, display.progress())
     return Results([{**key, **experiment.parts[p.name]} for key, p in runs], {}, [], {})
 
 
@@ -66,18 +67,17 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--dataset is {config.dataset}: the networks here are for mnist")
     if config.resume:
         raise InputError("--resume is of run.py: name another --out")
-    ranks = Ranks()
-    if ranks.world > 1:
+    if folder.under_torchrun():
         raise InputError("bench.unseen is one process: start it without torchrun")
     keep_freed_memory()
+    folder.choose(config)  # results of another φ are never found there
     setting, phis = load_phis(Path(config.load), prepare(config))
-    with folder.claimed(config) as out:  # results of another φ are never found there
-        for name, build in NETWORKS.items():
-            own = replace(setting, problem=replace(setting.problem, build=build))
-            part = out / name.replace(", ", "-").replace(" ", "-")
-            results = compare(own, part, phis, ranks)
-            footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
-            print("\n" + report.table(summarise(results), config, report.title(own), footer))
+    for name, build in NETWORKS.items():
+        own = replace(setting, problem=replace(setting.problem, build=build))
+        part = Path(config.out) / name.replace(", ", "-").replace(" ", "-")
+        results = compare(own, part, phis)
+        footer = f"{name}; Adam + L1 tuned on it; {config.steps} steps"
+        print("\n" + report.table(summarise(results), config, report.title(own), footer))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Files that are whole or not there, sealed with a checksum, and of the form that they should have.
+"""Files that are whole or not there, sealed with a checksum, and locked while a process works.
 
-The seal of a checkpoint is its last line, that of JSON the key "checksum" of a dict. What carries
-none, as in older versions, is taken as it is, with a line on stderr.
+The seal of a checkpoint is its last line, that of JSON the key "checksum" of a dict.
 """
 
-import dataclasses
+import errno
+import fcntl
 import hashlib
 import io
 import json
+import math
 import os
-import sys
-from collections.abc import Callable
-from functools import cache
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TextIO
 
 import torch
 
@@ -43,13 +43,54 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
-@cache
-def say_unsealed(folder: Path) -> None:
-    print(
-        f"{folder} holds files without a checksum, as older versions wrote them: they are taken as "
-        "they are",
-        file=sys.stderr,
-    )
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file (`flock`), which is there only meanwhile and says who holds it.
+
+    The kernel frees it when this process ends, however it ends.
+
+    Args:
+        wait: for another process that holds it; else yield False.
+
+    Raises:
+        InputError: a file system that has no locks.
+    """
+    file = lock(path, wait)
+    if file is None:
+        yield False
+        return
+    with file:
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def lock(path: Path, wait: bool) -> TextIO | None:
+    """The file, open and locked; None if another process holds it and this one may not wait."""
+    while True:
+        file = open(path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        except FileNotFoundError:
+            pass  # as with another file there: who held this one has removed it
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            raise InputError(
+                f"{path.parent} is on a file system that has no locks (flock: {error.strerror}): "
+                "name a folder on another with --out"
+            ) from None
+        file.close()
 
 
 def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
@@ -61,13 +102,8 @@ def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
     replace_with(path, lambda partial: partial.write_bytes(content))
 
 
-def read_checkpoint(
-    path: Path, device: torch.device | str = "cpu", kind: Any = dict[str, Any]
-) -> Any:
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `write_checkpoint` wrote; loading it never executes code.
-
-    Args:
-        kind: the type that `fits`.
 
     Raises:
         InputError: no such file, or one that is not a checkpoint, or not as it was written.
@@ -78,21 +114,13 @@ def read_checkpoint(
         raise InputError(f"checkpoint {path} does not exist: check the path") from None
     except IsADirectoryError:
         raise InputError(f"checkpoint {path} is a folder: name a file in it") from None
-    body, seal, digest = content.rpartition(SEAL)
-    try:
-        if seal and hashlib.sha256(body).hexdigest().encode() != digest:
-            raise ValueError
-        value = torch.load(io.BytesIO(body or content), map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for broken or unsafe files
+    body, _, digest = content.rpartition(SEAL)
+    if hashlib.sha256(body).hexdigest().encode() != digest:
         raise InputError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): it is broken or was not "
-            "written by l2l_ref; delete it, or name another"
-        ) from error
-    if not fits(value, kind):
-        raise InputError(f"checkpoint {path} does not hold what l2l_ref writes: name another")
-    if not seal:
-        say_unsealed(path.parent)
-    return value
+            f"checkpoint {path} cannot be read: it is broken or was not written by l2l_ref; delete "
+            "it, or name another"
+        )
+    return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
 
 
 def digest_of(value: dict[str, Any]) -> str:
@@ -104,12 +132,26 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "checksum": digest_of(value)}
 
 
-def read_json(path: Path, remedy: str, kind: Any = dict[str, Any]) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: lists, and None for numbers that it has not."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that any reader takes: no NaN, no infinities."""
+    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+    replace_with(path, lambda partial: partial.write_text(text))
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """What was `sealed`, without the seal.
 
     Args:
         remedy: what the user can do about a broken file.
-        kind: the type that `fits`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -117,56 +159,8 @@ def read_json(path: Path, remedy: str, kind: Any = dict[str, Any]) -> Any:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        seal = value.pop("checksum", None)
-        whole = seal is None or seal == digest_of(value)
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        whole = False
-    if not whole or not fits(value, kind):
-        raise InputError(f"{path} is broken: {remedy}")
-    if seal is None:
-        say_unsealed(path.parent)
-    return value
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value that was read is of a type: with int for float, and list for tuple.
-
-    Args:
-        kind: a class, a union, a Literal, list, tuple or dict of such; a dataclass, whose fields
-            without a default must be there and no others may; a TypedDict, which may have more.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(fits(value, one) for one in args)
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in args)
-    if origin in (list, tuple):
-        fixed = origin is tuple and args[-1] is not Ellipsis
-        if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
-            return False
-        kinds = args if fixed else [args[0]] * len(value)
-        return all(map(fits, value, kinds))
-    if origin is dict:
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(fits(k, args[0]) and fits(v, args[1]) for k, v in pairs)
-    if is_typeddict(kind) or dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            return False
-        hints = get_type_hints(kind)
-        if is_typeddict(kind):
-            named = kind.__required_keys__ <= value.keys()
-        else:
-            named = without_default(kind) <= value.keys() <= hints.keys()
-        return named and all(fits(v, hints[k]) for k, v in value.items() if k in hints)
-    if isinstance(value, bool) and kind is not bool:
-        return False
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def without_default(kind: Any) -> set[str]:
-    """The fields of a dataclass that its constructor must be given."""
-    missing = dataclasses.MISSING
-    fields = dataclasses.fields(kind)
-    return {f.name for f in fields if f.default is missing and f.default_factory is missing}
+        if value.pop("checksum") == digest_of(value):
+            return value
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        pass
+    raise InputError(f"{path} is broken: {remedy}")

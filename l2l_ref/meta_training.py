@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from l2l_ref.data.images import endless
 from l2l_ref.episode import Episode, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import is_chance
-from l2l_ref.files import fits, read_checkpoint, write_checkpoint
+from l2l_ref.files import read_checkpoint, write_checkpoint
 from l2l_ref.guard import untouched
 from l2l_ref.meta_optimizer import load_weights
 from l2l_ref.meta_settings import MetaSettings
@@ -29,16 +29,6 @@ class History:
     diverged: int = 0  # episodes cut short because a θ or its loss was not finite
     bad: dict[str, int] = field(default_factory=dict)  # how many of the last episodes ended so
     ended: str | None = None  # "collapsed" or "diverged": why the training was given up
-
-
-class Checkpoint(TypedDict):
-    """All that a meta-training which was stopped goes on from."""
-
-    settings: dict[str, Any]  # `identity`
-    episodes: int  # done
-    meta_optimizers: dict[str, Tensor]
-    adam: dict[str, Any]
-    history: History
 
 
 # The watch: after the first fifth of the episodes, and after the clean ones of the curriculum, in
@@ -67,8 +57,8 @@ def meta_train(
         draw: episode number -> its Episode. An episode's randomness depends on its number alone,
             so a resumed run computes the same bits as an uninterrupted one.
         capture: as in `truncated_unrolls`.
-        checkpoint: a file written whole after every episode; training continues from it if it is
-            there.
+        checkpoint: a file written whole after every episode, with all that training goes on from;
+            it continues from that if it is there.
         on_episode: called with the number of episodes done and the last unroll's mean loss.
 
     Raises:
@@ -78,8 +68,8 @@ def meta_train(
     adam = meta_adam(meta_optimizers, settings)
     history, done = History(), 0
     if checkpoint is not None and checkpoint.exists():
-        saved = read_checkpoint(checkpoint, kind=Checkpoint)
-        if not same_identity(saved["settings"], identity(settings, meta_optimizers)):
+        saved = read_checkpoint(checkpoint)
+        if saved["settings"] != identity(settings, meta_optimizers):
             raise InputError(
                 f"checkpoint {checkpoint} was written with other settings: resume with those, or "
                 "start afresh with another --out"
@@ -197,13 +187,3 @@ def identity(settings: MetaSettings, meta_optimizers: nn.ModuleDict) -> dict[str
     """What must agree before a checkpoint may be continued, beside what `draw` draws."""
     forms = {name: meta.settings for name, meta in meta_optimizers.items()}
     return {**asdict(settings), "meta_optimizers": forms}
-
-
-def same_identity(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a checkpoint's `identity` is `now`; fields that came later had the values below."""
-    later = {"penalty": 0.0, "curriculum": (0.0, 0.0), "eta_lr": now["eta_lr"], "tasks": 1}
-    forms = before.get("meta_optimizers", {})
-    if not fits(forms, dict[str, dict[str, Any]]):
-        return False
-    forms = {name: {"nominal": False, **form} for name, form in forms.items()}
-    return {**later, **before, "meta_optimizers": forms} == now

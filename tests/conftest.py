@@ -24,7 +24,8 @@ from l2l_ref.meta_optimizer import MetaOptimizer
 torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
 
 # A run in seconds; a φ that is loaded has its own episodes and unrolls.
-LOADING = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "--batch-size", "32"]
+LOADING = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "--batch-size", "32",
+           "--jobs", "1"]  # fmt: skip
 TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
 FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
 every_form = pytest.mark.parametrize("theta_input, odd", FORMS)
@@ -180,7 +181,7 @@ def few_candidates(monkeypatch):
 
 
 def first_two(candidates, config, eps):
-    count = 2 // config.tune_every
+    count = max(1, 2 // config.tune_every)
     return {label: dict(list(grid.items())[:count])
             for label, grid in candidates(config, eps).items()}  # fmt: skip
 

@@ -15,6 +15,7 @@ import l2l_ref
 import run
 from l2l_ref import data, pretrained
 from l2l_ref.errors import InputError
+from l2l_ref.files import write_checkpoint
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.pretrained import save
 from l2l_ref.problems import make
@@ -46,7 +47,7 @@ def test_what_is_not_there_is_named(file, tmp_path):
         l2l_ref.load(path, "nominal")
     with pytest.raises(InputError, match="mnist-unknown does not exist"):
         l2l_ref.load("mnist-unknown")
-    torch.save({"format": "another"}, tmp_path / "other.pt")
+    write_checkpoint(tmp_path / "other.pt", {"format": "another"})
     with pytest.raises(InputError, match="other.pt is not a meta_optimizer.pt"):
         l2l_ref.load(tmp_path / "other.pt")
 

@@ -5,12 +5,11 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import partial
 from typing import Any
-
-import torch
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import OPTIONS, Config, complete, names_of, require, tuples
@@ -103,6 +102,19 @@ class Stopped(KeyboardInterrupt):
     """A signal that ends a program, as control-C does; its one argument is the signal."""
 
 
+@contextmanager
+def said_once(first: bool) -> Iterator[None]:
+    """Help and mistakes, which every process of torchrun meets: all but the first are silent."""
+    if first:
+        yield
+        return
+    with redirect_stdout(io.StringIO()):
+        try:
+            yield
+        except InputError:
+            sys.exit(2)
+
+
 def run_as_script(
     name: str, main: Callable[[list[str]], None], interrupted: str = "stopped"
 ) -> None:
@@ -130,8 +142,6 @@ def run_as_script(
     except OSError as error:  # no room, no permission, a disk that fails
         where = f"{error.filename}: " if error.filename else ""
         end(2, f"{name}: {shortened(where)}{error.strerror or error} ({interrupted})")
-    except torch.distributed.DistError as error:  # rank 0 is gone, and its store with it
-        end(1, f"{name}: {shortened(str(error).splitlines()[0])} ({interrupted})")
     except KeyboardInterrupt as stopped:
         first = os.environ.get("RANK", "0") == "0"  # the other ranks hear of it too
         end(128 + (stopped.args or (signal.SIGINT,))[0], f"\n{interrupted}" * first)

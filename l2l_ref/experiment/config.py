@@ -11,7 +11,6 @@ from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option, path
-from l2l_ref.files import fits
 
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
@@ -47,7 +46,7 @@ class Config:
     recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
         "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: the same "
         "without θ, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
-    optimizee: str = option(WHAT, "the network that is trained", "mlp",
+    optimizee: str = option(WHAT, "network to train", "mlp",
         {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
     attack_steps: int = option(WHAT, "PGD steps", 7)
     attack_step_size: float | None = option(WHAT, "pixel values", said="2.5·eps/steps")
@@ -79,8 +78,8 @@ class Config:
     penalty: float = option(META, "λ/eps of the loss that φ reads", 0.0,
         {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ")
     # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
-    curriculum: tuple[float, float] = option(META, "shares of the episodes: clean up to one, as "
-        "set from the other on", (0.0, 0.5),
+    curriculum: tuple[float, float] = option(META, "fractions of the episodes at which attacks "
+        "begin and are at full strength", (0.0, 0.5),
         {"cifar10": (0.5, 0.75), "robust": (0.0, 0.0), "quadratic": (0.0, 0.0)}, of="φ")
     p: float = option(META, "log range of Eq. 5", 10.0, of="φ")
     nominal: bool = option(META, "θ ← θ + u - η·d, Adam's direction d", False,
@@ -96,13 +95,15 @@ class Config:
     grid: dict[str, tuple[float, ...]] = option(META, "search on the meta-training half, such as "
         "p=5,10 meta-lr=1e-4,1e-3", {}, metavar="NAME=X,X", said=", ".join(GRID_NAMES),
         kind=grid_axis)
-    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead", metavar="FILE",
-        kind=path)
+    # A miniature of CIFAR-10's meta-training learns nothing.
+    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead",
+        exceptions={"cifar10 quick paper fgsm": "cifar10-fgsm-2-255",
+         "cifar10 quick paper pgd": "cifar10-pgd-0.03"}, metavar="FILE", kind=path)
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
-        {"cifar10": 1000, "mnist quick": 40, "cifar10 quick": 10, "quadratic quick": 40})
+        {"cifar10": 1000, "quick": 40})
     images: int | None = option(TRANSFER, "that an optimizee trains on", said="all of its half")
-    batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 32})
+    batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
     folds: int = option(TRANSFER, "2: the halves change places too", 1)
@@ -110,16 +111,17 @@ class Config:
     attacked_alpha: float = option(  # that of Adam on attacked batches
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
     tune_seeds: int = option(default=2, exceptions={"cifar10": 1, "quick": 1})
-    tune_every: int = option(default=1, exceptions={"quick": 2})  # of a grid's candidates
+    tune_every: int = option(default=1, exceptions={"quick": 2, "cifar10 quick": 3})  # of a grid
     eval_samples: int = option(TRANSFER, "test images for the accuracies", 2000,
         {"quick": 500, "cifar10 quick": 100})
     curve_samples: int = option(default=1000, exceptions={"cifar10": 256, "quadratic": 1,
-        "quick": 100, "cifar10 quick": 32})  # for the losses
-    record_every: int = option(TRANSFER, "updates between points of a curve", said="steps/100")
+        "quick": 100})  # for the losses
+    record_every: int = option(TRANSFER, "updates between points of a curve",
+        exceptions={"cifar10 quick": 4}, said="steps/50")
     judge_attack: str = option(TRANSFER, "what judges: pgd or MODULE:FUNCTION", "pgd",
         metavar="NAME")
     judge_steps: int = option(TRANSFER, "of the PGD that judges", 20)
-    restarts: int = option(TRANSFER, "of that, on each of its two losses", 2, {"quick": 1})
+    restarts: int = option(TRANSFER, "of that PGD, for each of its two losses", 2, {"quick": 1})
     judge: str = option(TRANSFER, "test, or validation: the meta half only", "test",
         choices=("test", "validation"), metavar="SET")
 
@@ -127,6 +129,8 @@ class Config:
     seed: int = option(RUN, "base of all randomness", 0)
     device: str = option(RUN, "cpu, cuda, cuda:1, …", "auto", metavar="D", of="place")
     backend: str = option(RUN, "who runs the LSTM", "auto", choices=BACKENDS, of="place")
+    jobs: int | None = option(RUN, "processes, of a core or a GPU each", of="place",
+        said="all that pay")
     graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place",
         opposite=True)
     data_dir: str = option(RUN, "where data is or is downloaded to", "data", metavar="DIR",
@@ -134,13 +138,14 @@ class Config:
     strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
     out: str | None = option(RUN, "results", metavar="DIR", of="place", kind=path,
         said="runs/<dataset>-<attack>-<recipe>")
-    resume: bool = option(RUN, "continue what is in --out", False, of="place")
+    resume: bool = option(RUN, "continue or join what is in --out", False, of="place")
     # fmt: on
 
     def __post_init__(self):
         require("folds", self.folds in (1, 2), self.folds, "1 or 2")
         for name in [one.name for one in fields(self) if one.type is int and one.name != "seed"]:
             require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
+        require("jobs", self.jobs is None or self.jobs >= 1, self.jobs, "at least 1")
         few = self.images is not None and self.images < self.batch_size
         require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
         for name in ("alpha", "read_alpha", "transfer_alpha", "attacked_alpha"):
@@ -205,7 +210,7 @@ def must_end(c: Config) -> None:
 
 
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
-POINTS = 100  # of a curve
+POINTS = 50  # of a curve
 
 
 def names_of(of: str) -> set[str]:
@@ -225,6 +230,8 @@ def complete(given: dict[str, Any]) -> Config:
     settings = {name: option.value(words) for name, option in OPTIONS.items()}
     if recipe == "paper" and "alpha" in given:  # the paper has one α for all
         settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
+    if given.keys() & (names_of("φ") | {"grid", "meta_seeds", "folds", "judge"}):
+        settings["load"] = None  # what comes with the package is not that φ
     settings |= given
     if settings["record_every"] is None:
         settings["record_every"] = math.ceil(settings["steps"] / POINTS)
@@ -258,24 +265,6 @@ def with_grid(config: Config, chosen: dict[str, float]) -> Config:
     return replace(config, **changes)
 
 
-# What settings that came later were before, for runs and φ that do not name them.
-BEFORE: dict[str, Any] = {
-    "tasks": 1, "nominal": False, "penalty": 0.0, "record_every": 1, "judge": "test",
-    "images": None, "curriculum": [0.0, 0.0], "judge_steps": 20, "judge_attack": "pgd",
-}  # fmt: skip
-
-
 def tuples(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with tuples, as `Config` has them, for the lists of argparse and JSON."""
     return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
-
-
-def fits_config(saved: dict[str, Any], names: Iterable[str]) -> bool:
-    """Whether settings that were read have these names, with values of their types."""
-    saved, types = as_saved(saved), {one.name: one.type for one in fields(Config)}
-    return all(name in saved and fits(saved[name], types[name]) for name in names)
-
-
-def as_saved(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json or a φ file, those that came later filled in."""
-    return {**BEFORE, "episode_steps": [settings.get("steps")], **settings}

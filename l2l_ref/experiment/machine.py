@@ -1,6 +1,8 @@
 """The machine that a run is on: what its results depend on, and the heap of its C library."""
 
 import ctypes
+import math
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +15,7 @@ from l2l_ref.backend import build_info
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # instructions, as Linux names them
+CGROUP = Path("/sys/fs/cgroup")
 LARGEST_BLOCK = 32 << 20  # bytes; glibc takes no higher threshold
 
 
@@ -31,9 +34,23 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and kept)
 
 
-def environment(
-    device: torch.device, backend: str, data: tuple[str, str | None], processes: int = 1
-) -> dict[str, Any]:
+def cores() -> int:
+    """CPU cores that this process may use: those that it may run on, within the quota of its
+    container (Linux cgroups, version 2 and 1)."""
+    known = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((CGROUP / name).read_text() for name in names).split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if quota > 0:
+            count = min(count, math.ceil(quota / period))
+    return max(count, 1)
+
+
+def environment(device: torch.device, backend: str, data: tuple[str, str | None]) -> dict[str, Any]:
     """Versions, hardware, code and data that a result depends on.
 
     Args:
@@ -48,7 +65,6 @@ def environment(
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
-        "processes": processes,
         "backend": backend,
         "engine": build_info() if backend == "fused" else None,
         "git_commit": git_commit(),

@@ -8,53 +8,24 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from torch import nn
 
 from l2l_ref import attacks, data, evaluate
 from l2l_ref.experiment import tuning
 from l2l_ref.experiment.phis import kinds_of_phi, phi_methods, phi_name, phis_of
-from l2l_ref.experiment.pieces import Parts, Piece
 from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.queue import Parts, Piece
 from l2l_ref.experiment.setting import Fold, Setting, folds
 from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
-from l2l_ref.files import fits, read_checkpoint, write_checkpoint
+from l2l_ref.files import read_checkpoint, write_checkpoint
 from l2l_ref.meta_optimizer import load_weights
-from l2l_ref.meta_training import Checkpoint, History
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import read, save
 from l2l_ref.transfer import Curve, Method
 
 KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, None for a baseline
-
-
-class Ended(TypedDict):
-    """What is kept of a run: the fields of its `Curve`, the last of them, and how it ended."""
-
-    steps: list[int]
-    clean: list[float]
-    attacked: list[float]
-    ms_per_step: float
-    clean_loss: float
-    attacked_loss: float
-    end: Literal["ok", "collapsed", "diverged"]
-
-
-class Judged(Ended):
-    """With images, what `Trial.judge` says too, and robust accuracies."""
-
-    pgd_loss: float
-    fgsm_loss: float
-    accuracy: float
-    fgsm_accuracy: float
-    pgd_accuracy: float
-
-
-class Skipped(TypedDict):
-    """Of a run whose φ was given up: why."""
-
-    skipped: str
 
 
 @dataclass(frozen=True)
@@ -149,7 +120,7 @@ class Experiment:
         alphas = [1.0] if kind == CLEAN else {c.alpha, c.read_alpha}
         updates = c.episodes * c.tasks * sum(c.episode_steps) / len(c.episode_steps)
         cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
-        return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()), is_history)
+        return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
 
     def phi(self, name: str, fold: Fold) -> nn.ModuleDict:
         """A φ that is there: given, meta-trained here, or by another process."""
@@ -157,7 +128,7 @@ class Experiment:
             setting = self.searches[fold.number].best(self.parts)
             phi = untrained(setting, name.split("-")[0], fold.number, 0)
             path = self.parts.folder / f"{name}.pt"
-            saved = read_checkpoint(path, setting.device, Checkpoint)
+            saved = read_checkpoint(path, setting.device)
             load_weights(phi, saved["meta_optimizers"], f"checkpoint {path}")
             self.phis[name] = phi
         return self.phis[name]
@@ -179,8 +150,7 @@ class Experiment:
                 compute = partial(self.run_one, contender, fold, eps, seed)
                 cost = tuning.cost(c, method.alpha, method.penalty)
                 cost += c.steps * (meta_seed is not None)  # the LSTM
-                needs, valid = contender.needs, self.is_run
-                result.append((key, Piece(name, compute, method.label, cost, needs, valid)))
+                result.append((key, Piece(name, compute, method.label, cost, contender.needs)))
         return result
 
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:
@@ -205,13 +175,6 @@ class Experiment:
 
                 result.append(Contender(method, make, needs, meta_seed, name))
         return result
-
-    def is_run(self, result: dict[str, Any]) -> bool:
-        """Whether it is what `run_one` returns."""
-        kind = Judged if self.setting.problem.classes else Ended
-        if not fits(result, kind):
-            return fits(result, Skipped)
-        return len({len(result[name]) for name in ("steps", "clean", "attacked")}) == 1
 
     def run_one(
         self, contender: Contender, fold: Fold, eps: float, seed: int, parts: Mapping[str, Any]
@@ -249,11 +212,6 @@ class Experiment:
             }
             save(self.out / "meta_optimizer.pt", phis, about)
         return Results(runs, chosen, tried, histories)
-
-
-def is_history(result: dict[str, Any]) -> bool:
-    """Whether it is a `History` as a dict, if perhaps of before there was a watch."""
-    return fits(result, History) and {"loss", "norm", "skipped", "diverged"} <= result.keys()
 
 
 def train_method(

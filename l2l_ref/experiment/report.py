@@ -73,7 +73,6 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
         f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
         "\n"
         f"{e['device']}, threads: {e['threads']}"
-        + (f" in each of {e['processes']} processes" if e.get("processes", 1) > 1 else "")
         + f", torch {e['torch']}, backend {e['backend']}"
         + (", continued elsewhere (config.json)" if e.get("continued_in") else "")
         + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")

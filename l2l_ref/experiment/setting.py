@@ -91,8 +91,8 @@ def must_fit(config: Config, problem: problems.Problem, device: torch.device) ->
         )
 
 
-def prepare(config: Config, rank: int = 0) -> Setting:
-    """Load the data and choose the device; with several GPUs each rank takes one in turn.
+def prepare(config: Config, number: int = 0) -> Setting:
+    """Load the data and choose the device; of several GPUs this process takes that of its number.
 
     Raises:
         InputError: a device, backend or attack that is not there; too little data; what `data.load`
@@ -101,8 +101,8 @@ def prepare(config: Config, rank: int = 0) -> Setting:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and rank:
-        name = f"cuda:{rank % torch.cuda.device_count()}"
+    if name == "cuda" and number:
+        name = f"cuda:{number % torch.cuda.device_count()}"
     device = available_device(name)
     resolve(config.backend, device)
     for name in (config.attack, config.judge_attack):

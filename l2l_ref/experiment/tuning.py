@@ -14,11 +14,10 @@ from torch import nn
 from l2l_ref import data, evaluate
 from l2l_ref.experiment.config import Config, combinations, with_grid
 from l2l_ref.experiment.options import show
-from l2l_ref.experiment.pieces import Piece
 from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.queue import Piece
 from l2l_ref.experiment.setting import Fold, Setting
 from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
-from l2l_ref.files import fits
 from l2l_ref.flatten import flatten_
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
@@ -100,12 +99,6 @@ class Outcome(TypedDict):
     loss: float
 
 
-class Tried(Outcome):
-    """The same of a candidate of a `Grid`, which its settings name."""
-
-    settings: str
-
-
 @dataclass(frozen=True)
 class Grid:
     """The candidates of one baseline, for a fold and an ε; all once, then the best on more seeds.
@@ -137,14 +130,11 @@ class Grid:
         result = []
         for name, settings, own in zip(first, self.methods, costs, strict=True):
             run = partial(self.run, settings, 0)
-            result.append(Piece(name, run, self.label, own, valid=self.valid))
+            result.append(Piece(name, run, self.label, own))
         for place, seed in itertools.product(range(self.places), range(1, c.tune_seeds)):
             name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
-            result.append(Piece(self.name(name), run, self.label, max(costs), first, self.valid))
+            result.append(Piece(self.name(name), run, self.label, max(costs), first))
         return result
-
-    def valid(self, result: dict[str, Any]) -> bool:
-        return fits(result, Tried) and result["settings"] in self.methods
 
     def needs(self) -> tuple[str, ...]:
         return tuple(piece.name for piece in self.pieces())
@@ -226,8 +216,7 @@ class Search:
     def pieces(self) -> list[Piece]:
         c = self.setting.config
         dear = len(c.eps) * c.episodes * c.episode_steps[-1] * 10
-        valid = partial(fits, kind=Outcome)
-        return [Piece(name, partial(self.run, point), "grid", dear, valid=valid)
+        return [Piece(name, partial(self.run, point), "grid", dear)
                 for name, point in self.points().items()]  # fmt: skip
 
     def run(self, point: dict[str, float], _: Mapping[str, Any]) -> Outcome:

@@ -7,30 +7,17 @@ for, and weights, NAME.safetensors, whose checksum the card holds.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2l_ref.errors import InputError
-from l2l_ref.files import fits, read_checkpoint, read_json, write_checkpoint
+from l2l_ref.files import read_checkpoint, read_json, write_checkpoint
 from l2l_ref.meta_optimizer import MetaOptimizer, load_weights
 
 FORMAT = "l2l_ref φ 1"
 FOLDER = Path(__file__).parent  # of the φ that come with the package
-
-
-class Saved(TypedDict):
-    """A MetaOptimizer: `settings` make it, `state_dict` fills it."""
-
-    settings: dict[str, Any]
-    state_dict: dict[str, Tensor]
-
-
-class PhiFile(TypedDict):
-    """What `save` writes, beside what it is given as `about`: {name: {φ-group: …}}."""
-
-    phis: dict[str, dict[str, Saved]]
 
 
 def save(path: Path, phis: dict[str, nn.ModuleDict], about: dict[str, Any]) -> None:
@@ -65,7 +52,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if str(path) in list_pretrained():
         return shipped(str(path))
     value = read_checkpoint(Path(path), device)
-    if value.get("format") != FORMAT or not fits(value, PhiFile):
+    if value.get("format") != FORMAT:
         raise InputError(
             f"{path} is not a meta_optimizer.pt of this version: name the file of a finished run"
         )
@@ -108,7 +95,7 @@ def safetensors(raw: bytes) -> dict[str, Tensor]:
 
 
 def build(
-    groups: dict[str, Saved], where: object, device: torch.device | str = "cpu"
+    groups: dict[str, dict[str, Any]], where: object, device: torch.device | str = "cpu"
 ) -> nn.ModuleDict:
     """A φ of a file: {φ-group: MetaOptimizer}, on `device`.
 

@@ -17,7 +17,7 @@ from l2l_ref import drawing, equations
 from l2l_ref.backend import built
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES, complete
-from l2l_ref.experiment.pieces import Piece
+from l2l_ref.experiment.queue import Piece
 
 
 def report_of(command, folder: Path, *arguments: str) -> dict:

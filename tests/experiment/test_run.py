@@ -134,8 +134,7 @@ class TestWhatARunLeaves:
         phi = phis_of("r")["transfer-fold0-phi0-eps0.1"]["linear"]
         assert phi["settings"]["p"] == best["settings"]["p"]
         printed = capsys.readouterr().out
-        for settings in tried:  # each is meta-trained, then the best again, on all of its half
-            assert f"grid: {settings}, eps 0.1: 1/1" in printed
+        assert f"grid: {tried[0]}, eps 0.1: 1/1" in printed
 
 
 @pytest.mark.usefixtures("few_candidates")
@@ -166,7 +165,7 @@ class TestResumeAndLoad:
             run.main([*arguments, "--out", "r"])
         if where is ADAM:
             # of the piece that was running, the longest and so the first, some episodes are kept
-            (checkpoint,) = (workdir / "r/parts").iterdir()
+            (checkpoint,) = (workdir / "r/parts").iterdir()  # and no lock
             assert checkpoint.name.startswith("transfer-fold0-phi0-eps")
             kept = torch.load(checkpoint, weights_only=True)
             assert 0 < kept["episodes"] < kept["settings"]["episodes"]
@@ -250,59 +249,16 @@ class TestResumeAndLoad:
         assert environment["git_commit"] != "f" * 40
         assert [e["git_commit"] for e in environment["continued_in"]] == ["f" * 40]
 
-    def older(self, settings):
-        """Settings as a run of before left them, by what came later."""
-        later = ("nominal", "penalty", "record_every", "judge", "images", "curriculum",
-                 "episode_steps", "tasks")  # fmt: skip
-        return {**{k: v for k, v in settings.items() if k not in later}, "eps_warmup": 0.0}
-
-    plain = [*LOADING, "--episodes", "3", "--episode-steps", "4", "--unroll", "2",
-             "--curriculum", "0", "0"]  # fmt: skip
-
-    def test_a_config_of_before_may_be_continued(self, workdir, small_data):
-        run.main([*self.plain, "--out", "r"])
-        path, config, (_, before) = workdir / "r/config.json", config_of("r"), read("r")
-        config["settings"] = self.older(config["settings"])
-        del config["checksum"]
-        path.write_text(json.dumps(config))
-        run.main([*self.plain, "--out", "r", "--resume"])
-        assert read("r")[1] == before
+    def test_other_settings_are_refused(self, workdir, small_data):
+        run.main([*self.arguments])
         for changed, words in (
             (["--meta-lr", "0.5"], "meta-lr 0.003, not 0.5"),
-            (["--penalty", "0.5"], "penalty 0.0, not 0.5"),
-            (["--tasks", "2"], "tasks 1, not 2"),
-            (["--curriculum", "0", "1"], "curriculum .0.0, 0.0., not .0.0, 1.0."),
             (["--episode-steps", "3"], r"episode-steps .4., not .3."),
             (["--nominal"], "nominal False, not True"),
-            (["--judge", "validation"], "judge test, not validation"),
-            (["--record-every", "2"], "record-every 1, not 2"),
             (["--images", "40"], "images None, not 40"),
         ):
             with pytest.raises(InputError, match=f"run with {words}"):
-                run.main([*self.plain, *changed, "--out", "r", "--resume"])
-        config["settings"]["eps_warmup"] = 0.5  # no setting of now does that
-        path.write_text(json.dumps(config))
-        with pytest.raises(InputError, match="run with eps-warmup 0.5, which there is no more"):
-            run.main([*self.plain, "--out", "r", "--resume"])
-
-    def test_a_phi_of_before_is_taken_and_its_control_is_meta_trained(self, workdir, small_data):
-        run.main([*self.plain, "--out", "a"])
-        saved = torch.load("a/meta_optimizer.pt", weights_only=True)
-        nominal = saved["phis"].pop("nominal-fold0-phi0-eps0.1")
-        saved["config"] = self.older(saved["config"])
-        for phi in saved["phis"].values():
-            for meta in phi.values():
-                del meta["settings"]["nominal"]
-        torch.save(saved, "old.pt")
-        run.main([*LOADING, "--out", "b", "--load", "old.pt"])
-        (_, rows_a), (b, rows_b) = read("a"), read("b")
-        assert rows_a == rows_b
-        assert b["meta_training"].keys() == {"nominal-fold0-phi0-eps0.1"}
-        settings = config_of("b")["settings"]
-        assert (settings["curriculum"], settings["episode_steps"]) == ([0, 0], [4])
-        assert settings["tasks"] == 1
-        assert (settings["episodes"], settings["nominal"], settings["penalty"]) == (3, False, 0)
-        assert nominal["linear"]["settings"]["nominal"]
+                run.main([*self.arguments, *changed, "--resume"])
 
 
 class TestGivenUp:

@@ -12,7 +12,8 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import figure
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["--dataset", "quadratic", "--quick", "--episodes", "2", "--steps", "10", "--seeds", "1"]
+SHORT = ["--dataset", "quadratic", "--quick", "--episodes", "2", "--steps", "10", "--seeds", "1",
+         "--jobs", "1"]  # fmt: skip
 NOTEBOOK = """
 import runpy, sys
 class Stream:

@@ -16,7 +16,7 @@ from l2l_ref.experiment.trial import Trial
 from l2l_ref.experiment.tuning import Grid, Search, sgd
 from l2l_ref.transfer import Method
 
-QUIET = Progress(lambda line: None, lambda total, label: lambda done, loss: None)
+QUIET = Progress()
 
 
 def outcome(loss, collapsed=False):

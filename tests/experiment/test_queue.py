@@ -1,0 +1,158 @@
+"""A run as a graph of pieces: order, needs, nothing twice, whoever takes part."""
+
+import errno
+import fcntl
+import os
+import platform
+import threading
+import time
+
+import pytest
+
+from l2l_ref.errors import InputError
+from l2l_ref.experiment import queue
+from l2l_ref.experiment.progress import Progress
+from l2l_ref.experiment.queue import Parts, Piece, chains, compute_all
+from l2l_ref.files import locked
+
+
+class Graph:
+    """Pieces from {name: (cost, needs)}; notes which were computed, in order, and what was said."""
+
+    def __init__(self, pieces: dict[str, tuple[float, str]], seconds: float = 0.0):
+        self.done, self.said, self.seconds = [], [], seconds
+        self.before = lambda name: None  # what a piece does first
+        self.pieces = [
+            Piece(name, lambda parts, name=name: self.compute(name, parts), "", cost, tuple(needs))
+            for name, (cost, needs) in pieces.items()
+        ]
+        self.needs = {piece.name: piece.needs for piece in self.pieces}
+
+    def compute(self, name, parts):
+        self.before(name)
+        assert all(parts[need] == {"of": need} for need in self.needs[name])
+        self.done.append(name)
+        time.sleep(self.seconds)
+        return {"of": name}
+
+    def run(self, parts):
+        compute_all(self.pieces, parts, Progress(lambda *told: self.said.append(told)))
+
+    def together(self, parts, count):
+        """`run` in so many threads; a lock is that of an open file, so they are as processes."""
+        ended = []
+
+        def work():
+            self.run(parts)
+            ended.append(set(parts))
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert ended == [self.needs.keys()] * count  # each stays until all is there
+
+
+@pytest.fixture
+def parts(tmp_path):
+    return Parts(tmp_path / "parts")
+
+
+class TestParts:
+    def test_a_result_is_a_file_that_any_process_reads(self, parts):
+        assert "a" not in parts and list(parts) == [] and len(parts) == 0
+        with pytest.raises(KeyError):
+            parts["a"]
+        parts.keep("a", {"loss": [1.5, float("inf")], "end": None})
+        other = Parts(parts.folder)
+        assert "a" in other and other["a"] == {"loss": [1.5, float("inf")], "end": None}
+        assert list(other) == ["a"] and other.get("b", 3) == 3
+        assert [path.name for path in parts.folder.iterdir()] == ["a.json"]  # no partial file stays
+
+    def test_a_broken_file_is_named(self, parts):
+        for text in ("", "null", "[]", '{"loss": 1}', "{", "\0", "[" * 100_000):
+            parts.keep("a", {"loss": 1})
+            parts.path("a").write_text(text)
+            with pytest.raises(InputError, match=r"a\.json is broken: delete it"):
+                parts["a"]
+
+    @pytest.mark.parametrize("name", ["λ/ε 1", "lr 0.001, L1 0", "a.b", "100%", "%2F"])
+    def test_every_name_is_one_file_and_comes_back(self, parts, name):
+        parts.keep(name, {"loss": 7})
+        assert list(parts) == [name] and dict(parts) == {name: {"loss": 7}}
+
+
+class TestOrder:
+    names = {"a": (1, ""), "b": (5, "a"), "c": (3, ""), "d": (9, "c"), "e": (2, "bd")}
+
+    def test_the_longest_chain_comes_first(self, parts):
+        graph = Graph(self.names)
+        assert chains(graph.pieces) == {"a": 8, "b": 7, "c": 14, "d": 11, "e": 2}
+        graph.run(parts)
+        assert graph.done == ["c", "d", "a", "b", "e"]
+        assert dict(parts) == {name: {"of": name} for name in self.names}
+
+    def test_among_equals_the_order_is_kept(self, parts):
+        graph = Graph({name: (1, "") for name in "jacket"})
+        graph.run(parts)
+        assert "".join(graph.done) == "jacket"
+
+    def test_resumed_repeats_none(self, parts):
+        graph = Graph(names := {"a": (1, ""), "b": (2, "a"), "c": (3, "b")})
+
+        def killed_at_c(name):
+            if name == "c":
+                raise KeyboardInterrupt
+
+        graph.before = killed_at_c
+        with pytest.raises(KeyboardInterrupt):
+            graph.run(parts)
+        assert graph.done == ["a", "b"] and "c" not in parts
+        again = Graph(names)
+        again.run(parts)
+        again.run(parts)
+        assert again.done == ["c"]
+        assert sorted(path.suffix for path in parts.folder.iterdir()) == [".json"] * 3  # no locks
+
+
+class TestTogether:
+    @pytest.mark.parametrize("count", [2, 5])
+    def test_nothing_twice_nothing_before_what_it_needs(self, parts, count, monkeypatch):
+        monkeypatch.setattr(queue, "POLL", 1e-3)
+        names = {str(i): (i % 7, [str(i // 2)] * (i > 1)) for i in range(1, 40)}
+        graph = Graph(names, seconds=0.002)  # `compute` asserts that what a piece needs is there
+        graph.together(parts, count)
+        assert sorted(graph.done) == sorted(names)
+
+    def test_another_goes_on_while_the_longest_runs(self, parts):
+        graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
+
+        def before(name):
+            while name == "long" and "b" not in parts:
+                time.sleep(0.01)
+
+        graph.before = before
+        graph.together(parts, 2)
+        assert graph.done == ["a", "b", "long", "end"]
+
+    def test_what_another_holds_is_waited_for_by_name_then_taken_over(self, parts, monkeypatch):
+        monkeypatch.setattr(queue, "POLL", 1e-3)
+        monkeypatch.setattr(queue, "PATIENCE", 0.05)
+        graph, free = Graph({"a": (2, ""), "b": (1, "")}), threading.Event()
+        parts.folder.mkdir()
+        with locked(parts.path("a", "lock")) as held:
+            assert held
+            threading.Thread(target=lambda: (graph.run(parts), free.set())).start()
+            assert not free.wait(0.3) and graph.done == ["b"]
+        assert free.wait(5) and graph.done == ["b", "a"]
+        words = f"waiting for a, which process {os.getpid()} on {platform.node()} has"
+        assert graph.said.count(("line", words)) == 1
+
+    def test_a_file_system_without_locks_is_named(self, parts, monkeypatch):
+        def flock(file, how):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(InputError, match="parts is on a file system that has no locks"):
+            Graph({"a": (1, "")}).run(parts)
