@@ -88,7 +88,8 @@ class MetaOptimizer(nn.Module):
 
     def weights(self) -> list[nn.Parameter]:
         """The weights of φ: all parameters but `log_eta`."""
-        return [*self.lstm.parameters(), *self.head.parameters()]
+        own = self.lstm._parameters, self.head._parameters  # a tenth of what `parameters()` costs
+        return [weight for module in own for weight in module.values() if weight is not None]
 
     def phi(self) -> Tensor:
         """All weights as one vector [P], differentiable: what the operators take."""

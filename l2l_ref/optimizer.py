@@ -282,13 +282,13 @@ def check_together(param: Tensor, meta: MetaOptimizer) -> None:
 
 def turns(parts: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
     """No memory twice in a call: a θ that comes twice moves twice, as in PyTorch's Adam."""
-    calls: list[dict[int, tuple[Tensor, ...]]] = []
+    calls: list[dict[int, tuple[Tensor, ...]]] = [{}]
     for part in parts:
         where = part[0].data_ptr()
-        if not calls or all(where in call for call in calls):
+        if where in calls[-1]:
             calls.append({})
-        next(call for call in calls if where not in call)[where] = part
-    return [list(call.values()) for call in calls]
+        calls[-1][where] = part
+    return [list(call.values()) for call in calls if call]
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:
