@@ -171,9 +171,10 @@ MIXED = (1, 0, 33, 64, 65, 200, 7, 0)
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 @every_form
 def test_a_list_is_one_after_the_other_to_the_bit(level, fused, dtype, theta_input, odd):
-    """Of any shapes and sizes, whoever shares out their blocks; on a GPU in several launches."""
+    """Of any shapes and sizes, whoever shares out their blocks (two threads meet within the last
+    tensor); on a GPU in several launches."""
     case = Case(0, 2, 20, theta_input, odd)
-    shapes = [(n,) for n in MIXED] + [(), (3, 5, 7), (2, 0)] + [(2,)] * 70
+    shapes = [(n,) for n in MIXED] + [(), (3, 5, 7), (2, 0)] + [(2,)] * 70 + [(6000,)]
     given = [arguments(case._replace(n=math.prod(s), seed=i), dtype) for i, s in enumerate(shapes)]
     phi = given[0]["phi"]
 
