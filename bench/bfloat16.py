@@ -15,12 +15,12 @@ from statistics import mean
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from bench import measure
 from l2l_ref import attacks, data, equations, evaluate, pretrained, problems
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.options import path
-from l2l_ref.flatten import flatten_
 from l2l_ref.meta_optimizer import with_phi
 
 PHIS, EPS = ("mnist-fgsm-0.1", "mnist-fgsm-0.1-robust"), 0.1
@@ -67,21 +67,23 @@ def train(
     problem, generator = problems.make("mnist"), torch.Generator().manual_seed(seed)
     model, batches = problem.draw(generator).to(dtype), images.train.batches(128, generator)
     ((params, meta),) = with_phi(model, pretrained.load(name).to(dtype)).values()
-    theta = flatten_(list(params))
-    start, gradients = theta.detach().clone(), []
-    state, moments = meta.init_state(len(theta)), meta.init_moments(len(theta))
+    theta = parameters_to_vector(params).detach()
+    vector_to_parameters(theta, params)  # views of it, from now on
+    start, gradients, state = theta.clone(), [], meta.init_state(len(theta))
+    moments = [meta.init_moments(len(theta))] if meta.nominal else None
     for step in range(steps):
         x, y = next(batches)
         if given is None:
-            model.zero_grad(set_to_none=False)
-            problem.loss(model, x.to(dtype), y).backward()
-        gradient = theta.grad.clone() if given is None else given[step].to(dtype)
+            grads = torch.autograd.grad(problem.loss(model, x.to(dtype), y), params)
+            gradient = parameters_to_vector(grads)
+        else:
+            gradient = given[step].to(dtype)
         gradients.append(gradient)
-        meta.step_(theta, gradient, state, moments, backend="reference")
+        meta.step_([theta], [gradient], [state], moments, backend="reference")
     x, y = images.test.first(1000).all()
     attack = attacks.make("pgd", eps=EPS, steps=7, generator=generator)
     _, loss = evaluate.losses(model.float(), x, y, attack)
-    return Run(theta.detach(), float((theta - start).norm()), gradients, loss.item())
+    return Run(theta, float((theta - start).norm()), gradients, loss.item())
 
 
 @contextmanager

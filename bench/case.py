@@ -122,7 +122,7 @@ def step_with(theta_step_: Callable, case: Case) -> Peer:
 
     def run() -> Tensor:
         for gradient in case.gradients:
-            theta_step_(theta, gradient, state, case.phi, **case.meta.form)
+            theta_step_([theta], [gradient], [state], case.phi, **case.meta.form)
         return theta
 
     return Peer(run, ns(case))

@@ -73,7 +73,7 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
         return lambda: torch.autograd.grad(ours.theta_step(*inputs, **form), inputs, ones)
 
     def step() -> tuple[Tensor, ...]:
-        ours.theta_step_(theta, gradient, state, case.phi, **form)
+        ours.theta_step_([theta], [gradient], [state], case.phi, **form)
         return theta, state
 
     return step

@@ -4,7 +4,7 @@ python -m bench.resnet_step --device cuda
 
 Clocks `LearnedOptimizer.step()` on torchvision's resnet18 with a head of 10 classes, as CIFAR-10
 needs (11,181,642 parameters), with φ in the form of each recipe: on the model's 62 parameters, and
-on one vector that they view, as run.py does. Gradients are random; an untrained φ does the work of
+on one of as many coordinates. Gradients are random; an untrained φ does the work of
 a trained one. Each optimizer is clocked alone, for the robust φ keeps 640 B a parameter. Writes
 resnet_step.json into --out.
 """
@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from bench import measure
@@ -25,7 +25,6 @@ from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES
 from l2l_ref.experiment.machine import keep_freed_memory
-from l2l_ref.flatten import flatten_
 from l2l_ref.meta_optimizer import MetaOptimizer
 from l2l_ref.optimizer import LearnedOptimizer
 
@@ -40,11 +39,12 @@ def parse(arguments: list[str]) -> Any:
     return measure.parse(top, arguments)
 
 
-def resnet(device: torch.device, flat: bool) -> list[Tensor]:
-    """The parameters of a ResNet-18, or one vector that they view, with random gradients."""
+def resnet(device: torch.device, one: bool) -> list[Tensor]:
+    """The parameters of a ResNet-18, or one that is as large, with random gradients."""
     torch.manual_seed(0)
     params = list(resnet18(num_classes=CLASSES).to(device).parameters())
-    params = [flatten_(params)] if flat else params
+    if one:
+        params = [nn.Parameter(nn.utils.parameters_to_vector(params).detach())]
     for param in params:
         param.grad = 1e-3 * torch.randn_like(param)
     return params
@@ -68,13 +68,13 @@ def learned(recipe: str, options: Any, params: list[Tensor]) -> torch.optim.Opti
 def measured(options: Any) -> dict[str, Any]:
     """Label -> milliseconds a step, median and quartiles, or {"unavailable": why}; prints each."""
     optimizers = {ADAM: (partial(torch.optim.Adam, fused=True), False)}
-    for recipe, flat in product(RECIPES, (False, True)):
-        label = f"φ, {recipe}" + ", one vector" * flat
-        optimizers[label] = partial(learned, recipe, options), flat
+    for recipe, one in product(RECIPES, (False, True)):
+        label = f"φ, {recipe}" + ", one tensor" * one
+        optimizers[label] = partial(learned, recipe, options), one
     rows: dict[str, Any] = {}
-    for label, (build, flat) in optimizers.items():
+    for label, (build, one) in optimizers.items():
         try:
-            params = resnet(options.device, flat)
+            params = resnet(options.device, one)
             step = build(params).step
             step()
             step()  # what is allocated but once has been
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
     folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
-    parameters = sum(param.numel() for param in resnet(options.device, flat=False))
+    parameters = sum(param.numel() for param in resnet(options.device, one=False))
     report = measure.machine("resnet_step", arguments, options.backend, options.device)
     print(f"{measure.where(report)}; resnet18, {CLASSES} classes, {parameters:,} parameters\n")
     print(f"{'optimizer':<24}{'ms per step [quartiles]':>32}{'ns/param.':>12}{'over Adam':>11}")

@@ -54,7 +54,7 @@ def learned(problem: problems.Problem, recipe: str, backend: str, eps: float) ->
     """Clean transfer of φ in the form of a recipe."""
     generator = torch.Generator().manual_seed(0)
     phi = new_phi(problem.build(), generator=generator, **form_of(recipe))
-    optimizer = partial(LearnedOptimizer.for_model, phi=phi, flat=True, backend=backend)
+    optimizer = partial(LearnedOptimizer.for_model, phi=phi, backend=backend)
     penalty = complete({"recipe": recipe}).penalty * eps
     return Method(f"L2L-Transfer ({recipe})", optimizer, penalty=penalty)
 

@@ -2,7 +2,7 @@
 //
 //   theta, gradient [N]   state [L, 2, H, M]   phi [P]       the sizes and the form: Shape
 //            |                    |               |
-//            +--------------------+---------------+---> Step        next theta, next state
+//            +--------------------+---------------+---> Step        next theta, next state; a list
 //                                                 +---> Backward    d_phi; of one step all the rest
 //   gradient [size] ----------------------------------> Preprocess  Eq. 5 alone
 //
@@ -35,6 +35,7 @@ struct Shape {
   L2L_INLINE int64_t width(int64_t layer) const {
     return layer ? hidden : inputs();
   }  // what it reads
+  L2L_INLINE Shape of(int64_t N) const { return {N, layers, hidden, form}; }
   L2L_INLINE int64_t states() const { return form.odd ? 2 * coordinates : coordinates; }  // M
   L2L_INLINE int64_t phi() const {                                                        // P
     int64_t size = hidden + 1;
@@ -46,6 +47,7 @@ struct Shape {
 
 template <class T>
 struct Step {
+  int64_t coordinates;                // N, of this tensor
   const T *theta, *gradient, *state;  // [N], [N], [L, 2, H, M]
   T *next_theta, *next_state;         // may be the same arrays as theta and state
 };

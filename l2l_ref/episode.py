@@ -13,7 +13,6 @@ from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangents
 from l2l_ref.errors import InputError
-from l2l_ref.flatten import check_tied, flatten_
 from l2l_ref.guard import leaves_no_trace
 from l2l_ref.meta_optimizer import MetaOptimizer, no_autocast, with_phi
 from l2l_ref.meta_settings import MetaSettings
@@ -45,13 +44,14 @@ class Episode:
 class Coordinates:
     """The coordinates of an optimizee that share one φ, through an episode.
 
-    θ.grad is the gradient that φ reads next. What an unroll has seen is recorded, row t at θ_t:
+    `theta` [N] is all of them as one vector, which the parameters are copies of, and `gradient` [N]
+    what φ reads next. What an unroll has seen is recorded, row t at θ_t:
     `read`, the gradient that φ reads, and `judged`, that of the loss that judges (the same tensor
     where one loss does both), [T+1, N]; `thetas` [T+1, N] if φ sees θ; d of the nominal term,
     `directions` [T+1, N], row t of the update that led to θ_t.
 
     Args:
-        params: parameters of the optimizee; they become views of `theta` (`flatten_`).
+        params: parameters of the optimizee.
         rows: T+1 of the longest unroll.
         separate: φ reads another gradient than that of the loss that judges.
     """
@@ -67,10 +67,10 @@ class Coordinates:
     ):
         self.meta_optimizer, self.backend = meta_optimizer, backend
         self.params = list(params)
-        self.theta = flatten_(self.params)
-        assert self.theta.grad is not None  # `flatten_` made it
-        self.gradient = self.theta.grad
-        n = len(self.theta)
+        self.theta = torch.cat([param.detach().reshape(-1) for param in self.params])
+        parts, n = self.theta.split([param.numel() for param in self.params]), len(self.theta)
+        self.parts = [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+        self.gradient = torch.empty_like(self.theta)
         self.state, self.moments = meta_optimizer.init_state(n), meta_optimizer.init_moments(n)
         self.phi = torch.empty_like(meta_optimizer.phi())
         self.read = self.theta.new_empty(rows, n)
@@ -88,16 +88,14 @@ class Coordinates:
 
     def step_(self) -> None:
         """One update of θ; every tensor stays in its place."""
-        direction = self.meta_optimizer.step_(
-            self.theta, self.gradient, self.state, self.moments, phi=self.phi,
-            backend=self.backend,
+        directions = self.meta_optimizer.step_(
+            [self.theta], [self.gradient], [self.state],
+            None if self.moments is None else [self.moments], phi=self.phi, backend=self.backend,
         )  # fmt: skip
-        if direction is not None:
-            self.direction.copy_(direction)
-
-    def keep_judging(self) -> None:
-        """θ.grad is that of the loss that judges; the one that φ reads comes next."""
-        self.judging.copy_(self.gradient)
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.parts)
+        if directions is not None:
+            self.direction.copy_(directions[0])
 
     def record(self, t: int) -> None:
         """Row t of all records."""
@@ -156,8 +154,7 @@ def truncated_unrolls(
 
     Raises:
         InputError: a model of other than `settings.tasks` tasks; φ-groups without φ; batches that
-            end; an attack that returns no such thing as x; a loss that replaces the gradients of
-            the model's parameters; an update that cannot be captured.
+            end; an attack that returns no such thing as x; an update that cannot be captured.
     """
     tasks = getattr(episode.model, "tasks", 1)
     if tasks != settings.tasks:
@@ -183,25 +180,26 @@ def truncated_unrolls(
     }
     coordinates = groups.values()
 
-    def differentiate(x: Tensor, y: Tensor, alpha: float, penalty: float = 0.0) -> Tensor:
-        """The loss of Eq. 6; leaves its gradient in θ.grad."""
-        for group in coordinates:
-            group.gradient.zero_()
+    def differentiate(
+        x: Tensor, y: Tensor, into: str, alpha: float, penalty: float = 0.0
+    ) -> Tensor:
+        """The loss of Eq. 6; its gradient goes `into` that vector of each group."""
         loss = robust_loss(
             episode.loss, episode.model, x, y, attack=attack, alpha=alpha, penalty=penalty
         )
-        loss.backward(torch.full_like(loss, tasks))  # the mean of K losses: K times its gradient
+        params = [param for group in coordinates for param in group.params]
+        scale = torch.full_like(loss, tasks)  # the mean of K losses: K times its gradient
+        grads = iter(torch.autograd.grad(loss, params, scale, materialize_grads=True))
         for group in coordinates:
-            check_tied(group.params, group.theta)
+            own = [next(grads).reshape(-1) for _ in group.params]
+            torch.cat(own, out=getattr(group, into))
         return loss.detach()
 
     def evaluate(x: Tensor, y: Tensor) -> Tensor:
-        """The judging loss; leaves the gradient that φ reads in θ.grad."""
-        loss = differentiate(x, y, alpha)
+        """The judging loss; leaves its gradient in `judging`, that which φ reads in `gradient`."""
+        loss = differentiate(x, y, "judging", alpha)
         if separate:
-            for group in coordinates:
-                group.keep_judging()
-            differentiate(x, y, read_alpha, settings.penalty)
+            differentiate(x, y, "gradient", read_alpha, settings.penalty)
         return loss
 
     def advance(x: Tensor, y: Tensor) -> Tensor:

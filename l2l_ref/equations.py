@@ -15,7 +15,7 @@ of their fused forms. All tensors of a call share one floating dtype and one dev
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import torch
@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
 MAX_P = 80  # beyond, e^p overflows float32 and a zero gradient would become nan
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's direction (Kingma & Ba 2015)
+Tensors = Sequence[Tensor]
 Loss = Callable[..., Tensor]  # (model, x, y) -> 0-dim loss, averaged over the batch
 BLOCK = 2048  # coordinates whose graph `unroll_meta_gradient` holds at once
 
@@ -142,12 +143,13 @@ def theta_step(
 
 @torch.no_grad()
 def theta_step_(
-    theta: Tensor, gradient: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+    thetas: Tensors, gradients: Tensors, states: Tensors, phi: Tensor, **form: Unpack[Form]
 ) -> None:
-    """Eq. 3 in place: writes θ + u into `theta` and the next state into `state`; keeps no graph."""
-    next_theta, next_state = theta_step(theta, gradient, state, phi, **form)
-    theta.copy_(next_theta)
-    state.copy_(next_state)
+    """Eq. 3 in place: θ + u into `thetas`, of any shapes S; `states` [L, 2, H, signs, *S]."""
+    for theta, gradient, state in zip(thetas, gradients, states, strict=True):
+        inputs = theta.flatten(), gradient.flatten(), state.flatten(3)
+        for own, following in zip((theta, state), theta_step(*inputs, phi, **form), strict=True):
+            own.copy_(following.view_as(own))
 
 
 def check_thetas(thetas: Tensor | None, gradients: Tensor, theta_input: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref.backend import operators
-from l2l_ref.equations import MAX_P, Form, adam_direction
+from l2l_ref.equations import MAX_P, Form, Tensors, adam_direction
 from l2l_ref.errors import InputError
 
 FIRST_ETA = 1e-3  # Adam's usual learning rate
@@ -88,7 +88,8 @@ class MetaOptimizer(nn.Module):
 
     def weights(self) -> list[nn.Parameter]:
         """The weights of φ: all parameters but `log_eta`."""
-        return [*self.lstm.parameters(), *self.head.parameters()]
+        own = self.lstm._parameters, self.head._parameters  # a tenth of what `parameters()` costs
+        return [weight for module in own for weight in module.values() if weight is not None]
 
     def phi(self) -> Tensor:
         """All weights as one vector [P], differentiable: what the operators take."""
@@ -141,37 +142,47 @@ class MetaOptimizer(nn.Module):
     @torch.no_grad()
     def step_(
         self,
-        theta: Tensor,
-        gradient: Tensor,
-        state: Tensor,
-        moments: Tensor | None = None,
+        thetas: Tensors,
+        gradients: Tensors,
+        states: Tensors,
+        moments: Tensors | None = None,
         *,
         phi: Tensor | None = None,
         backend: str = "auto",
-    ) -> Tensor | None:
-        """The same in place, without a graph: θ, state and moments become the next ones.
+    ) -> list[Tensor] | None:
+        """The same in place, without a graph, of at least one θ: it, state and moments become the
+        next ones. One call of the operator, and one pass of the nominal term.
 
         Args:
+            thetas, gradients: of any shape S each, contiguous.
+            states: [L, 2, H, M], or [L, 2, H, signs, *S] as `LearnedOptimizer` keeps them.
+            moments: [3, *S].
             phi: [P], the weights, where the caller has packed them already.
 
         Returns:
-            d [N]; None without the nominal term.
+            d of each, shaped like it; None without the nominal term.
 
         Raises:
             InputError: as `forward`.
         """
         self._check_moments(moments)
-        step = operators(backend, state).theta_step_
-        with no_autocast(theta):
-            step(theta, gradient, state, self.phi() if phi is None else phi, **self.form)
+        step = operators(backend, states[0]).theta_step_
+        with no_autocast(thetas[0]):
+            step(thetas, gradients, states, self.phi() if phi is None else phi, **self.form)
         if moments is None or self.log_eta is None:
             return None
-        direction, following = adam_direction(gradient, moments)
-        moments.copy_(following)
-        theta.sub_(direction * self.log_eta.exp())
-        return direction
+        rows, sizes = [m.flatten(1) for m in moments], [theta.numel() for theta in thetas]
+        gradient = joined([g.flatten() for g in gradients])
+        direction, following = adam_direction(gradient, joined(rows))
+        torch._foreach_copy_(rows, following.split(sizes, dim=1))
+        d, ways = (
+            [part.view_as(theta) for part, theta in zip(x.split(sizes), thetas, strict=True)]
+            for x in (direction, direction * self.log_eta.exp())
+        )
+        torch._foreach_sub_(list(thetas), ways)
+        return d
 
-    def _check_moments(self, moments: Tensor | None) -> None:
+    def _check_moments(self, moments: Any) -> None:
         if self.nominal != (moments is not None):
             wrong = "moments are given" if moments is not None else "no moments are given"
             raise InputError(
@@ -181,6 +192,11 @@ class MetaOptimizer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Along the last axis; of one it is a view."""
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def no_autocast(theta: Tensor) -> AbstractContextManager:

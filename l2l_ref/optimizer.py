@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref.backend import resolve
+from l2l_ref.equations import Tensors
 from l2l_ref.errors import InputError
-from l2l_ref.flatten import check_tied, flat, flatten_, is_flat, local
 from l2l_ref.meta_optimizer import MetaOptimizer, with_phi
 
-OWN = ("meta_optimizer", "backend", "flat")  # of a group, and never in a state dict
+OWN = ("meta_optimizer", "backend")  # of a group: a state dict does not change them
 # Options of other optimizers, by which their state dicts are known.
 FOREIGN = {"betas", "momentum", "dampening", "nesterov", "alpha", "rho", "eps", "etas", "lambd"}
 # What PyTorch's schedulers and other libraries note down in a group.
@@ -20,7 +20,8 @@ NOTES = ("param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` whose update rule is a meta-optimizer.
+    """A `torch.optim.Optimizer` whose update rule is a meta-optimizer: one call of its operator for
+    all parameters of a group, wherever they lie.
 
     φ is not changed: train it with `meta_train`, or differentiate `MetaOptimizer.forward`. A
     parameter without a gradient is left alone, its state too. No graph is kept.
@@ -67,39 +68,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
         backend: str = "auto",
     ):
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        own = {"meta_optimizer": meta_optimizer, "backend": backend, "flat": None}
+        own = {"meta_optimizer": meta_optimizer, "backend": backend}
         super().__init__(params, {**options, "state_dtype": state_dtype, **own})
 
     @classmethod
     def for_model(
-        cls,
-        model: nn.Module,
-        phi: nn.ModuleDict | Mapping[str, MetaOptimizer],
-        *,
-        flat: bool = False,
-        **options: Any,
+        cls, model: nn.Module, phi: nn.ModuleDict | Mapping[str, MetaOptimizer], **options: Any
     ) -> "LearnedOptimizer":
         """φ as the optimizer of a model: a group of parameters for each φ-group (`phi_groups`).
 
         Args:
             phi: {φ-group: MetaOptimizer}, such as `l2l_ref.load` returns.
-            flat: first move each group's parameters onto one vector, of which they become views
-                (`flatten_`). One call for all of them saves time with many small parameters. Let
-                this optimizer zero the gradients, which it does in place.
             options: those of the constructor.
 
         Raises:
             InputError: a φ-group of the model that `phi` lacks; what the constructor raises.
         """
         return cls(
-            [
-                {
-                    "params": [flatten_(own)] if flat else own,
-                    "meta_optimizer": meta,
-                    "flat": own if flat else None,
-                }
-                for own, meta in with_phi(model, phi).values()
-            ],
+            [{"params": p, "meta_optimizer": meta} for p, meta in with_phi(model, phi).values()],
             **options,
         )
 
@@ -134,10 +120,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in PyTorch; parameters on one vector keep their gradients, which become zero."""
-        super().zero_grad(set_to_none and not any(group["flat"] for group in self.param_groups))
-
     @torch.no_grad()
     def step(self, closure=None):
         """Apply φ once to every parameter that has a gradient; returns the closure's loss."""
@@ -145,49 +127,60 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # all is looked at before anything moves
-            if group["flat"]:
-                check_tied(group["flat"], *group["params"])
-            grads = [param.grad for param in group["params"] if param.grad is not None]
-            if any(grad.layout != torch.strided for grad in grads):
-                raise InputError("a gradient is sparse: LearnedOptimizer takes dense ones only")
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            phi = group["meta_optimizer"].phi() if params else None
-            for param in params:
-                self._update(param, group, phi)
+        found = [self._found(group) for group in self.param_groups]  # before anything moves
+        for group, parts in zip(self.param_groups, found, strict=True):
+            for turn in turns(parts):
+                self._update(group, *zip(*turn, strict=True))
         return loss
 
-    def _update(self, param: Tensor, group: dict[str, Any], phi: Tensor) -> None:
-        """One call of the operator, on what this process holds of a parameter."""
-        lr, decay = group["lr"], group["weight_decay"]
-        theta, gradient = local(param), local(param.grad, like=param)
-        new = "lstm" not in self.state[param]
-        states = [local(state) for state in self._states(param, group)]
-        if theta.numel() == 0 or (new and float(lr) == 0 and not gradient.any()):
-            return  # the dummy step by which PyTorch asks an optimizer for its states
-        before, gradient = flat(theta, phi.dtype), flat(gradient, phi.dtype)
-        axes = (3, 1)  # of the LSTM state [L, 2, H, …], and of the moments [3, …] if there are any
-        inner = [flat(s, phi.dtype, *s.shape[:k]) for s, k in zip(states, axes, strict=False)]
-        as_learned = not isinstance(lr, Tensor) and lr == 1 and decay == 0
-        after = before if as_learned else before.clone()
-        group["meta_optimizer"].step_(
+    def _found(self, group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+        """What this process holds of each parameter with a gradient: θ, gradient, states."""
+        parts = []
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                raise InputError("a gradient is sparse: LearnedOptimizer takes dense ones only")
+            theta, gradient = local(param), local(param.grad, like=param)
+            new = "lstm" not in self.state[param]
+            states = [local(state) for state in self._states(param, group)]
+            if theta.numel() == 0 or (new and float(group["lr"]) == 0 and not gradient.any()):
+                continue  # the dummy step by which PyTorch asks an optimizer for its states
+            parts.append((theta, gradient, *states))
+        return parts
+
+    def _update(
+        self, group: dict[str, Any], thetas: tuple, gradients: tuple, *states: tuple
+    ) -> None:
+        """One call of the operator, on copies of what is not in φ's dtype or not contiguous."""
+        meta, lr, decay = group["meta_optimizer"], group["lr"], group["weight_decay"]
+        phi, rate = meta.phi(), lr.view(()) if isinstance(lr, Tensor) else None
+        as_learned = rate is None and lr == 1 and decay == 0
+
+        def plain(tensors: Iterable[Tensor]) -> list[Tensor]:
+            return [tensor.to(phi.dtype).contiguous() for tensor in tensors]
+
+        def moved(before: Tensor, after: Tensor) -> Tensor:
+            if rate is None:
+                return before * (1 - lr * decay) + (after - before) * lr
+            x = before * (1 - rate * decay) + (after - before) * rate
+            return torch.where(rate == 0, before, x)
+
+        before, given, inner = plain(thetas), plain(gradients), [*map(plain, states)]
+        after: Tensors = before if as_learned else [theta.clone() for theta in before]
+        meta.step_(
             after,
-            -gradient if group["maximize"] else gradient,
+            [-gradient for gradient in given] if group["maximize"] else given,
             *inner,
             phi=phi,
             backend=group["backend"],
         )
-        for state, value in zip(states, inner, strict=True):
-            if not is_flat(state, phi.dtype):
-                state.copy_(value.view(state.shape))
-        if not isinstance(lr, Tensor) and lr == 0:
-            return
         if not as_learned:
-            moved = before * (1 - lr * decay) + (after - before) * lr
-            after = torch.where(lr == 0, before, moved) if isinstance(lr, Tensor) else moved
-        if not (as_learned and is_flat(theta, phi.dtype)):
-            theta.copy_(after.view(theta.shape))
+            after = thetas if rate is None and lr == 0 else [*map(moved, before, after)]
+        for kept, values in zip((thetas, *states), (after, *inner), strict=True):
+            for tensor, value in zip(kept, values, strict=True):
+                if tensor is not value:
+                    tensor.copy_(value)
 
     def _states(self, param: Tensor, group: dict[str, Any]) -> list[Tensor]:
         """The LSTM state of a parameter, and its moments if there is a nominal term."""
@@ -211,14 +204,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return [held[name] for name, _, _ in kinds]
 
     def state_dict(self) -> dict[str, Any]:
-        """The states and groups; a fingerprint of φ in the place of φ, which is saved on its own,
-        and of the backend."""
+        """The states and groups; a fingerprint in the place of φ, which is saved on its own."""
 
         def without_phi(_, saved: dict[str, Any]) -> None:
             for group in saved["param_groups"]:
-                group["phi"] = group["meta_optimizer"].fingerprint()
-                for name in OWN:
-                    del group[name]
+                group["meta_optimizer"] = group["meta_optimizer"].fingerprint()
 
         hook = self.register_state_dict_post_hook(without_phi, prepend=True)
         try:
@@ -243,7 +233,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         def complete(_) -> None:  # the base class knows what was saved, and casts it like θ
             for own, group in zip(groups, self.param_groups, strict=True):
-                group.pop("phi", None)
                 group.update({k: v for k, v in own.items() if k in OWN or k not in group})
             for param, state in states.items():
                 copies = {k: kept.to(param.device, copy=True) for k, kept in state.items()}
@@ -272,10 +261,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "that of another optimizer, load what a LearnedOptimizer saved"
             )
         ours = own["meta_optimizer"].fingerprint()
-        if group.get("phi", ours) != ours:
+        if (saved := group.get("meta_optimizer", ours)) != ours:
             raise InputError(
-                f"parameter group {number} of the state was saved with another φ ({group['phi']}, "
-                f"this one is {ours}): build the optimizer with that φ"
+                f"parameter group {number} of the state was saved with another φ ({saved}, this "
+                f"one is {ours}): build the optimizer with that φ"
             )
 
 
@@ -289,3 +278,23 @@ def check_together(param: Tensor, meta: MetaOptimizer) -> None:
             f"a parameter is on {param.device} but its meta-optimizer is on {weight.device}: move "
             "one with .to()"
         )
+
+
+def turns(parts: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """No memory twice in a call: a θ that comes twice moves twice, as in PyTorch's Adam."""
+    calls: list[dict[int, tuple[Tensor, ...]]] = [{}]
+    for part in parts:
+        where = part[0].data_ptr()
+        if where in calls[-1]:
+            calls.append({})
+        calls[-1][where] = part
+    return [list(call.values()) for call in calls if call]
+
+
+def local(tensor: Any, like: Any = None) -> Tensor:
+    """What this process holds: of a `DTensor` its shard, placed as `like` is; of another all."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    if like is not None:
+        tensor = tensor.redistribute(like.device_mesh, like.placements)
+    return tensor.detach().to_local()

@@ -104,7 +104,7 @@ def train(
         objective = robust_loss(
             loss, model, x, y, attack=attack, alpha=method.alpha, penalty=method.penalty
         )
-        optimizer.zero_grad(set_to_none=False)  # what `flatten_` made stays in place
+        optimizer.zero_grad(set_to_none=False)  # stays in place for a CUDA graph
         objective.backward()
         if method.l1:
             add_l1_gradient(optimizer, method.l1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from l2l_ref import data, problems
 from l2l_ref.backend import BUILD, BUILD_CUDA, built
@@ -284,12 +285,12 @@ def on_gpu(operator):
     place is changed."""
 
     def run(*tensors, **form):
-        moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
+        moved = tree_map_only(torch.Tensor, torch.Tensor.cuda, tensors)
         result = operator(*moved, **form)
-        if result is None:  # theta_step_(theta, gradient, state, phi)
+        if result is None:  # theta_step_(thetas, gradients, states, phi)
             with torch.no_grad():
                 for at in (0, 2):
-                    tensors[at].copy_(moved[at])
+                    torch._foreach_copy_(tensors[at], moved[at])
             return None
         return result.cpu() if isinstance(result, torch.Tensor) else tuple(x.cpu() for x in result)
 

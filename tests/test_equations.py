@@ -102,7 +102,7 @@ class TestStep:
         expected, hidden = theta.clone(), None
         for t in range(steps):
             gradient = 10.0 ** (t % 9 - 6) * normal(n, seed=t)
-            theta_step_(theta, gradient, state, meta.phi(), **meta.form)
+            theta_step_([theta], [gradient], [state], meta.phi(), **meta.form)
             with torch.no_grad():  # the oracle: PyTorch's own modules, [sequence, batch, input]
                 inputs = [*preprocess(gradient, 10.0)]
                 inputs += [(10 * expected).clamp(-5, 5)] if theta_input else []
@@ -132,7 +132,7 @@ class TestStep:
         theta, gradient = normal(4), normal(4, seed=1)
         state = 0.1 * normal(*meta.init_state(4).shape, seed=2)
         next_theta, next_state = theta_step(theta, gradient, state, meta.phi(), **meta.form)
-        assert theta_step_(theta, gradient, state, meta.phi(), **meta.form) is None
+        assert theta_step_([theta], [gradient], [state], meta.phi(), **meta.form) is None
         assert torch.equal(theta, next_theta) and torch.equal(state, next_state)
         assert not theta.requires_grad and not state.requires_grad
 
@@ -147,14 +147,16 @@ class TestStep:
     def test_nan_propagates_and_stays_in_its_coordinate(self):
         meta = random_phi(dtype=torch.float32)
         theta, state = torch.zeros(4), meta.init_state(4)
-        theta_step_(theta, torch.tensor([1.0, math.nan, 0.0, -1.0]), state, meta.phi(), **meta.form)
+        theta_step_(
+            [theta], [torch.tensor([1.0, math.nan, 0.0, -1.0])], [state], meta.phi(), **meta.form
+        )
         assert theta.isnan().tolist() == [False, True, False, False]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_keeps_the_dtype(self, dtype):
         meta = random_phi(dtype=dtype)
         theta, state = torch.zeros(4, dtype=dtype), meta.init_state(4)
-        theta_step_(theta, torch.ones(4, dtype=dtype), state, meta.phi(), **meta.form)
+        theta_step_([theta], [torch.ones(4, dtype=dtype)], [state], meta.phi(), **meta.form)
         assert theta.dtype == state.dtype == dtype and theta.abs().sum() > 0
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from l2l_ref import equations
 from l2l_ref.equations import adam_direction
 from l2l_ref.errors import InputError
-from l2l_ref.flatten import flatten_
 from l2l_ref.meta_optimizer import MetaOptimizer, phi_groups
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.problems import make as make_problem
@@ -35,33 +34,6 @@ def steps(model, optimizer, seeds):
         backward(model, seed)
         optimizer.step()
     return model
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-        lambda params: torch.optim.Adam(params, lr=0.01),
-        lambda params: LearnedOptimizer(params, phi(odd=True, theta_input=True)),
-    ],
-    ids=["sgd", "adam", "learned"],
-)
-def test_one_vector_trains_like_the_parameters(make):
-    model, flat = net(), net()
-    theta = flatten_(flat.parameters())
-    optimizer, flat_optimizer = make(model.parameters()), make([theta])
-    start = weights(model)
-    for t in range(5):
-        for m, o in ((model, optimizer), (flat, flat_optimizer)):
-            o.zero_grad(set_to_none=False)
-            backward(m, seed=t)
-            o.step()
-        for p, q in zip(model.parameters(), flat.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
-    assert not torch.equal(start, weights(model))
-    torch.testing.assert_close(weights(flat), weights(model))
-    assert torch.equal(theta, weights(flat))
-    assert torch.equal(theta.grad, torch.cat([p.grad.flatten() for p in flat.parameters()]))
 
 
 @pytest.mark.parametrize("nominal", [False, True])
@@ -274,9 +246,10 @@ def test_moments_that_are_missing_or_not_wanted_are_refused():
         (MetaOptimizer(), torch.zeros(3, 3), "moments are given .* with nominal=False"),
     ):
         state = meta.init_state(3)
-        for call in (meta, meta.step_):
-            with pytest.raises(InputError, match=words):
-                call(theta, gradient, state, moments)
+        with pytest.raises(InputError, match=words):
+            meta(theta, gradient, state, moments)
+        with pytest.raises(InputError, match=words):
+            meta.step_([theta], [gradient], [state], None if moments is None else [moments])
         assert not theta.any() and not state.any()
 
 
@@ -292,7 +265,9 @@ def test_forward_step_and_optimizer_agree(backend, theta_input, odd):
     for gradient in wild(5, n):
         before = theta, state, moments
         theta, state, moments = meta(theta, gradient, state, moments, backend=backend)
-        direction = meta.step_(stepped, gradient, own_state, own_moments, backend=backend)
+        (direction,) = meta.step_(
+            [stepped], [gradient], [own_state], [own_moments], backend=backend
+        )
         param.grad = gradient.clone()
         optimizer.step()
         agree(stepped, theta.detach())

@@ -41,6 +41,19 @@ def test_what_is_saved_is_loaded(file, asked, name):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_is_that_of_the_file_whatever_the_default_dtype(dtype):
+    prints = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            phi = l2l_ref.load("mnist-fgsm-0.1-robust")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        prints.append([meta.fingerprint() for meta in phi.values()])
+    assert prints[0] == prints[1]
+
+
 def test_what_is_not_there_is_named(file, tmp_path):
     path, _ = file
     with pytest.raises(InputError, match="has no φ nominal: choose one of transfer, not"):

@@ -213,8 +213,7 @@ class TestAsPyTorchTestsItsOwn:
         assert torch.equal(calls[1], after) and not torch.equal(calls[0], after)
 
         def complete(_, saved):
-            assert "meta_optimizer" not in saved["param_groups"][0]
-            assert len(saved["param_groups"][0]["phi"]) == 16
+            assert len(saved["param_groups"][0]["meta_optimizer"]) == 16  # its fingerprint
             saved["note"] = 1
 
         optimizer.register_state_dict_pre_hook(lambda o: calls.append(o.param_groups[0]["lr"]))
@@ -230,7 +229,7 @@ class TestAsPyTorchTestsItsOwn:
         optimizer.register_load_state_dict_post_hook(lambda o: steps(model, o, [1]))  # it can
         optimizer.load_state_dict(copy.deepcopy(saved))
         assert optimizer.param_groups[0]["lr"] == 2.0
-        assert "phi" not in optimizer.param_groups[0]
+        assert optimizer.param_groups[0]["meta_optimizer"] is inputs[0].kwargs["meta_optimizer"]
         assert not torch.equal(weights(model), after)
 
 
@@ -372,9 +371,6 @@ class TestState:
             LearnedOptimizer(model.parameters(), other).load_state_dict(optimizer.state_dict())
         assert other.fingerprint() != phi().fingerprint() == phi().fingerprint()
         assert phi(p=9.0).fingerprint() != phi().fingerprint()
-        old = optimizer.state_dict()
-        del old["param_groups"][0]["phi"]  # from before there was a fingerprint
-        optimizer.load_state_dict(old)
 
     def test_states_are_asked_for_by_a_step_that_does_not_count(self):
         """`get_optimizer_state_dict` steps once with zero gradients and lr 0."""
@@ -391,6 +387,25 @@ class TestState:
         twin = net()
         fresh = LearnedOptimizer(twin.parameters(), meta)
         assert torch.equal(steps(model, optimizer, [0, 1]), steps(twin, fresh, [0, 1]))
+
+    def test_flattened_by_the_names_of_parameters(self):
+        """As pipelines save it (`flatten_optimizer_state_dict`), of two groups."""
+        api = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+        options = api.StateDictOptions(flatten_optimizer_state_dict=True)
+        meta, models = adam_like(), [net(), net()]
+        made = [
+            LearnedOptimizer([{"params": m[i].parameters(), "lr": i + 1.0} for i in (0, 2)], meta)
+            for m in models
+        ]
+        steps(models[0], made[0], range(3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved = api.get_optimizer_state_dict(models[0], made[0], options=options)
+            saved = copy.deepcopy(saved)
+            models[1].load_state_dict(models[0].state_dict())
+            api.set_optimizer_state_dict(models[1], made[1], saved, options=options)
+        ends = [steps(*pair, [3, 4]) for pair in zip(models, made, strict=True)]
+        assert torch.equal(*ends)
 
     def test_phi_that_changed_shape_or_place_is_named(self):
         for change, words in (
@@ -519,15 +534,14 @@ class TestParameters:
             id(p) for p in (model[0].weight, model[0].bias, model[2].bias)
         ]
         before = copy.deepcopy(model)
-        for flat in (False, True):
-            optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=True), flat=flat)
-            for _ in range(3):
-                optimizer.zero_grad(set_to_none=False)
-                model(torch.rand(8, 4)).square().sum().backward()
-                optimizer.step()
-            assert torch.equal(model[3].weight, before[3].weight)
-            assert model[2].weight is model[0].weight
-            assert not torch.equal(model[0].weight, before[0].weight)
+        optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=True))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.rand(8, 4)).square().sum().backward()
+            optimizer.step()
+        assert torch.equal(model[3].weight, before[3].weight)
+        assert model[2].weight is model[0].weight
+        assert not torch.equal(model[0].weight, before[0].weight)
         with pytest.raises(InputError, match="no parameter that requires a gradient"):
             LearnedOptimizer.for_model(model.requires_grad_(False), {"linear": phi()})
 
@@ -540,12 +554,11 @@ class TestParameters:
         with pytest.raises(InputError, match="no φ for embedding parameters.*phi_group"):
             LearnedOptimizer.for_model(model, {"linear": phi()})
 
-    @pytest.mark.parametrize("flat", [False, True])
-    def test_zero_grad_to_none_is_as_good_as_zero(self, flat):
+    def test_zero_grad_to_none_is_as_good_as_zero(self):
         ends = []
         for to_none in (True, False):
             model = net()
-            optimizer = LearnedOptimizer.for_model(model, {"linear": phi()}, flat=flat)
+            optimizer = LearnedOptimizer.for_model(model, {"linear": phi()})
             for seed in range(3):
                 optimizer.zero_grad(set_to_none=to_none)
                 backward(model, seed)
@@ -554,22 +567,60 @@ class TestParameters:
             ends.append(weights(model))
         assert torch.equal(*ends) and not torch.equal(ends[0], weights(net()))
 
-    @pytest.mark.parametrize(
-        "cut",
-        [
-            lambda model: model.zero_grad(),
-            lambda model: model.double().float(),
-            lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
-        ],
-    )
-    def test_ties_that_were_cut_are_named(self, cut):
+    @pytest.mark.parametrize("nominal", [False, True])
+    def test_a_layer_that_is_frozen_stays_and_the_model_is_saved_whole(self, nominal, tmp_path):
+        """Parameters stay where they are, each in its own memory."""
         model = net()
-        optimizer = LearnedOptimizer.for_model(model, {"linear": phi()}, flat=True)
-        steps(model, optimizer, [0])
-        cut(model)
-        backward(model)
-        with pytest.raises(InputError, match="moved onto one vector, or its .grad, was replaced"):
+        places = [p.data_ptr() for p in model.parameters()]
+        optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=nominal))
+        steps(model, optimizer, range(3))
+        model[0].requires_grad_(False)
+        frozen = copy.deepcopy(model[0].state_dict())
+        held = {k: v.clone() for k, v in optimizer.state[model[0].weight].items()}
+        steps(model, optimizer, range(3, 6))
+        assert all(torch.equal(value, frozen[k]) for k, value in model[0].state_dict().items())
+        assert all(torch.equal(optimizer.state[model[0].weight][k], v) for k, v in held.items())
+        assert [p.data_ptr() for p in model.parameters()] == places
+        sizes = [p.untyped_storage().nbytes() for p in model.parameters()]
+        assert sizes == [p.nbytes for p in model.parameters()]
+
+    def test_memory_that_comes_twice_moves_twice(self):
+        """As in Adam: each of two parameters of one memory has its gradient and its state."""
+        ends = []
+        for make in (learned, torch.optim.SGD):
+            weight = torch.zeros(3)
+            pair = [nn.Parameter(weight), nn.Parameter(weight)]
+            pair[0].grad, pair[1].grad = torch.ones(3), torch.full((3,), 0.1)
+            optimizer = make([*pair, nn.Parameter(torch.zeros(2))])
             optimizer.step()
+            ends.append(weight)
+        apart = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))]
+        apart[0].grad, apart[1].grad = torch.ones(3), torch.full((3,), 0.1)
+        learned(apart).step()
+        torch.testing.assert_close(ends[0], (apart[0] + apart[1]).detach())
+        assert not torch.equal(ends[0], apart[0])
+
+    def test_one_call_of_the_operator_for_a_group(self, fused):
+        """Whatever the dtypes, layouts and shapes of its parameters."""
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        params = [
+            *net().parameters(), *net().bfloat16().parameters(), *conv.parameters(),
+            nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.rand(4, 3).t()),
+            nn.Parameter(torch.zeros(0, 2)),
+        ]  # fmt: skip
+        for param in params:
+            param.grad = torch.ones_like(param)
+        twins = [nn.Parameter(param.detach().clone()) for param in params]
+        for twin, param in zip(twins, params, strict=True):
+            twin.grad = param.grad.clone()
+        with patch.object(fused, "theta_step_", wraps=fused.theta_step_) as call:
+            learned(params).step()
+        assert call.call_count == 1 and len(call.call_args.args[0]) == len(params) - 1
+        learned_one_by_one = [learned([twin]) for twin in twins]
+        for optimizer in learned_one_by_one:
+            optimizer.step()
+        assert all(map(torch.equal, params, twins))
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
     def test_what_parametrizes_a_layer_goes_with_it(self):
         layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))

@@ -1,13 +1,16 @@
 // The operators on the CPU: picks the kernels for this machine, shares the work among PyTorch's own
 // threads.
 //
-//   step       | block | block | block | block | ...      a thread takes some, with its own scratch
-//                                                          and one packed phi, and writes its own
+//   step       | block | block || block | block | ...     of all tensors of the call. A thread
+//   takes
+//                                                          some, with its own scratch and one
+//                                                          packed phi, and writes its own
 //   backward   | segment 0  | segment 1  | ...            however many threads: at most 64
 //                   |             |
 //               d_phi [P]     d_phi [P]    in double       added in order --> d_phi [P]
 #include "cpu.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -127,15 +130,22 @@ struct Cpu {
   };
 
   template <class T>
-  static void step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
+  static void step(const Shape& shape, const std::vector<Step<T>>& calls, const Tensor& phi) {
     constexpr int64_t grain = 4;  // blocks: some 20 µs, worth waking a thread for
     const Kernels<T>& kernels = instruction_set().kernels<T>();
     const T* packed = pack(kernels, shape, phi);
     const int64_t block = kernels.block(shape);
-    parallel(ceil_div(shape.coordinates, block), grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> first = {0};  // block of each tensor
+    for (const Step<T>& call : calls)
+      first.push_back(first.back() + ceil_div(call.coordinates, block));
+    parallel(first.back(), grain, [&](int64_t begin, int64_t end) {
       T* scratch = kept_memory<T, Use::scratch>(kernels.step_scratch(shape));
-      kernels.step(shape, call, packed, scratch, begin * block,
-                   std::min(end * block, shape.coordinates));
+      size_t at = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+      for (; begin < end; begin = first[++at]) {
+        const int64_t N = calls[at].coordinates, last = std::min(end, first[at + 1]);
+        kernels.step(shape.of(N), calls[at], packed, scratch, (begin - first[at]) * block,
+                     std::min((last - first[at]) * block, N));
+      }
     });
   }
 

@@ -27,8 +27,8 @@ struct Cuda {
   };
 
   template <class T>
-  static void step(const Shape& shape, const Step<T>& call, const Tensor& phi) {
-    check_fits(cuda::step(shape, call, in<T>(phi), phi.get_device_index(), current_stream(phi)),
+  static void step(const Shape& shape, const std::vector<Step<T>>& calls, const Tensor& phi) {
+    check_fits(cuda::step(shape, calls, in<T>(phi), phi.get_device_index(), current_stream(phi)),
                shape);
   }
 

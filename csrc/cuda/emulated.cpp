@@ -67,18 +67,20 @@ struct Emulated {
   };
 
   template <class T>
-  static void step(const Shape& shape, const Step<T>& call, const l2l::Tensor& phi) {
+  static void step(const Shape& shape, const std::vector<Step<T>>& calls, const l2l::Tensor& phi) {
     const bool tensor = tensor_cores && takes_tensor_cores<T>(shape);
-    const Plan plan = plan_step<T>(shape, machine, tensor ? tensor_shared : step_shared);
-    l2l::check_fits(plan.shared, shape);
-    const StepArguments<T> arguments = {shape, call, l2l::in<T>(phi), Eq5<T>(shape.form.p)};
-    with_width<step_width<T>>(plan.width, [&](auto width) {
-      launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
-        if constexpr (sizeof(T) == sizeof(float))
-          if (tensor) return emulated::step<width, Tensored>(team, arguments, block, shared);
-        emulated::step<width, Multiplied>(team, arguments, block, shared);
+    const auto one = [&](const StepArguments<T>& arguments, const Plan& plan) {
+      with_width<step_width<T>>(plan.width, [&](auto width) {
+        launch<T>(plan, [&](const Team& team, int64_t block, T* shared) {
+          if constexpr (sizeof(T) == sizeof(float))
+            if (tensor) return emulated::step<width, Tensored>(team, arguments, block, shared);
+          emulated::step<width, Multiplied>(team, arguments, block, shared);
+        });
       });
-    });
+    };
+    l2l::check_fits(each_launch(shape, calls, l2l::in<T>(phi), machine,
+                                tensor ? tensor_shared : step_shared, one),
+                    shape);
   }
 
   template <class T>

@@ -154,13 +154,28 @@ L2L_INLINE void layer_forward(const Team& team, const Layer<T> layer, const Lane
   }
 }
 
+constexpr int most_tensors = 72;  // of a launch, whose arguments may have 4 KB
+
 template <class T>
 struct StepArguments {
-  Shape shape;
-  Step<T> call;
+  Shape shape;  // but for N, which is a tensor's
   const T* phi;
   Eq5<T> eq5;
+  int count;
+  int first[most_tensors];  // block of each tensor
+  Step<T> calls[most_tensors];
+
+  // The last tensor that begins at a block or before it.
+  L2L_INLINE int tensor_of(int64_t block) const {
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (first[middle] <= block ? low : high) = middle;
+    }
+    return low;
+  }
 };
+static_assert(sizeof(StepArguments<double>) <= 4096, "CUDA's limit");
 
 // The most rows that any layer reads.
 L2L_INLINE int rows_read(const Shape& shape) {
@@ -190,9 +205,10 @@ struct Multiplied {  // with fused multiply-adds
 template <int C, template <int> class Products, class T, class Team>
 L2L_INLINE void step(const Team& team, const StepArguments<T>& a, int64_t block, T* shared) {
   constexpr int block_lanes = warp_lanes * C, pitch = Products<C>::pitch;
-  const Shape& shape = a.shape;
-  const Step<T>& call = a.call;
-  const Lanes lanes = lanes_of(shape, block, block_lanes);
+  const int tensor = a.tensor_of(block);
+  const Step<T>& call = a.calls[tensor];
+  const Shape shape = a.shape.of(call.coordinates);
+  const Lanes lanes = lanes_of(shape, block - a.first[tensor], block_lanes);
   const int64_t M = shape.states(), H = shape.hidden;
   T *x = shared, *cells = x + Products<C>::rows(shape) * pitch, *weights = cells + H * pitch;
   team([&](int thread) {

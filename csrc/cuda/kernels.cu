@@ -1,6 +1,6 @@
 // The launches of the kernels on a GPU.
 //
-//   step         step_kernel         a block of threads for each block of coordinates
+//   step         step_kernel         a block of threads for each block of coordinates of a tensor
 //   backward     backward_kernel     at most two blocks a processor, each a run of coordinates
 //                reduce_kernel       then a thread for each element of d_phi, from [grid][P]
 //   preprocess   preprocess_kernel   a thread for an element, or for several
@@ -127,26 +127,26 @@ void launch(void (*kernel)(Arguments), const Plan& plan, const Machine& machine,
 void use_tensor_cores(bool on) { tensor_cores = on; }
 
 template <class T>
-bool step(const Shape& shape, const Step<T>& call, const T* phi, int device, void* stream) {
+bool step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi, int device,
+          void* stream) {
   const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
   const Machine machine = machine_of(device);
-  const Plan plan = plan_step<T>(shape, machine, tensor ? tensor_shared : step_shared);
-  if (!plan.shared) return false;
-  if (!plan.grid) return true;
-  const StepArguments<T> arguments = {shape, call, phi, Eq5<T>(shape.form.p)};
-  with_width<step_width<T>>(plan.width, [&](auto width) {
-    if constexpr (sizeof(T) == sizeof(float))
-      if (tensor)
-        return launch(step_kernel<width, Tensored, T>, plan, machine, arguments, device, stream);
-    launch(step_kernel<width, Multiplied, T>, plan, machine, arguments, device, stream);
-  });
-  return true;
+  const auto one = [&](const StepArguments<T>& arguments, const Plan& plan) {
+    with_width<step_width<T>>(plan.width, [&](auto width) {
+      if constexpr (sizeof(T) == sizeof(float))
+        if (tensor)
+          return launch(step_kernel<width, Tensored, T>, plan, machine, arguments, device, stream);
+      launch(step_kernel<width, Multiplied, T>, plan, machine, arguments, device, stream);
+    });
+  };
+  return each_launch(shape, calls, phi, machine, tensor ? tensor_shared : step_shared, one);
 }
 
 template <class T>
 bool serves(const Shape& shape, int device) {
   const Machine machine = machine_of(device);
-  return plan_step<T>(shape, machine, step_shared).shared &&
+  const auto blocks = [&](int lanes) { return blocks_of(shape, lanes); };
+  return plan<T>(shape, machine, step_width<T>, step_shared, blocks).shared &&
          plan_backward<T>(shape, machine).shared;
 }
 
@@ -187,8 +187,8 @@ void preprocess(const Preprocess<T>& call, void* stream) {
   check(cudaGetLastError());
 }
 
-template bool step(const Shape&, const Step<float>&, const float*, int, void*);
-template bool step(const Shape&, const Step<double>&, const double*, int, void*);
+template bool step(const Shape&, const std::vector<Step<float>>&, const float*, int, void*);
+template bool step(const Shape&, const std::vector<Step<double>>&, const double*, int, void*);
 template bool serves<float>(const Shape&, int);
 template bool serves<double>(const Shape&, int);
 template Scratch backward_scratch<float>(const Shape&, int64_t, int);

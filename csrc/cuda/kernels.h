@@ -7,6 +7,8 @@
 // `stream`, a cudaStream_t. What CUDA refuses is a std::runtime_error.
 #pragma once
 
+#include <vector>
+
 #include "../call.h"
 
 namespace l2l::cuda {
@@ -18,9 +20,10 @@ void use_tensor_cores(bool on);
 template <class T>
 bool serves(const Shape&, int device);
 
-// float and double. False where the shape needs more shared memory than the device has.
+// float and double. False where the shape needs more shared memory than the device has. One launch
+// for every 72 tensors.
 template <class T>
-bool step(const Shape&, const Step<T>&, const T* phi, int device, void* stream);
+bool step(const Shape&, const std::vector<Step<T>>&, const T* phi, int device, void* stream);
 
 // What `backward` works in: elements of T, and doubles. Sizes of the device, not of the load on it.
 struct Scratch {

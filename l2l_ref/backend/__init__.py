@@ -71,7 +71,7 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
 
 
 def operators(backend: str, state: Tensor) -> ModuleType:
-    """The module whose operators `backend` runs on an LSTM state such as `state` [L, 2, H, M].
+    """The module whose operators `backend` runs on an LSTM state such as `state` [L, 2, H, ...].
 
     "auto" takes the reference also for a dtype or a size that the fused kernels do not serve.
 
@@ -79,7 +79,7 @@ def operators(backend: str, state: Tensor) -> ModuleType:
         InputError: as `resolve`, or "fused" for a state that its kernels do not serve.
         ImportError: an extension that is there but broken is never mistaken for a missing one.
     """
-    layers, _, units, _ = state.shape
+    layers, _, units = state.shape[:3]
     return _operators(backend, layers, units, state.dtype, state.device)
 
 

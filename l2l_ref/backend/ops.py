@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from l2l_ref import equations
 from l2l_ref.backend._C import build_info  # noqa: F401  registers the operators
-from l2l_ref.equations import Form
+from l2l_ref.equations import Form, Tensors
 
 if torch.cuda.is_available() and find_spec("l2l_ref.backend._C_cuda"):
     import_module("l2l_ref.backend._C_cuda")  # registers them on CUDA
@@ -33,14 +33,16 @@ def preprocess(gradient: Tensor, p: float) -> Tensor:
 
 
 def theta_step_(
-    theta: Tensor, gradient: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
+    thetas: Tensors, gradients: Tensors, states: Tensors, phi: Tensor, **form: Unpack[Form]
 ) -> None:
-    """Eq. 3 in place: writes θ + u into `theta` and the next state into `state`; keeps no graph.
+    """Eq. 3 in place: θ + u into each of `thetas`, of any shape S, its next state into `states`.
 
-    Allocates no tensors; scratch is kept by each thread from its first call on.
+    Threads share out the coordinates of all tensors; a GPU has one launch for up to 72 of them. No
+    two may share memory, of which one is written. Allocates no tensors; scratch is kept by each
+    thread from its first call on.
     """
     step = _ops.theta_step_ if torch.compiler.is_compiling() else _theta_step_
-    step(theta, gradient, state, phi, **form)
+    step(thetas, gradients, states, phi, **form)
 
 
 def theta_step(
@@ -82,8 +84,9 @@ def _fake(name: str) -> Callable:
     arguments = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
 
     def fake(*tensors, **form):
-        devices = [(a, x.device) for a, x in zip(arguments, tensors, strict=False) if x is not None]
-        (first, device), *others = devices
+        given = zip(arguments, tensors, strict=False)
+        each = [(a, x) for a, xs in given for x in (xs if isinstance(xs, list) else [xs])]
+        (first, device), *others = [(a, x.device) for a, x in each if x is not None]
         for argument, other in others:
             if other != device:
                 raise RuntimeError(f"{argument} is on {other}, {first} on {device}: move one")
@@ -113,11 +116,11 @@ def _double_backward(name, ctx, *cotangents):
         return torch.autograd.grad(first, inputs, cotangents, allow_unused=True)
 
 
-def _theta_step_(theta, gradient, state, phi, **form):
+def _theta_step_(thetas, gradients, states, phi, **form):
     """The operator, and autograd notices what it saved and we change."""
-    increment_version((theta, state))
+    increment_version((*thetas, *states))
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        _ops.theta_step_(theta, gradient, state, phi, **form)
+        _ops.theta_step_(thetas, gradients, states, phi, **form)
 
 
 _library = torch.library.Library("l2l_ref", "IMPL")

@@ -168,9 +168,7 @@ class Experiment:
                 def make(parts, kind=kind, name=name, index=index) -> Method:
                     config = self.searches[fold.number].best(parts).config
                     phi = self.phi(name, fold)
-                    by_phi = partial(
-                        LearnedOptimizer.for_model, phi=phi, flat=True, backend=c.backend
-                    )
+                    by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
                     return phi_methods(config, kind, eps, by_phi)[index]
 
                 result.append(Contender(method, make, needs, meta_seed, name))

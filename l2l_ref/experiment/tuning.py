@@ -18,7 +18,6 @@ from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.queue import Piece
 from l2l_ref.experiment.setting import Fold, Setting
 from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
-from l2l_ref.flatten import flatten_
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
 
@@ -39,14 +38,15 @@ STAY = 3  # one candidate in so many, the best of the first seed, runs on the ot
 
 def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
-    theta = flatten_(model.parameters())
-    rate = torch.tensor(lr, device=theta.device) if theta.is_cuda else lr
-    return torch.optim.Adam([theta], lr=rate, capturable=theta.is_cuda)
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    rate = torch.tensor(lr, device=device) if on_gpu else lr
+    return torch.optim.Adam(model.parameters(), lr=rate, capturable=on_gpu)
 
 
 def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """Plain gradient descent, Eq. 2."""
-    return torch.optim.SGD([flatten_(model.parameters())], lr=lr)
+    return torch.optim.SGD(model.parameters(), lr=lr)
 
 
 def default_adam() -> Method:
@@ -227,7 +227,7 @@ class Search:
             phi, history = train_phi(setting, fold.fit, UNDER_ATTACK, eps, fold.number, 0, show)
             if history["ended"]:
                 return {"collapsed": True, "loss": math.inf}
-            by_phi = partial(LearnedOptimizer.for_model, phi=phi, flat=True, backend=c.backend)
+            by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
             method = Method("grid", by_phi, penalty=c.penalty * eps)
             outcomes += [validate(setting, method, fold, eps, seed) for seed in range(c.tune_seeds)]
         bad, losses = zip(*map(score, outcomes), strict=True)

@@ -111,9 +111,11 @@ def build(
         head, layers = weights.get("head.weight"), sum("weight_hh" in key for key in weights)
         sizes = {"num_layers": layers, "hidden_size": head.numel() if head is not None else 0}
         try:
-            if not sizes.items() <= settings.items():  # before anything of that size is made
+            if (
+                head is None or not sizes.items() <= settings.items()
+            ):  # before anything of that size is made
                 raise TypeError
-            meta = MetaOptimizer(**settings)
+            meta = MetaOptimizer(**settings).to(head.dtype)  # whatever the default dtype
         except (TypeError, InputError):
             raise InputError(
                 f"{where} holds a φ whose settings, {settings}, are not those of its weights: take "

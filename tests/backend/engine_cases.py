@@ -98,14 +98,19 @@ UNROLL = ("gradients", "state", "cotangents", "phi", "thetas")
 BACKWARD = (*STEP, "d_next_theta", "d_next_state")
 
 
+def listed(theta: Tensor, gradient: Tensor, state: Tensor, phi: Tensor) -> tuple:
+    """What theta_step_ takes: lists, here of one tensor."""
+    return [theta], [gradient], [state], phi
+
+
 def run_update(module, case: Case, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """theta_step_ of a module on copies: u [N], h and c [L, H, M]."""
+    """theta_step_ of a module on copies, of one tensor: u [N], h and c [L, H, M]."""
     theta, gradient, state, phi = (given[name] for name in STEP)
     after, state = torch.zeros_like(theta), state.clone()
     if case.theta_input:
         after = theta.clone()
     start = after.clone()
-    assert module.theta_step_(after, gradient, state, phi, **case.form) is None
+    assert module.theta_step_(*listed(after, gradient, state, phi), **case.form) is None
     return after - start, state[:, 0], state[:, 1]
 
 
@@ -164,7 +169,7 @@ def trajectory(module, case: Case, dtype) -> tuple[Tensor, Tensor]:
     theta, state, phi = given["theta"], torch.zeros_like(given["state"]), 0.6 * given["phi"]
     for t in range(100):
         gradient = (theta - 0.1) * given["gradient"] * (1 + t % 3)
-        module.theta_step_(theta, gradient, state, phi, **case.form)
+        module.theta_step_(*listed(theta, gradient, state, phi), **case.form)
         path.append(theta.clone())
     return torch.stack(path), state
 

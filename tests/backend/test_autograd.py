@@ -18,6 +18,7 @@ from engine_cases import (
     Case,
     arguments,
     expect_close,
+    listed,
     run_gradients,
     run_unroll,
     run_update,
@@ -118,6 +119,8 @@ class TestRegistration:
         inputs = [x.requires_grad_(differentiable) for x in inputs]
         if name == "unroll_meta_gradient" and not theta_input:
             inputs[-1] = None
+        if name == "theta_step_":
+            inputs = listed(*inputs)
         form = {"p": case.p} if name.startswith("preprocess") else case.form
         torch.library.opcheck(operator, tuple(inputs), form)
 
@@ -130,7 +133,7 @@ class TestRegistration:
         factor = torch.ones_like(inputs[at], requires_grad=True)
         saved = (factor * inputs[at]).sum()
         step = (fused if owner == "function" else torch.ops.l2l_ref).theta_step_
-        step(*inputs, **case.form)
+        step(*listed(*inputs), **case.form)
         changed = [x._version > before for x, before in zip(inputs, versions, strict=True)]
         assert changed == [True, False, True, False]
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -140,7 +143,7 @@ class TestRegistration:
         case = Case(5, 2, 3)
         inputs = take(case, STEP, requires_grad=["phi"])
         after, _ = fused.theta_step(*inputs, **case.form)
-        fused.theta_step_(*inputs, **case.form)
+        fused.theta_step_(*listed(*inputs), **case.form)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             after.sum().backward()
 
@@ -180,7 +183,7 @@ class TestCompile:
         def two_steps(theta, gradient, state, phi):
             theta, state = theta * 1, state * 1
             for _ in range(2):
-                fused.theta_step_(theta, gradient + theta, state, phi, **case.form)
+                fused.theta_step_([theta], [gradient + theta], [state], phi, **case.form)
             return theta + 1, state
 
         inputs = take(case, STEP, torch.float32)
@@ -208,7 +211,7 @@ class TestMemory:
         inputs = take(case, STEP, torch.float32)
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            fused.theta_step_(*inputs, **case.form)
+            fused.theta_step_(*listed(*inputs), **case.form)
         events = {event.key: event for event in profile.key_averages()}
         assert "l2l_ref::theta_step_" in events
         assert [e.key for e in events.values() if e.cpu_memory_usage or e.key == "[memory]"] == []
@@ -222,10 +225,10 @@ class TestMemory:
         mmap_threshold, default = -3, 128 * 1024
         ctypes.CDLL(None).mallopt(mmap_threshold, default)  # and keep it there
         for _ in range(5):
-            fused.theta_step_(*inputs, **case.form)
+            fused.theta_step_(*listed(*inputs), **case.form)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(50):
-            fused.theta_step_(*inputs, **case.form)
+            fused.theta_step_(*listed(*inputs), **case.form)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 25
 
     @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")

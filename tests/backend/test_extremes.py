@@ -125,7 +125,7 @@ class TestExtremeTensors:
         results = []
         for module in (fused, equations):
             theta, state = given["theta"].clone(), given["state"].clone()
-            module.theta_step_(theta, given["gradient"], state, given["phi"], **case.form)
+            module.theta_step_([theta], [given["gradient"]], [state], given["phi"], **case.form)
             results.append((theta, state))
         expect_same(*results, dtype)
         run_both(fused, run_gradients, case, given, dtype)

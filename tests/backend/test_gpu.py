@@ -16,6 +16,7 @@ from engine_cases import (
     arguments,
     expect_close,
     expected,
+    listed,
     run_all,
     run_gradients,
     run_unroll,
@@ -235,7 +236,7 @@ class TestCuda:
         side, d_phi = torch.cuda.Stream(), []
 
         def work():
-            cuda.theta_step_(*step, **case.form)
+            cuda.theta_step_(*listed(*step), **case.form)
             return run_unroll(cuda, case, given)[0]
 
         with torch.cuda.stream(side):
@@ -251,7 +252,7 @@ class TestCuda:
             d_phi.append(captured.clone())
         theta, state = given["theta"].clone(), given["state"].clone()
         for _ in range(5):
-            cuda.theta_step_(theta, given["gradient"], state, given["phi"], **case.form)
+            cuda.theta_step_([theta], [given["gradient"]], [state], given["phi"], **case.form)
         assert torch.equal(tensors["theta"], theta) and torch.equal(tensors["state"], state)
         (alone,) = run_unroll(cuda, case, given)
         assert all(torch.equal(each, alone) for each in d_phi)
@@ -259,10 +260,10 @@ class TestCuda:
     def test_a_step_in_place_allocates_nothing(self, cuda):
         case = Case(1000, 2, 20, True, True)
         step = on_gpu(case, STEP)
-        cuda.theta_step_(*step, **case.form)
+        cuda.theta_step_(*listed(*step), **case.form)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        cuda.theta_step_(*step, **case.form)
+        cuda.theta_step_(*listed(*step), **case.form)
         assert torch.cuda.max_memory_allocated() == before
 
     def test_tensors_of_different_devices_are_refused(self, cuda):
@@ -270,7 +271,7 @@ class TestCuda:
         for name in STEP:
             given = on_gpu(case) | {name: arguments(case, torch.float32)[name]}
             with pytest.raises(RuntimeError, match="is not on|on cuda:0"):
-                cuda.theta_step_(*(given[n] for n in STEP), **case.form)
+                cuda.theta_step_(*listed(*(given[n] for n in STEP)), **case.form)
 
     def test_more_elements_than_an_int_counts(self, cuda):
         """State beyond 2^31 elements: the last coordinates are as if alone."""
@@ -287,7 +288,7 @@ class TestCuda:
             for part in (0, 1):
                 own = some["state"][at[0], part, at[1]]
                 state[at[0], part, at[1]] = own.repeat(n // 1000 + 1)[:n]
-        cuda.theta_step_(theta, gradient, state, some["phi"], **case.form)
+        cuda.theta_step_([theta], [gradient], [state], some["phi"], **case.form)
         u, h, c = run_update(cuda, few, some)
         last = slice(n - n % 1000 - 1000, n - n % 1000)
         torch.testing.assert_close(theta[last], some["theta"] + u, rtol=0, atol=1e-6)
@@ -297,8 +298,8 @@ class TestCuda:
         case = Case(50, 2, 5)
         step = torch.compile(cuda.theta_step_, fullgraph=True)
         actual, eager = on_gpu(case, STEP), on_gpu(case, STEP)
-        step(*actual, **case.form)
-        cuda.theta_step_(*eager, **case.form)
+        step(*listed(*actual), **case.form)
+        cuda.theta_step_(*listed(*eager), **case.form)
         assert all(map(torch.equal, actual, eager))
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")

@@ -5,6 +5,7 @@ The reference runs in float64 on the same float32 numbers. Float64 is held to 1e
 large ones.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,6 +22,7 @@ from engine_cases import (
     error,
     expect_close,
     expected,
+    listed,
     phi,
     run_all,
     run_gradients,
@@ -163,6 +165,38 @@ def test_calls_from_several_python_threads_do_not_meet(level, fused):
         assert all(map(torch.equal, one, other))
 
 
+MIXED = (1, 0, 33, 64, 65, 200, 7, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
+@every_form
+def test_a_list_is_one_after_the_other_to_the_bit(level, fused, dtype, theta_input, odd):
+    """Of any shapes and sizes, whoever shares out their blocks (two threads meet within the last
+    tensor); on a GPU in several launches."""
+    case = Case(0, 2, 20, theta_input, odd)
+    shapes = [(n,) for n in MIXED] + [(), (3, 5, 7), (2, 0)] + [(2,)] * 70 + [(6000,)]
+    given = [arguments(case._replace(n=math.prod(s), seed=i), dtype) for i, s in enumerate(shapes)]
+    phi = given[0]["phi"]
+
+    def lists():
+        copies = [[each[name].clone() for each in given] for name in STEP[:3]]
+        shaped = [[x.view(s) for x, s in zip(xs, shapes, strict=True)] for xs in copies[:2]]
+        states = [x.view(*x.shape[:3], 1 + odd, *s) for x, s in zip(copies[2], shapes, strict=True)]
+        return *shaped, states
+
+    alone, results = lists(), []
+    for theta, gradient, state in zip(*alone, strict=True):
+        fused.theta_step_(*listed(theta, gradient, state, phi), **case.form)
+    for count in (1, 2):
+        with threads(count):
+            results.append(lists())
+            fused.theta_step_(*results[-1], phi, **case.form)
+    for together in results:
+        for one, other in zip(alone, together, strict=True):
+            assert all(map(torch.equal, one, other))
+    assert not torch.equal(alone[0][5], given[5]["theta"])
+
+
 def test_a_coordinate_does_not_know_its_neighbours(level, fused):
     """The same bits alone as among others, wherever it lies in a block."""
     case = Case(100, 2, 5, True, True)
@@ -184,7 +218,7 @@ def test_the_inputs_are_left_alone(level, fused):
     before = {name: tensor.clone() for name, tensor in given.items()}
     run_gradients(fused, case, given)
     run_unroll(fused, case, given)
-    fused.theta_step_(*(given[name] for name in STEP), **case.form)
+    fused.theta_step_(*listed(*(given[name] for name in STEP)), **case.form)
     changed = {name for name in given if not torch.equal(given[name], before[name])}
     assert changed == {"theta", "state"}
 

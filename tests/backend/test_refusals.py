@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from engine_cases import BACKWARD, STEP, UNROLL, Case, run_unroll
+from engine_cases import BACKWARD, STEP, UNROLL, Case, listed, run_unroll
 from engine_cases import arguments as cpu_arguments
 
 from l2l_ref import equations
@@ -61,7 +61,10 @@ OTHERS = {"state": "phi", "gradients": "cotangents"}
 
 def call(name, given, **form):
     operator = getattr(torch.ops.l2l_ref, name)
-    return operator(*(given[argument] for argument in OPERATORS[name]), **CASE.form | form)
+    tensors = [given[argument] for argument in OPERATORS[name]]
+    if name == "theta_step_":
+        tensors = listed(*tensors)
+    return operator(*tensors, **CASE.form | form)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -72,15 +75,18 @@ def test_a_wrong_tensor_is_named(fused, arguments, name):
     before = {argument: x.clone() for argument, x in given.items()}
     for argument, defect in itertools.product(OPERATORS[name], DEFECTS):
         words = argument
-        if argument == OPERATORS[name][0] and defect in EITHER:
+        any_shape = name == "theta_step_"  # it is the rest that differs
+        if argument == OPERATORS[name][0] and (defect in EITHER or any_shape):
             words = "|".join(OPERATORS[name])
         if argument in OTHERS and defect == "one row more":
             words = OTHERS[argument]
+        if argument == "state" and defect == "one axis more":
+            words = "state|phi"
         with pytest.raises(RuntimeError) as raised:
             call(name, given | {argument: DEFECTS[defect](given[argument])})
             pytest.fail(f"{name} takes {argument} with the defect: {defect}")
         said = str(raised.value)
-        assert re.search(rf"\b({words})\b", said), (argument, defect, said)
+        assert re.search(rf"\b({words})(s\[0\])?", said), (argument, defect, said)
         assert not isinstance(raised.value, NotImplementedError), (argument, defect)
         assert all(torch.equal(given[key], x) for key, x in before.items()), (argument, defect)
 
@@ -94,7 +100,7 @@ class TestWhateverTheOperator:
 
     @pytest.mark.parametrize("form", [{"theta_input": True}, {"odd": False}])
     def test_a_form_that_the_tensors_do_not_fit(self, fused, arguments, name, form):
-        with pytest.raises(RuntimeError, match="(phi|state) has shape .*, expected"):
+        with pytest.raises(RuntimeError, match=r"(phi|state\S*) has shape .*, expected"):
             call(name, arguments(), **form)
 
     @pytest.mark.parametrize(
@@ -103,13 +109,13 @@ class TestWhateverTheOperator:
     def test_a_state_of_another_layout(self, fused, arguments, name, shape):
         given = arguments()
         given["state"] = given["state"].new_zeros(shape)
-        with pytest.raises(RuntimeError, match="(state|phi) has shape .*, expected"):
+        with pytest.raises(RuntimeError, match=r"(state\S*|phi) has shape .*, expected"):
             call(name, given)
 
     def test_too_many_units(self, fused, arguments, name):
         given = arguments()
         given["state"] = given["state"].new_zeros(2, 2, 257, 12)
-        with pytest.raises(RuntimeError, match="state has 257 units, .* at most 256"):
+        with pytest.raises(RuntimeError, match=r"state\S* has 257 units, .* at most 256"):
             call(name, given)
 
     def test_a_sparse_tensor(self, fused, arguments, name):
@@ -171,9 +177,10 @@ def test_as_many_units_as_promised(fused, hidden):
 def test_the_functions_refuse_what_the_operators_refuse(fused, arguments, argument):
     given = arguments()
     given[argument] = every_other(given[argument])
-    for function in (fused.theta_step_, fused.theta_step):
-        with pytest.raises(RuntimeError, match=f"{argument} is not contiguous: pass {argument}"):
-            function(*(given[name] for name in STEP), **CASE.form)
+    tensors = [given[name] for name in STEP]
+    for function, inputs in ((fused.theta_step_, listed(*tensors)), (fused.theta_step, tensors)):
+        with pytest.raises(RuntimeError, match=rf"({argument}\S*) is not contiguous: pass \1"):
+            function(*inputs, **CASE.form)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
@@ -181,10 +188,7 @@ def test_the_functions_refuse_what_the_operators_refuse(fused, arguments, argume
 def test_an_output_scale_that_is_no_number(fused, arguments, name, scale):
     given = arguments()
     with pytest.raises(RuntimeError, match="output_scale is -?(nan|inf): it must be finite"):
-        getattr(torch.ops.l2l_ref, name)(
-            *(given.get(argument) for argument in OPERATORS[name]),
-            **CASE.form | {"output_scale": scale},
-        )
+        call(name, given, output_scale=scale)
 
 
 @pytest.mark.parametrize("inside", ["state", "phi", "gradient"])
@@ -200,10 +204,11 @@ def test_what_is_written_does_not_lie_in_what_is_read(fused, device, written, in
         given[written] = memory[begin : begin + a].view(given[written].shape)
         given[inside] = memory[:b].view(given[inside].shape)
         if ok:
-            fused.theta_step_(*(given[name] for name in STEP), **CASE.form)
+            call("theta_step_", given)
             continue
-        with pytest.raises(RuntimeError, match=f"{written} and {inside} share memory"):
-            fused.theta_step_(*(given[name] for name in STEP), **CASE.form)
+        words = rf"{written}\S* and {inside}\S* share|{inside}\S* and {written}\S* share"
+        with pytest.raises(RuntimeError, match=words):
+            call("theta_step_", given)
 
 
 def test_a_wrong_keyword_is_refused(fused, arguments):
@@ -213,7 +218,7 @@ def test_a_wrong_keyword_is_refused(fused, arguments):
     del form["odd"]
     for wrong in (form, CASE.form | {"scale": 1.0}):
         with pytest.raises((RuntimeError, TypeError)):
-            fused.theta_step_(*tensors, **wrong)
+            fused.theta_step_(*listed(*tensors), **wrong)
 
 
 def test_a_gradient_in_an_arbitrary_layout_gets_its_derivative(fused, arguments):
@@ -224,3 +229,56 @@ def test_a_gradient_in_an_arbitrary_layout_gets_its_derivative(fused, arguments)
     theta, state = fused.theta_step(*tensors, **case.form)
     grads = torch.autograd.grad((theta.sum(), state.transpose(2, 3).square().sum()), tensors)
     assert all(g.isfinite().all() for g in grads)
+
+
+def few(arguments, *sizes):
+    """Arguments of theta_step_, of tensors of those sizes."""
+    given = [arguments(CASE._replace(n=n)) for n in sizes]
+    lists = [[each[name] for each in given] for name in STEP[:3]]
+    return *lists, given[0]["phi"]
+
+
+def step_(*lists):
+    torch.ops.l2l_ref.theta_step_(*lists, **CASE.form)
+
+
+def test_lists_of_which_one_is_shorter(fused, arguments):
+    thetas, gradients, states, phi = few(arguments, 3, 4)
+    for wrong in ((thetas, gradients[:1], states), (thetas, gradients, states[1:])):
+        with pytest.raises(
+            RuntimeError, match="there are 2 thetas, . gradients and . states: give"
+        ):
+            step_(*wrong, phi)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_wrong_tensor_of_a_list_is_named_by_its_place(fused, arguments, which):
+    lists = few(arguments, 3, 4, 5)
+    for defect in ("float64", "every other element", "meta"):
+        wrong = [list(tensors) for tensors in lists[:3]]
+        wrong[which][1] = DEFECTS[defect](wrong[which][1])
+        argument = ("thetas", "gradients", "states")[which]
+        with pytest.raises(RuntimeError, match=argument + (r"\[1\]" if defect != "meta" else "")):
+            step_(*wrong, lists[3])
+
+
+def test_tensors_of_a_list_lie_apart(fused, arguments):
+    """What is written in nothing else, whichever tensors they are; what is read may be shared."""
+    thetas, gradients, states, phi = few(arguments, 6, 6, 6)
+    step_(thetas, [gradients[0]] * 3, states, phi)
+    for wrong, words in (
+        (([thetas[0], thetas[1], thetas[0]], gradients, states), r"thetas\[.\] and thetas\[.\]"),
+        ((thetas, gradients, [states[0], states[1], states[1]]), r"states\[.\] and states\[.\]"),
+        ((thetas, [*gradients[:2], thetas[0]], states), r"thetas\[0\] and gradients\[2\]"),
+        ((thetas, [*gradients[:2], states[0].view(-1)[:6]], states), r"states\[0\] and gradients"),
+    ):
+        with pytest.raises(RuntimeError, match=words + ".* share memory"):
+            step_(*wrong, phi)
+    memory = torch.zeros(1000, device=phi.device)  # a long one, a short one within, one beyond
+    inside = [memory[:6], memory[2:4], memory[10:16]]
+    with pytest.raises(RuntimeError, match="share memory"):
+        step_(inside, [torch.zeros_like(x) for x in inside], few(arguments, 6, 2, 6)[2], phi)
+
+
+def test_a_list_of_none(fused, arguments):
+    step_([], [], [], arguments()["phi"])

@@ -64,7 +64,7 @@ def test_a_peer_that_differs_is_caught():
     peers.check("meta_gradient", case, "itself", peer, result)
     with pytest.raises(AssertionError, match="itself differs"):
         peers.check("meta_gradient", case, "itself", peer, 1.01 * result)
-    step = peers.step_with(lambda theta, *rest, **form: theta.add_(0.01), case)
+    step = peers.step_with(lambda thetas, *rest, **form: thetas[0].add_(0.01), case)
     with pytest.raises(AssertionError, match="adder differs"):
         peers.check("step", case, "adder", step, None)
 
@@ -152,7 +152,7 @@ def small_net(monkeypatch):
 
 
 def learned_labels(recipes) -> list[str]:
-    return [f"φ, {recipe}{flat}" for recipe in recipes for flat in ("", ", one vector")]
+    return [f"φ, {recipe}{one}" for recipe in recipes for one in ("", ", one tensor")]
 
 
 def test_resnet_step_in_miniature(tmp_path, capsys, small_net):
@@ -163,7 +163,7 @@ def test_resnet_step_in_miniature(tmp_path, capsys, small_net):
     for row in others:
         assert row["over_adam"] == row["median"] / adam["median"]
         assert row["ns_per_parameter"] == pytest.approx(1e6 * row["median"] / 1005)
-    assert "φ, robust, one vector" in capsys.readouterr().out
+    assert "φ, robust, one tensor" in capsys.readouterr().out
 
 
 def test_a_state_that_does_not_fit_is_a_line(tmp_path, capsys, small_net, monkeypatch):
@@ -175,8 +175,8 @@ def test_a_state_that_does_not_fit_is_a_line(tmp_path, capsys, small_net, monkey
     assert "GB are free" in capsys.readouterr().out
 
 
-def test_one_vector_has_gradients_too(small_net):
-    (theta,) = resnet_step.resnet(measure.CPU, flat=True)
+def test_one_tensor_has_gradients_too(small_net):
+    (theta,) = resnet_step.resnet(measure.CPU, one=True)
     assert len(theta) == 1005 and theta.grad.all()
 
 
