@@ -19,7 +19,7 @@ EMPTY  :=
 SPACE  := $(EMPTY) $(EMPTY)
 GOALS  := $(filter setup run test lint sanitize soak docs dist,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-NEEDS  := ninja $(if $(filter test sanitize soak,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
+NEEDS  := ninja $(if $(filter test sanitize soak,$(GOALS)),pytest pytest_xdist) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
   ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
   ifneq ($(ACTIVE_PY),)
@@ -31,6 +31,7 @@ endif
 ENGINE    := $(wildcard csrc/*.* csrc/*/*.*)
 PUBLIC    := $(patsubst l2l_ref/%.py,l2l_ref.%,$(filter-out %/__init__.py,$(wildcard l2l_ref/*.py)))
 runtimes   = $(foreach lib,$(1),$(shell $(CC) -print-file-name=$(lib)))
+EVERY_CORE := -n logical --dist worksteal
 MEMORY    := address,undefined
 SANITIZED  = build/sanitized-$(1)
 # The second line fails where nothing was built, or every test would skip.
@@ -49,7 +50,7 @@ run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="...", p
 	"$(PY)" $(LAUNCH) run.py $(ARGS)
 
 test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,attacks adds the optional ones
-	"$(PY)" -m pytest $(ARGS)
+	"$(PY)" -m pytest $(EVERY_CORE) $(ARGS)
 
 lint: $(SETUP) ## ruff: faults and format; mypy: types; clang-format: csrc
 	"$(PY)" -m ruff check .
