@@ -53,7 +53,9 @@ class Saturated(Rounded):
 
 
 def asked(model, digits, **options):
-    return review(model, digits.test.first(200), eps=EPS, steps=10, generator=generator(), **options)
+    return review(
+        model, digits.test.first(200), eps=EPS, steps=10, generator=generator(), **options
+    )
 
 
 @pytest.fixture(autouse=True)
