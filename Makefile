@@ -17,7 +17,7 @@ EMPTY  :=
 SPACE  := $(EMPTY) $(EMPTY)
 GOALS  := $(filter setup run test lint sanitize soak docs dist,$(MAKECMDGOALS))
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
-NEEDS  := ninja $(if $(filter test sanitize soak,$(GOALS)),pytest) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
+NEEDS  := ninja $(if $(filter test sanitize soak,$(GOALS)),pytest pytest_xdist) $(if $(filter lint,$(GOALS)),ruff mypy clang_format)
 ifneq ($(and $(GOALS),$(ACTIVE)),)
   ACTIVE_PY := $(shell "$(ACTIVE)/bin/python" tools/active_env.py $(NEEDS))
   ifneq ($(ACTIVE_PY),)
@@ -29,8 +29,10 @@ endif
 ENGINE    := $(wildcard csrc/*.* csrc/*/*.*)
 PUBLIC    := $(patsubst l2l_ref/%.py,l2l_ref.%,$(filter-out %/__init__.py,$(wildcard l2l_ref/*.py)))
 runtimes   = $(foreach lib,$(1),$(shell $(CC) -print-file-name=$(lib)))
+EVERY_CORE := -n logical --dist worksteal
 MEMORY    := address,undefined
 SANITIZED  = build/sanitized-$(1)
+SANITIZABLE = $(patsubst %,tests/backend/test_%.py,operators autograd extremes functions preprocess refusals gpu fuzz)
 # The second line fails where nothing was built, or every test would skip.
 define sanitized
 	L2L_SANITIZE=$(1) USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
@@ -47,7 +49,7 @@ run: $(SETUP) ## meta-train, transfer, compare, report; options in ARGS="..."
 	"$(PY)" run.py $(ARGS)
 
 test: $(SETUP) ## the tests; options of pytest in ARGS="..."; EXTRAS=dev,attacks adds the optional ones
-	"$(PY)" -m pytest $(ARGS)
+	"$(PY)" -m pytest $(EVERY_CORE) $(ARGS)
 
 lint: $(SETUP) ## ruff: faults and format; mypy: types; clang-format: csrc
 	"$(PY)" -m ruff check .
@@ -59,12 +61,11 @@ sanitize: $(SETUP) ## the engine's tests with the sanitizers of memory, undefine
 	$(call sanitized,$(MEMORY))
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(call runtimes,libasan.so libubsan.so libstdc++.so)" $(call sanitized_tests,$(MEMORY)) \
-	  -k "not TestCompile and not TestMemory" tests/backend \
-	  --ignore tests/backend/test_graphs.py --ignore tests/backend/test_build.py $(ARGS)
+	  $(EVERY_CORE) -k "not TestCompile and not TestMemory and not opcheck" $(SANITIZABLE) $(ARGS)
 	$(call sanitized,thread)
 	TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=4 \
 	  LD_PRELOAD="$(call runtimes,libtsan.so)" $(call sanitized_tests,thread) \
-	  -k "threads and not cuda" tests/backend $(ARGS)
+	  -k "threads and not cuda" $(SANITIZABLE) $(ARGS)
 
 soak: $(SETUP) ## an hour and a half: random kills, long runs, random inputs
 	L2L_FUZZ_SECONDS=900 "$(PY)" -m pytest -s tests/soak_long.py tests/experiment/soak_kills.py \

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from l2l_ref import data, problems
-from l2l_ref.backend import BUILD, BUILD_CUDA, built
+from l2l_ref.backend import BUILD, BUILD_CUDA, build_info, built
 from l2l_ref.data import stand_in
 from l2l_ref.experiment import tuning
 from l2l_ref.meta_optimizer import MetaOptimizer
 
-torch.set_num_threads(1)  # same bits whatever the machine, and no contention among test workers
+# The same bits whatever the machine, and no contention among test workers, in what they start too.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A run in seconds; a φ that is loaded has its own episodes and unrolls.
 LOADING = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "--batch-size", "32",
@@ -39,6 +41,44 @@ SMALL = problems.Problem(
     problems.cross_entropy,
     3,
 )
+
+
+CPU_LEVELS = ["avx512", "avx2", "baseline"]
+NO_GPU = None  # why, where there is none to test on
+if not torch.cuda.is_available():
+    NO_GPU = "there is none here"
+elif not built("cuda"):
+    NO_GPU = f"the CUDA engine is not built ({BUILD_CUDA})"
+left_out = []  # how many tests that need one, of each process
+
+
+def needs_gpu(item: pytest.Item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    marked = "cuda" in item.fixturenames or item.get_closest_marker("gpu")
+    return bool(marked) or "cuda" in (params.get("level"), params.get("device"))
+
+
+def pytest_collection_modifyitems(items):
+    """Without a GPU, what needs one is a line at the end, not a skip each."""
+    if NO_GPU:
+        here = [item for item in items if not needs_gpu(item)]
+        left_out.append(len(items) - len(here))
+        items[:] = here
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of a worker of pytest-xdist
+        session.config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    left_out.extend(getattr(node, "workeroutput", {}).get("left_out", []))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if max(left_out, default=0):
+        terminalreporter.write_line(f"{max(left_out)} more need a GPU: {NO_GPU}")
 
 
 def generator(seed=0, device="cpu") -> torch.Generator:
@@ -207,9 +247,7 @@ def fused():
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request, fused):
-    """Where a test that makes its own tensors has them; skips where the engine does not run."""
-    if request.param == "cuda":
-        need_cuda()
+    """Where a test that makes its own tensors has them."""
     return request.param
 
 
@@ -235,32 +273,18 @@ def killed_at(monkeypatch):
     return context
 
 
-def need_cuda():
-    """Skips the test where there is no GPU, or no engine for it."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if not built("cuda"):
-        pytest.skip(f"the CUDA engine is not built: {BUILD_CUDA}")
-
-
-CPU_LEVELS = ["avx512", "avx2", "baseline"]
-
-
 def using(name, fused, monkeypatch):
-    """For a fixture to yield from: the kernels `name` run the operators, or the test skips."""
+    """For a fixture to yield from: the kernels `name` run the operators."""
     if name == "emulated":
         use_emulated(fused, monkeypatch)
         yield name
         return
     if name == "cuda":
-        need_cuda()
         for operator in ("preprocess", "theta_step_", "theta_step", "unroll_meta_gradient"):
             monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
         yield name
         return
     info, module = fused.build_info(), import_module("l2l_ref.backend._C")
-    if name not in info["kernels"]:
-        pytest.skip(f"no {name} kernels in this build or on this machine")
     module.use_instruction_set(name)
     yield name
     module.use_instruction_set(info["kernel"])
@@ -297,7 +321,10 @@ def on_gpu(operator):
     return run
 
 
-@pytest.fixture(params=[*CPU_LEVELS, "emulated", "cuda"])
+KERNELS = build_info()["kernels"] if built() else CPU_LEVELS  # of this build, on this machine
+
+
+@pytest.fixture(params=[*KERNELS, "emulated", "cuda"])
 def level(request, fused, monkeypatch):
     """The name of the kernels in use: the test runs once with each that this machine has.
 
@@ -305,7 +332,7 @@ def level(request, fused, monkeypatch):
     yield from using(request.param, fused, monkeypatch)
 
 
-@pytest.fixture(params=CPU_LEVELS)
+@pytest.fixture(params=KERNELS)
 def cpu_level(request, fused, monkeypatch):
     """`level`, of the kernels that a CPU runs when it is not testing."""
     yield from using(request.param, fused, monkeypatch)

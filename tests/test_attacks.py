@@ -424,16 +424,3 @@ def test_same_bits_as_another_library(trained, library, eps, steps, step_size):
     torch.manual_seed(0)
     ours = [fgsm(model, x, y, eps=eps), slow(random_start=False), slow()]
     assert all(map(torch.equal, ours, theirs))
-
-
-def test_the_example_with_foolbox():
-    lib = pytest.importorskip("foolbox")
-    linf, model, (x, y) = lib.attacks.LinfPGD(), norms_net().eval(), images()
-    before = snapshot(model)
-    attack = leaves_no_trace(
-        lambda model, x, y: linf.run(lib.PyTorchModel(model, (0, 1)), x, y, epsilon=0.1)
-    )
-    with torch.no_grad():
-        x_adv = attack(model, x, y)
-    assert snapshot(model) == before
-    assert (sample_losses(model, x_adv, y) > sample_losses(model, x, y)).all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, every_form, generator, weights
+from conftest import SMALL, generator, weights
 from torch import nn
 
 from l2l_ref import attacks, equations
@@ -83,8 +83,10 @@ def by_autograd(meta, models, batches, way):
         thetas, states = ([tensor.detach() for tensor in of] for of in (thetas, states))
 
 
-@every_form
-@pytest.mark.parametrize("nominal", [False, True])
+@pytest.mark.parametrize(
+    "theta_input, odd, nominal",
+    [(False, False, True), (False, True, False), (True, False, False), (True, True, True)],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, odd, nominal, way):
     """To first order: gradients, d and the θ that φ saw are constants. Two unrolls, the states

@@ -31,8 +31,8 @@ def test_another_attack(small_data, capsys):
 
 def test_own_phi():
     """Its φ trains robust models on clean batches, Adam does not; which is what it is for."""
-    ours, adam = own_phi.main()
-    assert ours > 0.5 > adam
+    ours, adam = own_phi.main(episodes=25, steps=40)
+    assert ours > adam + 0.1
 
 
 def test_fair_comparison(small_data, capsys):

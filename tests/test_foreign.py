@@ -18,7 +18,6 @@ from l2l_ref.guard import leaves_no_trace
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
-from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 EPS = 0.1
@@ -33,13 +32,12 @@ def of_foolbox_by_class():
     return foreign.adapted(pytest.importorskip("foolbox").attacks.LinfFastGradientAttack, eps=EPS)
 
 
-def of_torchattacks(name, **options):
+def of_torchattacks():
     lib = pytest.importorskip("torchattacks")
-    attack = getattr(lib, name)
 
-    class Fast(attack):
+    class Fast(lib.PGD):
         def __init__(self, model, eps):
-            super().__init__(model, eps=eps, **options)
+            super().__init__(model, eps=eps, steps=3)
 
     return foreign.adapted(Fast, eps=EPS)
 
@@ -53,26 +51,8 @@ def of_cleverhans():
     )
 
 
-def of_cleverhans_pgd():
-    pytest.importorskip("cleverhans")
-    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
-
-    return lambda model, x, y: projected_gradient_descent(
-        model, x, EPS, 0.05, 3, math.inf, clip_min=0.0, clip_max=1.0, y=y
-    )
-
-
-LIBRARIES = {
-    "foolbox": of_foolbox,
-    "foolbox class": of_foolbox_by_class,
-    "torchattacks FGSM": partial(of_torchattacks, "FGSM"),
-    "torchattacks PGD": partial(of_torchattacks, "PGD", steps=3),
-    "torchattacks APGD": partial(of_torchattacks, "APGD", steps=3),
-    "torchattacks Square": partial(of_torchattacks, "Square", n_queries=5),
-    "cleverhans FGM": of_cleverhans,
-    "cleverhans PGD": of_cleverhans_pgd,
-}
-FAST = ["foolbox class", "torchattacks FGSM", "cleverhans FGM"]  # all are FGSM
+LIBRARIES = [of_foolbox, of_foolbox_by_class, of_torchattacks, of_cleverhans]
+FGSM = [of_foolbox_by_class, of_cleverhans]
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +79,17 @@ def episodes(digits, attack):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_it_judges(library, trained, small_digits):
-    attack, images = LIBRARIES[library](), small_digits.test.first(100)
+    attack, images = library(), small_digits.test.first(100)
     before = weights(trained), trained.training
     clean = robust_accuracy(trained, images, attacks.none)
     torch.manual_seed(0)
     attacked = robust_accuracy(trained, images, leaves_no_trace(attack, eps=EPS))
-    assert attacked < clean - 0.1 * ("Square" not in library) and clean > 0.75
+    assert attacked < clean - 0.1 and clean > 0.75
     assert torch.equal(weights(trained), before[0]) and trained.training == before[1]
     assert all(p.requires_grad for p in trained.parameters())
 
 
-@pytest.mark.parametrize("library", FAST)
+@pytest.mark.parametrize("library", FGSM)
 def test_it_meta_trains_to_the_bits_of_ours(library, small_digits):
     """The paper's own experiment ran cleverhans."""
 
@@ -119,33 +99,10 @@ def test_it_meta_trains_to_the_bits_of_ours(library, small_digits):
         history = meta_train(phi, settings, episodes(small_digits, attack))
         return history.norm, weights(phi)
 
-    norm, phi = trained(LIBRARIES[library]())
+    norm, phi = trained(library())
     own_norm, own_phi = trained(partial(attacks.fgsm, eps=EPS))
     assert norm == pytest.approx(own_norm, rel=1e-4) and min(norm) > 0
     torch.testing.assert_close(phi, own_phi, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_it_trains_with_a_learned_optimizer(library, small_digits):
-    model, phi = PROBLEM.draw(generator()), new_phi(PROBLEM.build(), nominal=True)
-    torch.nn.init.constant_(phi["linear"].log_eta, math.log(0.01))
-    x, y = small_digits.test.first(50).all()
-    torch.manual_seed(0)
-    curve = train(
-        model, Method("", partial(LearnedOptimizer.for_model, phi=phi), alpha=0.5),
-        small_digits.train.batches(32, generator()), loss=PROBLEM.loss,
-        attack=LIBRARIES[library](), steps=20, every=20,
-        record=partial(losses, x=x, y=y, attack=attacks.none),
-    )  # fmt: skip
-    assert curve.clean[-1] < curve.clean[0] - 0.01
-
-
-def test_auto_attack_is_an_attack(trained, small_digits):
-    lib = pytest.importorskip("torchattacks")
-    images = small_digits.test.first(20)
-    worst = robust_accuracy(trained, images, foreign.adapted(lib.AutoAttack, eps=0.05))
-    ours = robust_accuracy(trained, images, partial(attacks.pgd, eps=0.05, steps=20))
-    assert worst <= ours + 0.05
 
 
 def test_it_judges_whatever_holds_images(trained, small_digits):
@@ -209,22 +166,16 @@ class TestByName:
         assert not list(workdir.iterdir())
 
     def test_a_run_of_the_same_seed_has_the_same_bits(self, small_data, workdir, few_candidates):
-        text = []
-        for out in ("a", "b"):
+        text, own_name = [], "runs/mnist-mine.own_attack-paper-quick"  # without a colon
+        for out, arguments in ((own_name, []), ("b", ["--out", "b"])):
             torch.manual_seed(len(text))  # what was drawn before does not matter
-            run.main(["--attack", "mine:own_attack", *TINY, "--out", out])
+            run.main(["--attack", "mine:own_attack", *TINY, *arguments])
             text.append((workdir / out / "metrics.csv").read_text())
         assert text[0] == text[1] and "L2L" in text[0]
 
     def test_one_that_leaves_its_ball(self, small_data, workdir, few_candidates):
         with pytest.raises(InputError, match="'mine:far_attack' moved a pixel by 0.2 but"):
             run.main(["--attack", "mine:far_attack", *TINY])
-
-    def test_a_folder_is_named_without_a_colon(self, small_data, workdir, few_candidates):
-        run.main(["--attack", "mine:own_attack", *TINY])
-        assert [path.name for path in (workdir / "runs").iterdir()] == [
-            "mnist-mine.own_attack-paper-quick"
-        ]
 
     def test_foolbox_by_name(self, small_data, workdir, few_candidates):
         pytest.importorskip("foolbox")

@@ -472,7 +472,7 @@ class TestDtypes:
         float_states.load_state_dict(saved)  # not cast to the parameter's
         assert {s["lstm"].dtype for s in float_states.state.values()} == {torch.float32}
 
-    @pytest.mark.parametrize("name", ["mnist-fgsm-0.1", "mnist-fgsm-0.1-robust"])
+    @pytest.mark.parametrize("name", ["mnist-fgsm-0.1-robust"])
     def test_half_a_state(self, name, small_digits):
         """Of 100 steps: half the bytes, and θ off by less than 5 % of its way."""
         ways, sizes = [], []
@@ -641,7 +641,7 @@ def test_compiled(fused):
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not support this Python")
     ends = []
-    for wrap in (lambda f: f, torch.compile):
+    for wrap in (lambda f: f, partial(torch.compile, backend="aot_eager")):
         torch._dynamo.reset()
         model = net()
         optimizer = LearnedOptimizer(model.parameters(), phi(odd=True, nominal=True))

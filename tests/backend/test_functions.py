@@ -134,10 +134,10 @@ def test_saturates_without_leaving_its_range(function, name, low, high, dtype):
     assert (y[x > 40] == high).all() and (y[x < -800] == low).all()
 
 
-@pytest.mark.parametrize("count", range(40))
-def test_the_length_need_not_fill_a_vector(function, count):
+def test_the_length_need_not_fill_a_vector(function):
     x = np.linspace(-3, 3, 40).astype(np.float32)
-    assert np.array_equal(function("tanh", x[:count]), function("tanh", x)[:count])
+    for count in range(40):
+        assert np.array_equal(function("tanh", x[:count]), function("tanh", x)[:count])
 
 
 def test_unknown_names_and_types_are_refused(function):

@@ -1,6 +1,6 @@
 """Any shape, layout and values for every operator: the reference's result, or a refusal.
 
-It draws for `L2L_FUZZ_SECONDS` (20) with each of the machine's kernels; `make soak` has it draw
+It draws for `L2L_FUZZ_SECONDS` (4) with each of the machine's kernels; `make soak` has it draw
 for a quarter of an hour. A failure names the seed of its example, where `L2L_FUZZ_SEED` begins.
 """
 
@@ -15,7 +15,7 @@ from engine_cases import BACKWARD, STEP, UNROLL, Case, arguments, listed
 
 from l2l_ref import equations
 
-SECONDS = float(os.environ.get("L2L_FUZZ_SECONDS", 20))
+SECONDS = float(os.environ.get("L2L_FUZZ_SECONDS", 4))
 SEED = int(os.environ.get("L2L_FUZZ_SEED", 0))
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}  # of the largest finite element
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3e38, math.exp(-10))

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import every_form, need_cuda, use_emulated
+from conftest import every_form, use_emulated
 from engine_cases import (
     RUNS,
     STEP,
@@ -184,8 +184,7 @@ def test_no_register_is_spilled():
 
 @pytest.fixture
 def cuda(fused):
-    """The functions of `fused`, on CUDA tensors; skips without a GPU."""
-    need_cuda()
+    """The functions of `fused`, on CUDA tensors."""
     return fused
 
 

@@ -273,7 +273,7 @@ def test_a_run_captures_unless_told_not_to(workdir, monkeypatch, emulated):
     assert (workdir / "a/metrics.csv").read_text() == (workdir / "b/metrics.csv").read_text()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 class TestOnAGpu:
     """Replayed against launched one by one. Some sums may be taken in another order."""
 

@@ -13,7 +13,7 @@ from bench.case import make_case
 
 H200 = {"name": "NVIDIA H200", "capability": (9, 0), "multiprocessors": 132, "max_mhz": 1980.0}
 SILENT = {**H200, "max_mhz": None}
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+on_gpu = pytest.mark.gpu
 
 
 class Event:
@@ -115,7 +115,8 @@ def test_table_of_floors():
     assert head.index("bytes/nominal") < head.index("FLOP/rate") < head.index("of the larger")
 
 
-def test_operators_on_a_pretended_gpu(tmp_path, capsys, pretended):
+def test_operators_on_a_pretended_gpu(tmp_path, capsys, pretended, monkeypatch):
+    monkeypatch.setattr(operators, "MEMORY_CASE", (50, 2))
     arguments = "--sizes 50 200 --most 4000 --seconds 0 --no-compile --backend reference"
     operators.main([*arguments.split(), "--out", str(tmp_path)])
     report = json.loads((tmp_path / "operators.json").read_text())

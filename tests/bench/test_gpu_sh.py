@@ -69,7 +69,7 @@ def test_gpu_sh_goes_on_after_a_failure(tmp_path):
     assert "cores" in (out / "machine.txt").read_text()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_every_form_on_the_gpu(capsys):
     kernels.main("--backend auto --every-form".split())
     assert "on cuda:0" in capsys.readouterr().out

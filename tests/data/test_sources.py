@@ -144,8 +144,6 @@ def test_torchvision_layout(tmp_path, monkeypatch, name, source):
     "name, suffix, source",
     [
         ("mnist", "png", "MNIST (PNG folders)"),
-        ("cifar10", "png", "CIFAR-10 (PNG folders)"),
-        ("cifar10", "jpg", "CIFAR-10 (JPEG copy)"),
         ("cifar10", "JPEG", "CIFAR-10 (JPEG copy)"),
     ],
 )
@@ -254,18 +252,14 @@ def test_a_change_on_disk_rebuilds_the_cache(folders, tmp_path, decoded, change)
     assert len(files_below(tmp_path / "cache" / "l2l_ref")) == 1, "the stale one is replaced"
 
 
-@pytest.mark.parametrize(
-    "damage", ["garbage", "cut short", "empty", "one pixel", "foreign", "code"]
-)
+@pytest.mark.parametrize("damage", ["cut short", "one pixel", "foreign", "code"])
 def test_a_broken_cache_is_rebuilt(folders, tmp_path, decoded, damage):
     first = find("mnist", tmp_path)
     [cache] = (tmp_path / "cache" / "l2l_ref").iterdir()
     content, pixels = cache.read_bytes(), first.train.images.numpy().tobytes()
     assert content.count(pixels) == 1
     damaged = {
-        "garbage": b"garbage",
         "cut short": content[:-900],
-        "empty": b"",
         "one pixel": content.replace(pixels, bytes([pixels[0] ^ 1]) + pixels[1:]),
         "foreign": [1, 2, 3],
         "code": Trap(tmp_path / "trapped"),
@@ -317,8 +311,11 @@ def must_fail(tmp_path, capsys):
     return check
 
 
-@pytest.mark.parametrize("file", IDX)
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "too long", "header"])
+@pytest.mark.parametrize(
+    "damage, file",
+    [("missing", IDX[0]), ("empty", IDX[1]), ("cut short", IDX[2]), ("cut short", IDX[3]),
+     ("too long", IDX[0]), ("header", IDX[3])],
+)  # fmt: skip
 def test_broken_mnist_files(tmp_path, must_fail, file, damage):
     folder = write_idx(tmp_path, *sets("mnist"))
     path, content = folder / file, (folder / file).read_bytes()
@@ -336,14 +333,13 @@ def test_broken_mnist_files(tmp_path, must_fail, file, damage):
     must_fail("mnist", folder, "train set" if "train" in file else "test set")
 
 
-@pytest.mark.parametrize("of_test", [False, True])
 @pytest.mark.parametrize(
-    "change, words",
+    "change, words, of_test",
     [
-        (lambda images, labels: (images[:0], labels[:0]), ""),
-        (lambda images, labels: (images[:, :, 4:24, 4:24].contiguous(), labels), "[1, 20, 20]"),
-        (lambda images, labels: (images, labels + 1), "labels from 1 to 10"),
-        (lambda images, labels: (images, labels[:-1]), "30 images and 29 labels"),
+        (lambda images, labels: (images[:0], labels[:0]), "", True),
+        (lambda images, labels: (images[:, :, 4:, 4:].contiguous(), labels), "[1, 24, 24]", False),
+        (lambda images, labels: (images, labels + 1), "labels from 1 to 10", True),
+        (lambda images, labels: (images, labels[:-1]), "30 images and 29 labels", False),
     ],
 )
 def test_mnist_that_is_not_mnist(tmp_path, must_fail, change, words, of_test):
@@ -403,8 +399,7 @@ def cut_short(path):
         (cut_short, "cannot decode"),
     ],
 )
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_broken_images(tmp_path, must_fail, name, damage, words):
+def test_broken_images(tmp_path, must_fail, damage, words, name="cifar10"):
     folder = write_folders(tmp_path / name, *sets(name, 20))
     path = sorted((folder / "test" / "class7").iterdir())[0]
     damage(path)
@@ -412,10 +407,11 @@ def test_broken_images(tmp_path, must_fail, name, damage, words):
     assert not (tmp_path / "cache").exists(), "nothing broken is cached"
 
 
-@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("mnist", "mnist"),
-                                          ("cifar10", "cifar-10-batches-py"),
-                                          ("cifar10", "cifar10")])  # fmt: skip
-@pytest.mark.parametrize("what", ["file", "empty folder", "loop", "link to nowhere"])
+@pytest.mark.parametrize(
+    "name, folder, what",
+    [("mnist", "MNIST", "file"), ("mnist", "mnist", "empty folder"),
+     ("cifar10", "cifar-10-batches-py", "loop"), ("cifar10", "cifar10", "link to nowhere")],
+)  # fmt: skip
 def test_what_stands_where_the_data_should_is_no_reason_to_make_them_up(
     tmp_path, must_fail, name, folder, what
 ):
@@ -466,8 +462,9 @@ def test_the_stand_in_says_what_it_is(tmp_path, capsys, name, title):
     assert files_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("download, reason", [(False, "switched off"), (True, "no network")])
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize(
+    "name, download, reason", [("mnist", False, "switched off"), ("cifar10", True, "no network")]
+)
 def test_strict_never_stands_in(tmp_path, capsys, name, download, reason):
     root = tmp_path / "data"
     with pytest.raises(InputError) as caught:
