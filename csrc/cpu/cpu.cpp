@@ -1,9 +1,8 @@
 // The operators on the CPU: picks the kernels for this machine, shares the work among PyTorch's own
 // threads.
 //
-//   step       | block | block || block | block | ...     of all tensors of the call. A thread
-//   takes
-//                                                          some, with its own scratch and one
+//   step       | block | block || block | block | ...     of all tensors of the call: a thread
+//                                                          takes some, with its own scratch and one
 //                                                          packed phi, and writes its own
 //   backward   | segment 0  | segment 1  | ...            however many threads: at most 64
 //                   |             |
