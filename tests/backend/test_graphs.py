@@ -264,7 +264,17 @@ def test_a_run_captures_unless_told_not_to(workdir, monkeypatch, emulated):
     """With and without, the same results. SGD is in Adam's place, which reads its step count on a
     CPU."""
     monkeypatch.setattr(tuning, "adam", tuning.sgd)
-    arguments = ["--quick", "--dataset", "quadratic", "--steps", "8", "--unroll", "4"]
+    arguments = [
+        "--quick",
+        "--dataset",
+        "quadratic",
+        "--steps",
+        "8",
+        "--unroll",
+        "4",
+        "--jobs",
+        "1",
+    ]
     run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "a"])
     assert sum(each.replays for each in emulated) > 0
     emulated.clear()
@@ -315,7 +325,17 @@ class TestOnAGpu:
     @pytest.mark.parametrize("tasks", [1, 3])
     @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
     def test_a_run(self, workdir, small_data, dataset, tasks):
-        arguments = ["--quick", "--dataset", dataset, "--steps", "8", "--unroll", "4"]
+        arguments = [
+            "--quick",
+            "--dataset",
+            dataset,
+            "--steps",
+            "8",
+            "--unroll",
+            "4",
+            "--jobs",
+            "1",
+        ]
         arguments += ["--attack", "pgd"] * (dataset != "quadratic")
         arguments += ["--batch-size", "32", "--tasks", str(tasks), "--device", "cuda"]
         for out in "ab":  # the same command, the same bits

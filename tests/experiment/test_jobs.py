@@ -17,6 +17,7 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import jobs, machine
 from l2l_ref.experiment.progress import Display
 from l2l_ref.experiment.queue import Parts, Piece
+from l2l_ref.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300  # seconds, of a machine that is busy with other things
@@ -79,50 +80,53 @@ def assert_same(folder: Path, alone: Path) -> None:
     assert ours == theirs
 
 
-class TestTheSameBits:
-    def test_three_jobs(self, tmp_path, alone):
-        said = end(start(*RUN, "--out", "r", "--jobs", "3", cwd=tmp_path))
-        assert_same(tmp_path / "r", alone)
-        assert said.count("3 processes") == said.count("| Nominal alone") == 1
+def say(job, words: str) -> None:
+    """Wait until it has said that."""
+    for line in job.stdout:
+        if words in line:
+            return
+    raise AssertionError(job.communicate())
 
-    def test_two_torchruns_of_which_one_begins_a_rank_anew_and_who_joins(self, tmp_path, alone):
-        options = ["--nproc-per-node=2", "--max-restarts=1"], ["--nproc-per-node=1"]
-        several = [start(*RUN, "--out", "r", cwd=tmp_path, torchrun=own) for own in options]
-        wait_for(begun(tmp_path / "r", 2), several[0])
+
+def test_two_torchruns_one_of_which_begins_a_rank_anew_and_who_joins(tmp_path, alone):
+    options = ["--nproc-per-node=2", "--max-restarts=1"], ["--nproc-per-node=1"]
+    several = [start(*RUN, "--out", "r", cwd=tmp_path, torchrun=own) for own in options]
+    say(several[0], "results in r")
+    lock = tmp_path / "r/parts/run-eps0.0-methodL2L-Transfer-fold0-phi0-seed0.lock"
+    wait_for(lock.parent.exists, several[0])
+    with locked(lock):  # so that none ends before all are there
+        say(several[1], "results in r")
         several.append(start(*RUN, "--out", "r", "--resume", "--jobs", "2", cwd=tmp_path))
         os.kill(descendants(several[0].pid)[-1], signal.SIGKILL)
-        said = "".join(map(end, several))
-        assert_same(tmp_path / "r", alone)
-        assert said.count("| Nominal alone") == 1  # the report, once
+        for job in several[0], several[2]:
+            say(job, "results in r")
+    said = "".join(map(end, several))
+    assert_same(tmp_path / "r", alone)
+    assert said.count("| Nominal alone") == 1  # the report, once
 
 
 def test_a_child_that_is_killed_is_replaced_and_with_the_first_all_end(tmp_path, alone):
     """One run, killed and resumed again and again."""
-    folder, more = tmp_path / "r", []
-    for count, name in enumerate(["child", "SIGTERM", "SIGKILL", "SIGINT"]):
-        job = start(*RUN, "--out", "r", "--jobs", "2", *more, cwd=tmp_path)
-        wait_for(begun(folder, 2 + count), job)
-        wait_for(lambda: len(descendants(job.pid)) == 2, job)  # noqa: B023
-        children, more = descendants(job.pid), ["--resume"]
-        if name == "child":
-            os.kill(children[0], signal.SIGKILL)
-            said = "a process was killed (SIGKILL): another takes its place"
-            wait_for(lambda: said in job.stdout.readline(), job)  # noqa: B023
-            name = "SIGTERM"
-        number = getattr(signal, name)
-        if name == "SIGINT":
-            os.killpg(job.pid, number)  # control-C meets all of them
-        else:
-            job.send_signal(number)
-        said = end(job, -number if name == "SIGKILL" else 128 + number)
-        assert name == "SIGKILL" or said.endswith("\nstopped; --resume continues\n")
-        assert "Traceback" not in said
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{child}/exe").exists() for child in children):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    end(start(*RUN, "--out", "r", "--resume", "--jobs", "2", cwd=tmp_path))
-    assert_same(folder, alone)
+    command = [*RUN, "--out", "r", "--jobs", "3"]
+    job = start(*command, cwd=tmp_path)
+    wait_for(begun(tmp_path / "r"), job)
+    os.kill(descendants(job.pid)[0], signal.SIGKILL)
+    say(job, "a process was killed (SIGKILL): another takes its place")
+    os.killpg(job.pid, signal.SIGINT)  # control-C meets all of them
+    said = end(job, 128 + signal.SIGINT)
+    assert said.endswith("\nstopped; --resume continues\n") and "Traceback" not in said
+    job = start(*command, "--resume", cwd=tmp_path)
+    wait_for(lambda: len(descendants(job.pid)) == 3, job)
+    children = descendants(job.pid)
+    job.kill()
+    end(job, -signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}/exe").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    said = end(start(*command, "--resume", cwd=tmp_path))
+    assert said.count("3 processes") == said.count("| Nominal alone") == 1
+    assert_same(tmp_path / "r", alone)
 
 
 def fail(how: str, number: int, progress) -> None:
@@ -146,17 +150,20 @@ class TestShareOut:
             jobs.share_out(fail, (how,), 2, Display())
         assert time.monotonic() - begin < 50
 
-    def test_a_mistake_is_one_sentence(self, tmp_path):
-        for count in (0, 2):
-            done = call_script("--eps", "2", cwd=tmp_path, processes=count)
-            sentence = "run.py: --eps is 2.0: it must be between 0 and 1"
-            assert done.returncode != 0 and done.stdout == ""
-            assert done.stderr.count("run.py: --") == done.stderr.count(sentence) == 1
-        done = call_script("--help", cwd=tmp_path, processes=2)
-        assert done.returncode == 0 and done.stdout.count("usage: run.py") == 1
-        done = call_script(*RUN, cwd=tmp_path, processes=2)
-        assert done.stderr.count("--out is missing: under torchrun") == 1
-        assert list(tmp_path.iterdir()) == []
+    def test_a_mistake_is_one_sentence(self, workdir, monkeypatch, capsys):
+        done = call_script("--eps", "2", cwd=workdir, processes=2)
+        sentence = "run.py: --eps is 2.0: it must be between 0 and 1"
+        assert done.returncode != 0 and done.stdout == ""
+        assert done.stderr.count("run.py: --") == done.stderr.count(sentence) == 1
+        for rank, words in (("0", "usage: run.py"), ("1", "")):
+            monkeypatch.setenv("RANK", rank)
+            with pytest.raises(SystemExit):
+                run.main(["--help"])
+            assert capsys.readouterr().out[: len("usage: run.py")] == words
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(InputError, match="--out is missing: under torchrun"):
+            run.main(RUN)
+        assert list(workdir.iterdir()) == []
 
 
 class TestHowMany:

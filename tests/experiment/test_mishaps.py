@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,19 +43,27 @@ def wait_for(path: Path, process) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The folder of a run that has come to its end."""
+    folder = tmp_path_factory.mktemp("once")
+    run.main([*SHORT, "--out", str(folder)])
+    return folder
+
+
 @pytest.fixture
-def finished(workdir):
-    run.main([*SHORT, "--out", "r"])
-    return workdir / "r"
+def finished(once, workdir):
+    """A copy of it, which is r of the current folder."""
+    return shutil.copytree(once, workdir / "r")
 
 
 class TestTwoRunsAndOneFolder:
     def test_of_default_runs_each_has_its_own(self, workdir):
-        several = [begin(*SHORT, workdir=workdir) for _ in range(3)]
+        several = [begin(*SHORT, workdir=workdir) for _ in range(2)]
         for process in several:
             _, said = process.communicate()
             assert process.returncode == 0, said
-        names = ["quadratic-none-paper-quick" + number for number in ("", "-2", "-3")]
+        names = ["quadratic-none-paper-quick" + number for number in ("", "-2")]
         assert {path.name for path in Path("runs").iterdir()} == set(names)
         assert all(Path("runs", name, "summary.json").exists() for name in names)
 
@@ -219,7 +228,7 @@ class TestTheDisk:
         """At each file in turn there is no room, once."""
         run.main([*SHORT, "--out", "whole"])
         write, count = Path.write_bytes, len(list(Path("whole").rglob("*.pt")))
-        for at in range(0, count, 2):
+        for at in (0, count - 1):
             calls = iter(range(10**6))
 
             def full(path, content, at=at, calls=calls):
@@ -236,22 +245,14 @@ class TestTheDisk:
             run.main([*SHORT, "--out", f"r{at}", "--resume"])
             assert Path(f"r{at}/metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
 
-    def test_it_is_one_sentence(self, tmp_path):
-        (tmp_path / "file").touch()
-        for out in ("file/x", "x" * 300, "/proc/no/such"):
-            done = call_script(*SHORT, "--out", out, cwd=tmp_path)
-            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-            assert out.split("/")[-1] in done.stderr and "Traceback" not in done.stderr
-
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-    def test_a_full_disk_behind_stdout_does_not_end_a_run(self, tmp_path):
-        with open("/dev/full", "w") as nowhere:
-            done = subprocess.run(
-                [sys.executable, str(ROOT / "run.py"), *SHORT, "--out", "r"], cwd=tmp_path,
-                stdout=nowhere, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-        assert done.returncode == 0 and not done.stderr
-        assert (tmp_path / "r" / "curves.png").exists()
+    def test_it_is_one_sentence(self, workdir):
+        (workdir / "file").touch()
+        done = call_script(*SHORT, "--out", "x" * 300, cwd=workdir)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "x" * 290 in done.stderr and "Traceback" not in done.stderr
+        for out in ("file/x", "/proc/no/such"):
+            with pytest.raises((InputError, OSError), match=out):
+                run.main([*SHORT, "--out", out])
 
 
 def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
@@ -260,19 +261,6 @@ def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
     process.stdout.close()
     assert process.wait() == 0 and not process.stderr.read()
     assert (tmp_path / "r" / "curves.png").exists()
-
-
-def test_a_closed_terminal_ends_a_run_with_a_word(workdir):
-    process = begin(
-        *LONG, "--jobs", "1", "--out", "r", workdir=workdir,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever tests inherit
-    )  # fmt: skip
-    wait_for(Path("r/parts"), process)
-    process.send_signal(signal.SIGHUP)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGHUP, said
-    assert said.strip() == "stopped; --resume continues"
-    assert not list(Path("r").rglob("*.partial"))
 
 
 def test_nohup_is_heard(workdir):
