@@ -153,34 +153,34 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self, group: dict[str, Any], thetas: tuple, gradients: tuple, *states: tuple
     ) -> None:
         """One call of the operator, on copies of what is not in φ's dtype or not contiguous."""
-        meta, lr, decay = group["meta_optimizer"], group["lr"], group["weight_decay"]
-        phi, rate = meta.phi(), lr.view(()) if isinstance(lr, Tensor) else None
-        as_learned = rate is None and lr == 1 and decay == 0
+        meta, decay = group["meta_optimizer"], group["weight_decay"]
+        phi = meta.phi()
+        tensor = isinstance(group["lr"], Tensor)
+        lr = group["lr"].view(()) if tensor else group["lr"]
+        as_learned = not tensor and lr == 1 and decay == 0
 
         def plain(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.to(phi.dtype).contiguous() for tensor in tensors]
+            ours = phi.dtype  # asked first: calls that do nothing cost more
+            return [
+                x if x.dtype == ours and x.is_contiguous() else x.to(ours).contiguous()
+                for x in tensors
+            ]
 
         def moved(before: Tensor, after: Tensor) -> Tensor:
-            if rate is None:
-                return before * (1 - lr * decay) + (after - before) * lr
-            x = before * (1 - rate * decay) + (after - before) * rate
-            return torch.where(rate == 0, before, x)
+            x = before * (1 - lr * decay) + (after - before) * lr
+            return torch.where(lr == 0, before, x) if tensor else x
 
         before, given, inner = plain(thetas), plain(gradients), [*map(plain, states)]
         after: Tensors = before if as_learned else [theta.clone() for theta in before]
-        meta.step_(
-            after,
-            [-gradient for gradient in given] if group["maximize"] else given,
-            *inner,
-            phi=phi,
-            backend=group["backend"],
-        )
+        if group["maximize"]:
+            given = [-gradient for gradient in given]
+        meta.step_(after, given, *inner, phi=phi, backend=group["backend"])
         if not as_learned:
-            after = thetas if rate is None and lr == 0 else [*map(moved, before, after)]
+            after = thetas if not tensor and lr == 0 else [*map(moved, before, after)]
         for kept, values in zip((thetas, *states), (after, *inner), strict=True):
-            for tensor, value in zip(kept, values, strict=True):
-                if tensor is not value:
-                    tensor.copy_(value)
+            for own, value in zip(kept, values, strict=True):
+                if own is not value:
+                    own.copy_(value)
 
     def _states(self, param: Tensor, group: dict[str, Any]) -> list[Tensor]:
         """The LSTM state of a parameter, and its moments if there is a nominal term."""

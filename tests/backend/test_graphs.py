@@ -264,21 +264,12 @@ def test_a_run_captures_unless_told_not_to(workdir, monkeypatch, emulated):
     """With and without, the same results. SGD is in Adam's place, which reads its step count on a
     CPU."""
     monkeypatch.setattr(tuning, "adam", tuning.sgd)
-    arguments = [
-        "--quick",
-        "--dataset",
-        "quadratic",
-        "--steps",
-        "8",
-        "--unroll",
-        "4",
-        "--jobs",
-        "1",
-    ]
-    run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "a"])
+    arguments = ["--quick", "--dataset", "quadratic", "--steps", "8", "--unroll", "4"]
+    arguments += ["--episodes", "2", "--seeds", "1", "--jobs", "1"]
+    run.main([*arguments, "--out", "a"])
     assert sum(each.replays for each in emulated) > 0
     emulated.clear()
-    run.main([*arguments, "--episodes", "2", "--seeds", "1", "--out", "b", "--no-graphs"])
+    run.main([*arguments, "--out", "b", "--no-graphs"])
     assert emulated == []
     assert (workdir / "a/metrics.csv").read_text() == (workdir / "b/metrics.csv").read_text()
 
@@ -325,17 +316,8 @@ class TestOnAGpu:
     @pytest.mark.parametrize("tasks", [1, 3])
     @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "quadratic"])
     def test_a_run(self, workdir, small_data, dataset, tasks):
-        arguments = [
-            "--quick",
-            "--dataset",
-            dataset,
-            "--steps",
-            "8",
-            "--unroll",
-            "4",
-            "--jobs",
-            "1",
-        ]
+        arguments = ["--quick", "--dataset", dataset, "--steps", "8", "--unroll", "4"]
+        arguments += ["--jobs", "1"]
         arguments += ["--attack", "pgd"] * (dataset != "quadratic")
         arguments += ["--batch-size", "32", "--tasks", str(tasks), "--device", "cuda"]
         for out in "ab":  # the same command, the same bits
