@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
     before, display = folder.report_of(out), Display(first)
     experiment = Experiment(setting, out, display.progress(), phis)
     pieces, parts = experiment.pieces(), experiment.parts
-    dict(parts)  # raises for one that is broken
+    there = dict(parts)  # raises for one that is broken
+    pending = any(piece.name not in there for piece in pieces)
     number = jobs.number(config.jobs, pieces, parts, setting.device)
     if first:
         print(report.title(setting))
@@ -52,7 +53,8 @@ def main(arguments: list[str]) -> None:
         else:
             compute_all(pieces, parts, display.progress())
     with locked(out / folder.LOCK):
-        if folder.report_of(out) == before:  # else another process has written it meanwhile
+        # Else another process has written it: meanwhile, or before this one came.
+        if folder.report_of(out) == before and (pending or not before or config.resume):
             left = experiment.results(), setting, environment, command
             print("\n" + report.write(out, *left), flush=True)
             report.draw(out, *left)

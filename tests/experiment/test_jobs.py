@@ -80,7 +80,7 @@ def assert_same(folder: Path, alone: Path) -> None:
     assert ours == theirs
 
 
-def say(job, words: str) -> None:
+def hear(job, words: str) -> None:
     """Wait until it has said that."""
     for line in job.stdout:
         if words in line:
@@ -91,15 +91,15 @@ def say(job, words: str) -> None:
 def test_two_torchruns_one_of_which_begins_a_rank_anew_and_who_joins(tmp_path, alone):
     options = ["--nproc-per-node=2", "--max-restarts=1"], ["--nproc-per-node=1"]
     several = [start(*RUN, "--out", "r", cwd=tmp_path, torchrun=own) for own in options]
-    say(several[0], "results in r")
+    hear(several[0], "results in r")
     lock = tmp_path / "r/parts/run-eps0.0-methodL2L-Transfer-fold0-phi0-seed0.lock"
     wait_for(lock.parent.exists, several[0])
     with locked(lock):  # so that none ends before all are there
-        say(several[1], "results in r")
+        hear(several[1], "results in r")
         several.append(start(*RUN, "--out", "r", "--resume", "--jobs", "2", cwd=tmp_path))
         os.kill(descendants(several[0].pid)[-1], signal.SIGKILL)
         for job in several[0], several[2]:
-            say(job, "results in r")
+            hear(job, "results in r")
     said = "".join(map(end, several))
     assert_same(tmp_path / "r", alone)
     assert said.count("| Nominal alone") == 1  # the report, once
@@ -111,7 +111,7 @@ def test_a_child_that_is_killed_is_replaced_and_with_the_first_all_end(tmp_path,
     job = start(*command, cwd=tmp_path)
     wait_for(begun(tmp_path / "r"), job)
     os.kill(descendants(job.pid)[0], signal.SIGKILL)
-    say(job, "a process was killed (SIGKILL): another takes its place")
+    hear(job, "a process was killed (SIGKILL): another takes its place")
     os.killpg(job.pid, signal.SIGINT)  # control-C meets all of them
     said = end(job, 128 + signal.SIGINT)
     assert said.endswith("\nstopped; --resume continues\n") and "Traceback" not in said

@@ -28,11 +28,11 @@ SHORT = ["--dataset", "quadratic", "--quick", "--episodes", "2", "--steps", "10"
 LONG = ["--dataset", "quadratic", "--episodes", "2000", "--steps", "100"]
 
 
-def begin(*arguments, workdir, **options):
+def begin(*arguments, workdir, shell=()):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=workdir, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+        [*shell, sys.executable, str(ROOT / "run.py"), *arguments], cwd=workdir, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -264,10 +264,7 @@ def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
 
 
 def test_nohup_is_heard(workdir):
-    process = begin(
-        *SHORT, "--out", "r", workdir=workdir,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )  # fmt: skip
+    process = begin(*SHORT, "--out", "r", workdir=workdir, shell=["nohup"])
     wait_for(Path("r/config.json"), process)
     process.send_signal(signal.SIGHUP)
     _, said = process.communicate()
