@@ -42,7 +42,8 @@ class Config:
     attack: str = option(WHAT, "fgsm, pgd, none or MODULE:FUNCTION",
         "fgsm", {"quadratic": "none"}, metavar="NAME")
     eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
-        "one panel each", (0.1,), {"cifar10": (0.03,), "quadratic": (0.0,)})
+        "one panel each", (0.1,), {"cifar10": (0.03,), "cifar10 quick fgsm": (2 / 255,),
+         "quadratic": (0.0,)})
     recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
         "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: the same "
         "without θ, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")

@@ -3,7 +3,7 @@
 import itertools
 import os
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,13 @@ def join(
         The folder, and the environment that the run began in.
 
     Raises:
-        InputError: what `choose`, `make` and `must_match` raise; another run that was faster.
+        InputError: what `choose`, `make` and `must_match` raise.
     """
     make(folder := choose(config))
     with locked(folder / LOCK):
         path = folder / "config.json"
         if path.exists() and config.out is None and not config.resume:
             return join(config, data, environment, command)  # another run has chosen it too
-        choose(replace(config, out=str(folder)))  # after what another run did until now
         value = plain({"command": command, "settings": asdict(config), "environment": environment})
         if path.exists():
             settings, value = value["settings"], read_json(path, AFRESH)

@@ -93,11 +93,6 @@ class TestOrder:
         assert graph.done == ["c", "d", "a", "b", "e"]
         assert dict(parts) == {name: {"of": name} for name in self.names}
 
-    def test_among_equals_the_order_is_kept(self, parts):
-        graph = Graph({name: (1, "") for name in "jacket"})
-        graph.run(parts)
-        assert "".join(graph.done) == "jacket"
-
     def test_resumed_repeats_none(self, parts):
         graph = Graph(names := {"a": (1, ""), "b": (2, "a"), "c": (3, "b")})
 
