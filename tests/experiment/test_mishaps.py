@@ -86,7 +86,7 @@ class TestTwoRunsAndOneFolder:
             return prepare(config, rank)
 
         monkeypatch.setattr(run, "prepare", slow)
-        with pytest.raises(InputError, match="r was run with seed 1, not 2"):
+        with pytest.raises(InputError, match="--out r is not empty"):
             run.main([*SHORT, "--seed", "2", "--out", "r"])
         assert read_json(Path("r/config.json"), "")["settings"]["seed"] == 1
 
