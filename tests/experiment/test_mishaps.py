@@ -263,6 +263,22 @@ def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
     assert (tmp_path / "r" / "curves.png").exists()
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_a_program_with_a_word(name, monkeypatch, capsys):
+    number = getattr(signal, name)
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))  # the program puts its own there
+    stops = signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(each, signal.SIG_DFL) for each in stops]
+    try:
+        with pytest.raises(SystemExit) as end:
+            run.cli.run_as_script("x.py", lambda _: signal.raise_signal(number), "stopped")
+    finally:
+        for each, handler in zip(stops, before, strict=True):
+            signal.signal(each, handler)
+    assert end.value.code == 128 + number and capsys.readouterr().err == "\nstopped\n"
+
+
 def test_nohup_is_heard(workdir):
     process = begin(*SHORT, "--out", "r", workdir=workdir, shell=["nohup"])
     wait_for(Path("r/config.json"), process)
