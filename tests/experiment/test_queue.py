@@ -84,13 +84,13 @@ class TestParts:
 
 
 class TestOrder:
-    names = {"a": (1, ""), "b": (5, "a"), "c": (3, ""), "d": (9, "c"), "e": (2, "bd")}
+    names = {"a": (1, ""), "b": (20, "a"), "c": (3, ""), "d": (9, "c"), "e": (2, "bd")}
 
     def test_the_longest_chain_comes_first(self, parts):
         graph = Graph(self.names)
-        assert chains(graph.pieces) == {"a": 8, "b": 7, "c": 14, "d": 11, "e": 2}
+        assert chains(graph.pieces) == {"a": 23, "b": 22, "c": 14, "d": 11, "e": 2}
         graph.run(parts)
-        assert graph.done == ["c", "d", "a", "b", "e"]
+        assert graph.done == ["a", "b", "c", "d", "e"]
         assert dict(parts) == {name: {"of": name} for name in self.names}
 
     def test_resumed_repeats_none(self, parts):
@@ -143,6 +143,22 @@ class TestTogether:
         assert free.wait(5) and graph.done == ["b", "a"]
         words = f"waiting for a, which process {os.getpid()} on {platform.node()} has"
         assert graph.said.count(("line", words)) == 1
+
+    def test_a_lock_is_that_of_the_file_that_is_there(self, tmp_path, monkeypatch):
+        """While this one waits its turn, the file is removed and another process makes it anew."""
+        path, flock, other = tmp_path / "a.lock", fcntl.flock, []
+
+        def slow(file, how):
+            if not other:
+                path.unlink()
+                other.append(open(path, "a"))
+                flock(other[0], fcntl.LOCK_EX)
+            flock(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", slow)
+        with locked(path, wait=False) as held:
+            assert not held
+        other[0].close()
 
     def test_a_file_system_without_locks_is_named(self, parts, monkeypatch):
         def flock(file, how):
