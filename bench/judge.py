@@ -22,7 +22,7 @@ from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.protocol import Experiment, Results
 from l2l_ref.experiment.setting import prepare
 from l2l_ref.experiment.summary import differences, summarise
-from l2l_ref.files import read_json
+from l2l_ref.files import read_json, write_json
 
 
 def parser(prog: str, doc: str) -> Parser:
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
     footer = f"losses differ from the run's by at most {worst:.3g}\n{about['command']}"
     print("\n" + report.table(rows, setting.config, report.title(setting), footer))
     found = {"data": setting.source, "table": rows, "differences": differences(results)}
-    folder.write_json(options.folder / "judge.json", {**about, **found, "loss_difference": worst})
+    write_json(options.folder / "judge.json", {**about, **found, "loss_difference": worst})
     print(f"\n{options.folder}: judge.json")
 
 

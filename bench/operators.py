@@ -21,6 +21,7 @@ from bench.peers import ADAM, CLASS, COPY, FLOOR, GRAPH, OURS, TENSOR, XLA
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
+from l2l_ref.files import write_json
 
 CORES = os.cpu_count() or 1
 MEMORY_CASE = (16384, 20)  # N and T of the memory measurement
@@ -220,7 +221,7 @@ def main(arguments: list[str]) -> None:
         measure.give_back(options.device)
         print(line(row, columns), flush=True)
         report["rows"].append(row)
-        folder.write_json(path, report)  # in case it is stopped
+        write_json(path, report)  # in case it is stopped
     report["speedups"] = speedups(report["rows"])
     for s in report["speedups"]:
         print(f"{s['threads']} threads over {s['over']}: {s['speedup']:.2f}× "
@@ -228,7 +229,7 @@ def main(arguments: list[str]) -> None:
     if limits:
         print(f"\n{gpu.title(limits)}\n{gpu.table(report['rows'])}", flush=True)
     report["memory"] = peak_memory(options) if options.memory else None
-    folder.write_json(path, report)
+    write_json(path, report)
     plot.draw(options.out / "operators.png", report)
     print(f"\n{options.out}: operators.json, operators.png")
 

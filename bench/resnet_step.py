@@ -25,6 +25,7 @@ from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES
 from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.files import write_json
 from l2l_ref.meta_optimizer import MetaOptimizer
 from l2l_ref.optimizer import LearnedOptimizer
 
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> None:
     print(f"{'optimizer':<24}{'ms per step [quartiles]':>32}{'ns/param.':>12}{'over Adam':>11}")
     report |= {"threads": options.threads, "model": "torchvision resnet18", "classes": CLASSES,
                "parameters": parameters, "optimizers": measured(options)}  # fmt: skip
-    folder.write_json(options.out / "resnet_step.json", report)
+    write_json(options.out / "resnet_step.json", report)
     print(f"\n{options.out}: resnet_step.json")
 
 

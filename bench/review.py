@@ -12,11 +12,12 @@ from typing import Any
 
 from bench import judge
 from bench.measure import machine
-from l2l_ref.experiment import folder, report, tuning
+from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.protocol import train_method
 from l2l_ref.experiment.trial import Trial
+from l2l_ref.files import write_json
 from l2l_ref.review import draw, review
 
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
         title = f"{report.title(setting)} · {label}"
         draw(options.folder / f"{name}.png", found, title, about["command"])
         kept = {"method": label, "data": setting.source, **asdict(found)}
-        folder.write_json(options.folder / f"{name}.json", {**about, **kept})
+        write_json(options.folder / f"{name}.json", {**about, **kept})
         attacks = ", ".join(f"{name} {value:.3f}" for name, value in found.by_attack.items())
         print(f"{label}: {attacks}\nalarms: {'; '.join(found.alarms) or 'none'}")
 

@@ -26,6 +26,7 @@ from l2l_ref.experiment import cli, folder, machine, protocol, tuning
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.queue import compute_all
 from l2l_ref.experiment.setting import Setting, prepare
+from l2l_ref.files import write_json
 from l2l_ref.optimizer import LearnedOptimizer
 
 OPTIMIZEE, CRAFTING = "optimizee: forward, backward", "attacks: forward, backward"
@@ -157,7 +158,7 @@ def main(arguments: list[str]) -> None:
     out = Path(config.out or "runs/bench")
     path = out / f"profile-{config.dataset}-{config.attack}-{config.recipe}-{backend}.json"
     folder.make(out)
-    folder.write_json(path, saved)
+    write_json(path, saved)
     print(f"\n{path}")
 
 

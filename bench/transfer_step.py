@@ -22,6 +22,7 @@ from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.tuning import adam
+from l2l_ref.files import write_json
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
@@ -123,7 +124,7 @@ def main(arguments: list[str]) -> None:
         for name, found in row["methods"].items():
             times = f"{row['ratios'][name]:>17.2f}×   {measure.spread(found)}"
             print(f"{model:<20}{name:<24}{times}", flush=True)
-    folder.write_json(options.out / "transfer_step.json", report)
+    write_json(options.out / "transfer_step.json", report)
     print(f"\n{options.out}: transfer_step.json")
 
 

@@ -83,9 +83,9 @@ def lock(path: Path, wait: bool) -> TextIO | None:
             file.close()
             return None
         except OSError as error:
-            path.unlink(missing_ok=True)
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 raise
+            path.unlink(missing_ok=True)
             raise InputError(
                 f"{path.parent} is on a file system that has no locks (flock: {error.strerror}): "
                 "name a folder on another with --out"

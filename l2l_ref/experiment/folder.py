@@ -71,6 +71,7 @@ def join(
     Raises:
         InputError: what `choose`, `make` and `must_match` raise.
     """
+    environment = plain(environment)
     make(folder := choose(config))
     with locked(folder / LOCK):
         path = folder / "config.json"
@@ -82,10 +83,10 @@ def join(
             must_match(settings, value, data, folder)
             first = value["environment"]
             others = first.pop("continued_in", [])
-            if plain(environment) not in [first, *others]:
+            if environment not in [first, *others]:
                 others.append(environment)
             first["continued_in"] = others
-        write_json(path, sealed(plain(value)))
+        write_json(path, sealed(value))
         return folder, value["environment"]
 
 

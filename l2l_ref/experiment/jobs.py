@@ -29,11 +29,13 @@ def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: tor
     left = [piece for piece in pieces if piece.name not in there]
     if under_torchrun() or not left:
         return 1
+    if asked:
+        return asked
     here = machine.cores() if device.type == "cpu" else torch.cuda.device_count()
     if device.index is not None:  # that GPU, and no other
         here = 1
     pays = math.ceil(sum(piece.cost for piece in left) / (max(chains(left).values()) or 1.0))
-    return asked or max(1, min(here, pays))
+    return max(1, min(here, pays))
 
 
 def share_out(work: Callable[..., None], arguments: tuple, jobs: int, display: Display) -> None:

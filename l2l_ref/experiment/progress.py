@@ -70,7 +70,7 @@ class Display:
         """
         self.pieces, self.parts, self.jobs = {piece.name: piece for piece in pieces}, parts, jobs
         self.total = sum(piece.cost for piece in pieces) or 1.0
-        self.shown = self.share()
+        self.shown = self.share(self.pending())
         if self.first and getattr(sys.stderr, "isatty", bool)():
             from tqdm import tqdm
 
@@ -110,11 +110,11 @@ class Display:
         left = (piece for piece in self.pieces.values() if piece.name not in there)
         return {piece.name: piece.cost * (1 - shares.get(piece.name, 0.0)) for piece in left}
 
-    def share(self) -> float:
+    def share(self, pending: dict[str, float]) -> float:
         """Of the run, that is done."""
-        return 1 - sum(self.pending().values()) / self.total
+        return 1 - sum(pending.values()) / self.total
 
-    def left(self) -> float | None:
+    def left(self, pending: dict[str, float]) -> float | None:
         """Seconds until the run ends, from what its pieces took so far by kind; a kind that has not
         been met yet is as fast as the others together. None before there are any."""
         spent = dict(self.spent)
@@ -128,14 +128,15 @@ class Display:
             return None
         rates = {kind: s / c for kind, (c, s) in spent.items() if c}
         left = [c * rates.get(self.pieces[name].kind, seconds / cost)
-                for name, c in self.pending().items()]  # fmt: skip
+                for name, c in pending.items()]  # fmt: skip
         return max(sum(left) / self.jobs, *left, 0.0)
 
     def show(self) -> None:
         """Bring the bars up to date, or print a line if there is enough to tell."""
         if not self.first:
             return
-        share, left = self.share(), self.left()
+        pending = self.pending()
+        share, left = self.share(pending), self.left(pending)
         ending = f"{duration(left)} left" if left is not None else ""
         works = [work.words for work in self.now.values()]
         if self.bars:

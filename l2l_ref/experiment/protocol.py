@@ -104,7 +104,7 @@ class Experiment:
         def compute(parts: Mapping[str, Any]) -> dict[str, Any]:
             show = self.progress.begin(c.episodes, f"meta-train {name}")
             setting = search.best(parts)
-            checkpoint = self.parts.folder / f"{name}.pt"
+            checkpoint = self.parts.path(name, "pt")
             self.phis[name], history = train_phi(
                 setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint
             )
@@ -127,7 +127,7 @@ class Experiment:
         if name not in self.phis:
             setting = self.searches[fold.number].best(self.parts)
             phi = untrained(setting, name.split("-")[0], fold.number, 0)
-            path = self.parts.folder / f"{name}.pt"
+            path = self.parts.path(name, "pt")
             saved = read_checkpoint(path, setting.device)
             load_weights(phi, saved["meta_optimizers"], f"checkpoint {path}")
             self.phis[name] = phi

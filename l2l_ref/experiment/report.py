@@ -8,11 +8,10 @@ from typing import Any
 
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.figure import draw_curves, marks
-from l2l_ref.experiment.folder import write_json
 from l2l_ref.experiment.protocol import KEY, Results
 from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.summary import METRICS, differences, summarise, verdicts
-from l2l_ref.files import replace_with
+from l2l_ref.files import replace_with, write_json
 
 
 def cell(value: dict[str, float | None] | None, digits: int) -> str:
