@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     experiment = judge.experiment_of(options)
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
     about: dict[str, Any] = machine("review", arguments, setting.config.backend)
-    surrogate, _ = Trial(setting, ("surrogate",)).train(
+    surrogate, *_ = Trial(setting, ("surrogate",)).train(
         tuning.default_adam(), fold.transfer.first(setting.config.images), fold.test, eps
     )
     images, seen = fold.test.first(options.samples), set()
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
             continue
         seen.add(label)
         method = contender.make(experiment.parts)
-        trial, model, _ = train_method(setting, method, fold, eps, seed=0)
+        trial, model, *_ = train_method(setting, method, fold, eps, seed=0)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
         )

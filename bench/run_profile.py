@@ -94,7 +94,7 @@ def instrument(clock: Clock, setting: Setting, backend: str) -> Setting:
 
     cuda_graphs.graphs_of = lambda device, generators: None  # a replay could not be told apart
     patch(protocol, "train_phi", phase="meta-training")
-    patch(tuning, "validate", phase="tuning")
+    patch(tuning.Grid, "run", phase="tuning")
     patch(protocol, "run_method", phase="transfer")
     patch(evaluate, "losses", phase="recording")
     patch(evaluate, "robust_accuracy", phase="judging")

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import l2l_ref
 from l2l_ref import data
@@ -23,16 +24,18 @@ def main(
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.ReLU(), nn.Linear(40, 10))
 
     optimizer = l2l_ref.LearnedOptimizer.for_model(model, l2l_ref.load(phi))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # of the last tenth
     for _ in range(steps):
         x, y = next(batches)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
+        average.update_parameters(model)
 
     judge = mnist.test.first(1000)
     attacks = {"clean": none, "PGD-20 at 0.1": partial(l2l_ref.pgd, eps=0.1, steps=20)}
     accuracy = {
-        name: l2l_ref.robust_accuracy(model, judge, attack) for name, attack in attacks.items()
+        name: l2l_ref.robust_accuracy(average, judge, attack) for name, attack in attacks.items()
     }
     for name, value in accuracy.items():
         print(f"{name}: {value:.3f} of {mnist.source}")

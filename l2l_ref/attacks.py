@@ -30,7 +30,7 @@ from l2l_ref.errors import InputError
 from l2l_ref.guard import leaves_no_trace, readable, traceless, undone
 
 Attack = Callable[[Callable, Tensor, Tensor], Tensor]
-ATTACKS = ("none", "fgsm", "pgd")
+ATTACKS = ("none", "fgsm", "n-fgsm", "pgd")
 NORMS = ("linf", "l2")
 
 
@@ -60,6 +60,23 @@ def fgsm(
         return x
     _check_inside(x, bounds)
     return _step(model, x, x, y, eps, eps, norm, loss, bounds)
+
+
+@undone
+def n_fgsm(
+    model: Callable, x: Tensor, y: Tensor, *, eps: float, generator: Generator | None = None
+) -> Tensor:
+    """FGSM from x and uniform noise in ±2·eps (N-FGSM; de Jorge et al. 2022): it is for training.
+
+    Only pixels are clipped, to [0, 1], so x_adv is up to 3·eps from x.
+    """
+    _check(eps)
+    _check_inside(x, (0.0, 1.0))
+    device = x.device if generator is None else generator.device
+    noise = torch.empty(x.shape, dtype=x.dtype, device=device)
+    start = noise.uniform_(-2 * eps, 2 * eps, generator=generator).to(x.device).add_(x)
+    gradient = _input_gradient(model, start, y, "cross_entropy")
+    return start.add_(gradient.sign(), alpha=eps).clamp_(0, 1)
 
 
 @undone
@@ -125,6 +142,8 @@ def make(
         return none
     if name == "fgsm":
         return partial(fgsm, eps=eps, loss=loss)
+    if name == "n-fgsm":
+        return partial(n_fgsm, eps=eps, generator=generator)
     if name == "pgd":
         options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)

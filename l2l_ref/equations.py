@@ -225,13 +225,18 @@ def unroll_meta_gradient(
     return total
 
 
-def update_cotangents(loss_gradients: Tensor) -> Tensor:
-    """Derivative of Σ_t L_t(θ_t) with respect to each update: suffix sums, [T, N] -> [T, N].
+def update_cotangents(loss_gradients: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Derivative of Σ_t L_t with respect to each update, [T, N] -> [T, N].
 
-    `loss_gradients[s]` is ∇L at the θ that update s led to. As θ_{t+1} = θ_t + u_t, update s moves
-    every later θ by the same amount, and its cotangent is the sum of rows s and after.
+    `loss_gradients[t]` is ∇L at the θ that update t led to. Update s moves every later θ by the
+    same amount, so its cotangent is the sum of rows s and after. Of L at the running average
+    θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t, `weights` w [T], it moves θ̄_t by 1 - Π_{k=s..t} (1 - w_k) of
+    that.
     """
-    return loss_gradients.flip(0).cumsum(0).flip(0)
+    if weights is None:
+        return loss_gradients.flip(0).cumsum(0).flip(0)
+    later = torch.ones_like(weights).expand(len(weights), -1).triu() > 0
+    return (1 - torch.where(later, 1 - weights, 1.0).cumprod(1)) @ loss_gradients
 
 
 def adam_direction(gradient: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,20 +28,25 @@ def named(name: str, *, eps: float, generator: Generator | None = None) -> Calla
     Raises:
         InputError: a module that cannot be imported, or nothing in it of that name to call.
     """
+    attack = adapted(imported(name, "attack"), eps=eps)
+    return attack if generator is None else partial(seeded, attack, generator)
+
+
+def imported(name: str, option: str) -> Callable:
+    """What MODULE:FUNCTION names, for that option of `run.py`; InputError if there is none."""
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
     except (ImportError, TypeError, ValueError) as error:
         raise InputError(
-            f"--attack {name}: the module '{module}' cannot be imported ({error}): install it, or "
-            "put its folder on PYTHONPATH"
+            f"--{option} {name}: the module '{module}' cannot be imported ({error}): install it, "
+            "or put its folder on PYTHONPATH"
         ) from None
     except AttributeError:
         found = None
     if not callable(found):
-        raise InputError(f"--attack {name}: the module '{module}' has no function '{function}'")
-    attack = adapted(found, eps=eps)
-    return attack if generator is None else partial(seeded, attack, generator)
+        raise InputError(f"--{option} {name}: the module '{module}' has no function '{function}'")
+    return found
 
 
 def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
@@ -53,9 +58,9 @@ def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
     if "foolbox" in libraries:
         return partial(foolbox, attack() if is_class else attack, eps=eps)
     of_torchattacks = "torchattacks" in libraries
-    if of_torchattacks and is_class and takes_eps(attack):
+    if of_torchattacks and is_class and takes(attack, "eps"):
         return partial(torchattacks, attack, eps=eps)
-    if of_torchattacks or not takes_eps(attack):
+    if of_torchattacks or not takes(attack, "eps"):
         raise InputError(
             f"the attack {attack!r} has no argument eps: give a function (model, x, y, eps) -> "
             "x_adv, an attack of foolbox, or a class of torchattacks that has a radius"
@@ -63,12 +68,13 @@ def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
     return partial(attack, eps=eps)
 
 
-def takes_eps(attack: Any) -> bool:
+def takes(function: Any, name: str) -> bool:
+    """Whether an argument of that name may be given."""
     try:
-        parameters = inspect.signature(attack).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin, or nothing to call
         return False
-    return any(p.name == "eps" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def check_one_axis(x: Tensor, y: Tensor) -> None:

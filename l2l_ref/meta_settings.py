@@ -24,6 +24,10 @@ class MetaSettings:
         curriculum: shares of the episodes, (a, b): clean ones up to a, then both α and ε (`draw`)
             move evenly to their values, which they have from b on; (0, 0) from the start.
         tasks: K, the optimizees that an episode trains at once.
+        average: d in [0, 1), 0 for none: the loss that judges is taken at the running average of θ,
+            θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t with w_t = max(1 - d, 1/t).
+        stride: an unroll's meta-gradient is estimated from one coordinate in so many, which take
+            turns.
     """
 
     episodes: int
@@ -38,6 +42,8 @@ class MetaSettings:
     alpha: float = 0.5
     curriculum: tuple[float, float] = (0.0, 0.0)
     tasks: int = 1
+    average: float = 0.0
+    stride: int = 1
 
     def __post_init__(self) -> None:
         finite, share = "finite and at least 0", "in [0, 1]"
@@ -57,6 +63,8 @@ class MetaSettings:
                 "two shares of the episodes, 0 <= a <= b <= 1",
             ),
             "tasks": (self.tasks >= 1, "at least 1"),
+            "average": (0 <= self.average < 1, "at least 0 and below 1"),
+            "stride": (self.stride >= 1, "at least 1"),
         }
         for name, (right, allowed) in rules.items():
             if not right:

@@ -1,5 +1,6 @@
 """Meta-training: Adam on φ, an episode after the other, and a watch over how they end."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -29,12 +30,14 @@ class History:
     diverged: int = 0  # episodes cut short because a θ or its loss was not finite
     bad: dict[str, int] = field(default_factory=dict)  # how many of the last episodes ended so
     ended: str | None = None  # "collapsed" or "diverged": why the training was given up
+    checks: list[list[float]] = field(default_factory=list)  # [episodes done, its loss]
 
 
 # The watch: after the first fifth of the episodes, and after the clean ones of the curriculum, in
 # which a φ that does not move yet looks the same, so many in a row that end so end the training.
 WATCH_AFTER = 0.2
 PATIENCE = {"collapsed": 5, "diverged": 3}
+CHECKS = 10  # at most, evenly over the episodes after the curriculum
 
 
 def meta_train(
@@ -46,8 +49,11 @@ def meta_train(
     capture: bool = True,
     checkpoint: Path | None = None,
     on_episode: Callable[[int, float], None] = lambda episode, loss: None,
+    check: Callable[[], float] | None = None,
 ) -> History:
-    """Meta-train φ in place. Parameters that do not require gradients stay as they are.
+    """Meta-train φ in place, and leave it as it was at the best of its checks.
+
+    Parameters that do not require gradients stay as they are.
 
     A φ whose optimizees keep ending as a constant predictor, or not finite, is given up: `History`
     says so in `ended`.
@@ -60,13 +66,14 @@ def meta_train(
         checkpoint: a file written whole after every episode, with all that training goes on from;
             it continues from that if it is there.
         on_episode: called with the number of episodes done and the last unroll's mean loss.
+        check: the loss of φ as it is now, on data that stays the same; None keeps the last φ.
 
     Raises:
         InputError: a checkpoint that cannot be read or belongs to other settings; what
             `truncated_unrolls` raises.
     """
     adam = meta_adam(meta_optimizers, settings)
-    history, done = History(), 0
+    history, done, best = History(), 0, None
     if checkpoint is not None and checkpoint.exists():
         saved = read_checkpoint(checkpoint)
         if saved["settings"] != identity(settings, meta_optimizers):
@@ -76,8 +83,21 @@ def meta_train(
             )
         load_weights(meta_optimizers, saved["meta_optimizers"], f"checkpoint {checkpoint}")
         load_adam(adam, saved["adam"], f"checkpoint {checkpoint}")
-        history, done = History(**saved["history"]), saved["episodes"]
+        history, done, best = History(**saved["history"]), saved["episodes"], saved["best"]
 
+    def keep(episodes: int) -> None:
+        if checkpoint is not None:
+            state = {
+                "settings": identity(settings, meta_optimizers),
+                "episodes": episodes,
+                "meta_optimizers": meta_optimizers.state_dict(),
+                "adam": adam.state_dict(),
+                "history": asdict(history),
+                "best": best,
+            }
+            write_checkpoint(checkpoint, state)
+
+    due = check_points(settings)
     for number in range(done, settings.episodes):
         if history.ended:
             break
@@ -96,17 +116,24 @@ def meta_train(
                 history.diverged += 1
                 break
         watch(history, settings, number, how_it_ended(episode, loss))
-        if checkpoint is not None:
-            state = {
-                "settings": identity(settings, meta_optimizers),
-                "episodes": number + 1,
-                "meta_optimizers": meta_optimizers.state_dict(),
-                "adam": adam.state_dict(),
-                "history": asdict(history),
-            }
-            write_checkpoint(checkpoint, state)
+        if check is not None and number + 1 in due and not history.ended:
+            value = check()
+            if not history.checks or value < min(earlier for _, earlier in history.checks):
+                best = copy.deepcopy(meta_optimizers.state_dict())
+            history.checks.append([number + 1, value])
+        keep(number + 1)
         on_episode(number + 1, loss)
+    if best is not None and not history.ended:
+        meta_optimizers.load_state_dict(best)
+        keep(settings.episodes)
     return history
+
+
+def check_points(settings: MetaSettings) -> set[int]:
+    """The numbers of episodes after which φ is checked, that of all of them included."""
+    begin = settings.curriculum[1] * settings.episodes
+    step = (settings.episodes - begin) / CHECKS
+    return {round(begin + step * k) for k in range(1, CHECKS + 1)} | {settings.episodes}
 
 
 def how_it_ended(episode: Episode, loss: float) -> str:

@@ -3,12 +3,13 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from l2l_ref import attacks
 from l2l_ref.backend.cuda_graphs import Graphed
@@ -30,6 +31,7 @@ class Method:
         penalty: λ of its clean part (`equations.penalised`).
         cosine: the learning rate falls to 0 as a cosine.
         l1: weight of Σ|θ| in the training loss.
+        attack: of a training loss under attack, where it is not that of the run.
         half: "transfer", or "meta" for the half that φ was meta-trained on.
     """
 
@@ -39,6 +41,7 @@ class Method:
     penalty: float = 0.0
     cosine: bool = False
     l1: float = 0.0
+    attack: str | None = None
     half: str = "transfer"
 
 
@@ -77,6 +80,8 @@ def train(
     record: Recorder,
     every: int = 1,
     capture: bool = True,
+    average: AveragedModel | None = None,
+    calibration: Sequence[Tensor] = (),
 ) -> Curve:
     """Train `model` in place for `steps` updates.
 
@@ -90,6 +95,9 @@ def train(
         capture: on a GPU, updates and recordings are CUDA graphs; False if one of the callables
             waits for the device. An optimizer of PyTorch's needs `capturable=True` there, if it has
             that option.
+        average: of `model` (`running_average`), which takes in every update and is what `record`
+            is given.
+        calibration: batches of x; before it is recorded, its batch-norm normalises by them.
 
     Raises:
         InputError: batches that end; an attack that returns no such thing as x; what cannot be
@@ -99,6 +107,10 @@ def train(
     optimizer = method.optimizer(model)
     device = next(model.parameters()).device
     rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+
+    def mode(name: str) -> None:
+        """Schedule-free optimizers hold other weights to be judged than to be trained."""
+        getattr(optimizer, name, lambda: None)()
 
     def update(x: Tensor, y: Tensor) -> None:
         objective = robust_loss(
@@ -110,22 +122,40 @@ def train(
             add_l1_gradient(optimizer, method.l1)
         optimizer.step()
 
+    mode("train")
     drawn = attacks.generators(attack), attacks.generators(record)
     graphed = Graphed(update, device, generators=drawn[0], capture=capture)
-    probe = Graphed(lambda: record(model), device, generators=drawn[1], capture=capture)
+    judged = model if average is None else average.module
+    probe = Graphed(lambda: record(judged), device, generators=drawn[1], capture=capture)
     recorded, recordings, marks = [0], [torch.stack(probe())], []
     for step in range(1, steps + 1):
         begin = mark(device)
         if method.cosine:
             set_rates(optimizer, rates, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
         graphed(*next(batches))
+        if average is not None:
+            mode("eval")
+            average.update_parameters(model)
+            mode("train")
         marks.append((begin, mark(device)))
         if step % every == 0 or step == steps:
             recorded.append(step)
+            if calibration:
+                update_bn(calibration, judged)
             recordings.append(torch.stack(probe()))
+    mode("eval")
     clean, attacked = torch.stack(recordings, dim=1).tolist()  # waits for the device
     times = [milliseconds(*pair) for pair in marks]
     return Curve(recorded, clean, attacked, statistics.median(times))
+
+
+def running_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of `model` that holds θ̄ of its θ: `MetaSettings.average`, of `decay` d."""
+
+    def take_in(averages: Any, thetas: Any, count: Any) -> None:
+        torch._foreach_lerp_(averages, thetas, max(1 - decay, 1 / (int(count) + 1)))
+
+    return AveragedModel(model, multi_avg_fn=take_in)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from conftest import generator, snapshot
 from torch import Tensor, nn
 
 from l2l_ref import attacks
-from l2l_ref.attacks import fgsm, make, none, pgd
+from l2l_ref.attacks import fgsm, make, n_fgsm, none, pgd
 from l2l_ref.errors import InputError
 from l2l_ref.guard import leaves_no_trace, untouched
 
@@ -176,6 +176,17 @@ def test_random_start_draws_from_the_generator_alone(trained):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(0)
     assert torch.equal(pgd(model, x, y, eps=0.1, steps=1), run(0))  # None: torch's own, also seeded
+
+
+def test_n_fgsm_is_a_step_from_noise_of_twice_eps_clipped_to_pixels():
+    """Of a linear model the gradient is the same everywhere."""
+    model, x, y = nn.Linear(50, 2).double(), torch.rand(4, 50).double(), torch.tensor([0, 1, 0, 1])
+    x[:, :25] = 0.5
+    found = n_fgsm(model, x, y, eps=0.05, generator=generator(3))
+    sign = (model.weight[1 - y] - model.weight[y]).sign()
+    noise = torch.empty_like(x).uniform_(-0.1, 0.1, generator=generator(3))
+    torch.testing.assert_close(found, (x + noise + 0.05 * sign).clamp(0, 1))
+    assert (found - x).abs().max() > 0.14 and (found[:, 25:] == 1).any()
 
 
 def test_generator_may_live_on_another_device_than_x():
@@ -373,8 +384,10 @@ def test_make(trained):
     assert torch.equal(make("fgsm", **options)(model, x, y), fgsm(model, x, y, eps=0.2))
     made = make("pgd", **options, generator=generator())(model, x, y)
     assert torch.equal(made, pgd(model, x, y, **options, generator=generator()))
+    made = make("n-fgsm", **options, generator=generator())(model, x, y)
+    assert torch.equal(made, n_fgsm(model, x, y, eps=0.2, generator=generator()))
     assert all(callable(make(name, eps=0.1)) for name in attacks.ATTACKS)
-    with pytest.raises(InputError, match="'cw'.*none, fgsm, pgd"):
+    with pytest.raises(InputError, match="'cw'.*none, fgsm, n-fgsm, pgd"):
         make("cw", eps=0.1)
 
 

@@ -13,16 +13,19 @@ from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.problems import Stacked
 
 BATCH, STEPS, UNROLL = 6, 7, 4
-# α that φ reads, α that judges it, λ, how far the curriculum is, K; then both α as they are there.
+# α that φ reads, α that judges it, λ, how far the curriculum is, K, d of the average; then both α
+# as they are there.
 WAYS = {
-    "one loss": (0.5, 0.5, 0.0, 1, 1, 0.5, 0.5),
-    "judged by another": (1.0, 0.25, 0.0, 1, 1, 1.0, 0.25),
-    "penalised": (1.0, 0.25, 0.3, 1, 1, 1.0, 0.25),
-    "penalised, one α": (0.5, 0.5, 0.3, 1, 1, 0.5, 0.5),
-    "a curriculum before its start": (0.6, 0.2, 0.0, 0, 1, 1.0, 1.0),
-    "a quarter of a curriculum": (0.6, 0.2, 0.0, 0.25, 1, 0.9, 0.8),
-    "judged by another, K": (1.0, 0.25, 0.0, 1, 3, 1.0, 0.25),
-    "penalised, K": (1.0, 0.25, 0.3, 1, 3, 1.0, 0.25),
+    "one loss": (0.5, 0.5, 0.0, 1, 1, 0.0, 0.5, 0.5),
+    "judged by another": (1.0, 0.25, 0.0, 1, 1, 0.0, 1.0, 0.25),
+    "penalised": (1.0, 0.25, 0.3, 1, 1, 0.0, 1.0, 0.25),
+    "penalised, one α": (0.5, 0.5, 0.3, 1, 1, 0.0, 0.5, 0.5),
+    "a curriculum before its start": (0.6, 0.2, 0.0, 0, 1, 0.0, 1.0, 1.0),
+    "a quarter of a curriculum": (0.6, 0.2, 0.0, 0.25, 1, 0.0, 0.9, 0.8),
+    "judged by another, K": (1.0, 0.25, 0.0, 1, 3, 0.0, 1.0, 0.25),
+    "penalised, K": (1.0, 0.25, 0.3, 1, 3, 0.0, 1.0, 0.25),
+    "one loss, its average": (0.5, 0.5, 0.0, 1, 1, 0.7, 0.5, 0.5),
+    "penalised, its average, K": (1.0, 0.25, 0.3, 1, 3, 0.7, 1.0, 0.25),
 }
 
 
@@ -33,7 +36,7 @@ def shift(model, x, y):
 
 def by_autograd(meta, models, batches, way):
     """Each unroll's losses and derivatives by all parameters of φ: means over the tasks."""
-    *_, penalty, _, tasks, read_alpha, judged_alpha = WAYS[way]
+    _, _, penalty, _, tasks, decay, read_alpha, judged_alpha = WAYS[way]
     names = [name for name, _ in models[0].named_parameters()]
     shapes = [p.shape for p in models[0].parameters()]
     network = SMALL.build().double()
@@ -62,6 +65,7 @@ def by_autograd(meta, models, batches, way):
         list(zip(x.view(tasks, BATCH, 5), y.view(tasks, BATCH), strict=True)) for x, y in batches
     ]
     thetas = [weights(model) for model in models]
+    averages = list(thetas)
     states = [meta.init_state(len(theta)) for theta in thetas]
     moments = [meta.init_moments(len(theta)) for theta in thetas]
     for start in range(0, STEPS, UNROLL):
@@ -76,11 +80,15 @@ def by_autograd(meta, models, batches, way):
                 if meta.nominal:
                     d, moments[k] = equations.adam_direction(gradient, moments[k])
                     thetas[k] = thetas[k] - meta.log_eta.exp() * d
-                at.append(loss(thetas[k], *split[t + 1][k], judged_alpha))
+                weight = max(1 - decay, 1 / (t + 1))
+                averages[k] = (1 - weight) * averages[k] + weight * thetas[k]
+                at.append(loss(averages[k], *split[t + 1][k], judged_alpha))
             losses.append(torch.stack(at).mean())
         derivative = torch.autograd.grad(sum(losses), list(meta.parameters()))
         yield torch.cat([d.flatten() for d in derivative]), torch.stack(losses).detach()
-        thetas, states = ([tensor.detach() for tensor in of] for of in (thetas, states))
+        thetas, averages, states = (
+            [tensor.detach() for tensor in of] for of in (thetas, averages, states)
+        )
 
 
 @pytest.mark.parametrize(
@@ -91,9 +99,9 @@ def by_autograd(meta, models, batches, way):
 def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, odd, nominal, way):
     """To first order: gradients, d and the θ that φ saw are constants. Two unrolls, the states
     and moments of the first carried on."""
-    read_alpha, alpha, penalty, strength, tasks, *_ = WAYS[way]
+    read_alpha, alpha, penalty, strength, tasks, average, *_ = WAYS[way]
     settings = MetaSettings(1, steps=STEPS, unroll=UNROLL, read_alpha=read_alpha, alpha=alpha,
-                            penalty=penalty, tasks=tasks)  # fmt: skip
+                            penalty=penalty, tasks=tasks, average=average)  # fmt: skip
     phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, output_scale=0.1,
                   theta_input=theta_input, odd=odd, nominal=nominal).double()  # fmt: skip
     meta = phi["linear"]
@@ -119,6 +127,34 @@ def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, od
         assert error[nominal:].max() <= 1e-9 * slope[nominal:].max()
         if nominal:  # log η, first in order
             assert slope[0] > 1e-4 and error[0] <= 1e-9 * slope[0]
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_the_samples_of_coordinates_take_turns_and_add_up(backend, odd):
+    """The mean over the turns is the whole meta-gradient; each unroll samples others."""
+
+    def found(number, stride):
+        phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, theta_input=odd,
+                      odd=odd, nominal=odd).double()  # fmt: skip
+        nn.init.normal_(phi["linear"].head.weight, generator=generator(2))
+        model, noise = SMALL.draw(generator()).double(), generator(50)
+        batches = [(torch.rand(BATCH, 5, generator=noise, dtype=torch.float64),
+                    torch.randint(3, (BATCH,), generator=noise))
+                   for _ in range(STEPS + 1)]  # fmt: skip
+        settings = MetaSettings(1, steps=STEPS, unroll=UNROLL, stride=stride, average=0.5)
+        episode = Episode(model, iter(batches), shift, number=number)
+        unrolls = truncated_unrolls(episode, phi, settings, backend)
+        return torch.stack([dphis["linear"] for dphis, _ in unrolls])
+
+    whole, n = found(0, 1), sum(p.numel() for p in SMALL.build().parameters())
+    for stride in (3, 10**6):  # as many turns, or one for each coordinate
+        turns = min(stride, n)
+        parts = torch.stack([found(number, stride) for number in range(turns)])
+        sizes = torch.tensor([[len(range((number + k) % turns, n, turns)) for k in range(2)]
+                              for number in range(turns)])  # fmt: skip
+        total = (parts * sizes[..., None]).sum(0) / n
+        torch.testing.assert_close(total, whole, rtol=1e-9, atol=1e-12)
+        assert (parts[0] - parts[1]).abs().max() > 1e-6
 
 
 def test_the_model_must_hold_as_many_tasks_as_the_settings_say():

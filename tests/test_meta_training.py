@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,42 @@ def test_resumed_equals_uninterrupted(tmp_path, form, schedule, killed_at):
         resumed = new_phi(**form)
         assert meta_train(resumed, chosen, own, checkpoint=path) == expected
         assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("killed_at", [None, 5, 10])
+def test_phi_is_left_at_the_best_of_its_checks(tmp_path, killed_at):
+    """Twelve episodes, the first two of a curriculum: checked after each of the other ten."""
+    path, chosen = tmp_path / "phi.pt", settings(episodes=12, curriculum=(0.0, 1 / 6))
+    said = dict(
+        zip(range(3, 13), [9.0, 4.0, 5.0, 3.0, 3.0, math.inf, 7.0, 8.0, 9.0, 9.0], strict=True)
+    )
+    seen: dict[int, Any] = {}
+
+    def trained(phi, **more):
+        def check():
+            number = len(asked) + 3
+            asked.append(number)
+            seen[number] = copy.deepcopy(phi.state_dict())
+            return said[number]
+
+        return meta_train(phi, chosen, draw, checkpoint=path, check=check, **more)
+
+    asked: list[int] = []
+    phi = new_phi()
+    if killed_at:
+
+        def stop(number, loss):
+            if number == killed_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            trained(phi, on_episode=stop)
+        phi = new_phi()
+    history = trained(phi)
+    assert asked == list(said) and history.checks == [[n, value] for n, value in said.items()]
+    for weights in (phi.state_dict(), read_checkpoint(path)["meta_optimizers"]):
+        assert all(torch.equal(weights[name], value) for name, value in seen[6].items())
+    assert any(not torch.equal(seen[6][name], value) for name, value in seen[12].items())
 
 
 def test_other_settings_do_not_continue_a_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from l2l_ref import attacks
 from l2l_ref.equations import penalised
 from l2l_ref.experiment.tuning import adam, sgd
-from l2l_ref.transfer import Curve, Method, train
+from l2l_ref.transfer import Curve, Method, running_average, train
 
 
 def line() -> nn.Module:
@@ -133,6 +133,34 @@ def test_training_mode_and_batch_norm_statistics():
         counts.append(model[2].num_batches_tracked.item())
         assert model.training
     assert counts == [5, 5]
+
+
+def test_its_running_average_is_recorded_and_normalises_anew():
+    """w as ever; recorded is w̄ of weights 1, 1/2 and 0.4 = 1 - d."""
+    model = line()
+    average = running_average(model, 0.6)
+    batches = [(torch.tensor([[x]]), torch.zeros(1, 1)) for x in XS]
+    curve = train(
+        model, Method("", partial(sgd, 0.01)), iter(batches), loss=square, attack=attacks.none,
+        steps=3, record=lambda m: (m.weight.detach().sum(), torch.zeros(())), average=average,
+    )  # fmt: skip
+    w = by_hand(0.01)
+    averages = [w[0], w[1], (w[1] + w[2]) / 2]
+    averages.append(0.6 * averages[2] + 0.4 * w[3])
+    close(model.weight.item(), w[3])
+    close(curve.clean, averages)
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    average = running_average(model, 0.5)
+    x, calibration = torch.rand(8, 2), torch.rand(40, 2)
+    train(
+        model, Method("", partial(sgd, 0.1)), iter([(x, torch.zeros(8, 3))] * 5), loss=square,
+        attack=attacks.none, steps=5, record=nothing, average=average,
+        calibration=calibration.split(20),
+    )  # fmt: skip
+    hidden = average.module[0](calibration)
+    torch.testing.assert_close(average.module[1].running_mean, hidden.mean(0))
+    assert (model[1].running_mean - hidden.mean(0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])

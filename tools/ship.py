@@ -14,7 +14,6 @@ from pathlib import Path
 from safetensors.torch import save
 
 from l2l_ref import pretrained
-from l2l_ref.experiment.config import as_saved
 from l2l_ref.files import replace_with, sealed
 
 METHODS = ("L2L", "Nominal alone", "Adam")  # what the rows that are kept begin with
@@ -51,7 +50,7 @@ def main() -> None:
         for row in rows
         if row["method"].startswith(METHODS) and row["method"] != "Adam, lr 0.001"
     }
-    config = {**as_saved(saved["config"]), "eps": [given.eps], "load": None}
+    config = {**saved["config"], "eps": [given.eps], "load": None}
     card = {
         "good_for": given.good_for,
         "not_good_for": given.not_good_for,

@@ -65,6 +65,9 @@ class Config:
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
     tasks: int = option(META, "optimizees an episode trains at once", 1, of="φ")
+    average: float = option(META, "decay d of a running average of θ, judged in its place", 0.0,
+        of="φ")
+    stride: int = option(default=1, of="φ")  # a meta-gradient is of one coordinate in so many
     unroll: int = option(META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ")
     meta_lr: float = option(META, "Adam's on φ", 3e-3,
         {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2}, of="φ")
@@ -93,9 +96,8 @@ class Config:
     hidden_size: int = option(default=20, of="φ")
     num_layers: int = option(default=2, of="φ")
     meta_seeds: int = option(META, "φ meta-trained", 1)
-    grid: dict[str, tuple[float, ...]] = option(META, "search on the meta-training half, such as "
-        "p=5,10 meta-lr=1e-4,1e-3", {}, metavar="NAME=X,X", said=", ".join(GRID_NAMES),
-        kind=grid_axis)
+    grid: dict[str, tuple[float, ...]] = option(META, "search, such as p=5,10; also "
+        + ", ".join(GRID_NAMES[1:]), {}, metavar="NAME=X,X", said="none", kind=grid_axis)
     # A miniature of CIFAR-10's meta-training learns nothing.
     load: str | None = option(META, "use the φ of this meta_optimizer.pt instead",
         exceptions={"cifar10 quick paper fgsm": "cifar10-fgsm-2-255",
@@ -103,14 +105,17 @@ class Config:
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "quick": 40})
+    average_over: float = option(default=0.1)  # share of the steps in the average that is judged
     images: int | None = option(TRANSFER, "that an optimizee trains on", said="all of its half")
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
     folds: int = option(TRANSFER, "2: the halves change places too", 1)
-    transfer_alpha: float = option(TRANSFER, "clean share in L2L-Transfer (mixed)", 0.5)
+    transfer_alpha: float = option(default=0.5)  # the clean share in L2L-Transfer (mixed)
     attacked_alpha: float = option(  # that of Adam on attacked batches
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
+    compare: tuple[str, ...] = option(TRANSFER, "more baselines: MODULE:FUNCTION, model[, lr] -> "
+        "optimizer", (), metavar="NAME", said="none")
     tune_seeds: int = option(default=2, exceptions={"cifar10": 1, "quick": 1})
     tune_every: int = option(default=1, exceptions={"quick": 2, "cifar10 quick": 3})  # of a grid
     eval_samples: int = option(TRANSFER, "test images for the accuracies", 2000,
@@ -149,7 +154,8 @@ class Config:
         require("jobs", self.jobs is None or self.jobs >= 1, self.jobs, "at least 1")
         few = self.images is not None and self.images < self.batch_size
         require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
-        for name in ("alpha", "read_alpha", "transfer_alpha", "attacked_alpha"):
+        require("average", 0 <= self.average < 1, self.average, "at least 0 and below 1")
+        for name in ("alpha", "read_alpha", "transfer_alpha", "attacked_alpha", "average_over"):
             require(name, 0 <= getattr(self, name) <= 1, getattr(self, name), "between 0 and 1")
         penalty, shares, lengths = self.penalty, self.curriculum, self.episode_steps
         require("penalty", 0 <= penalty < math.inf, penalty, "at least 0, in units of eps")

@@ -90,6 +90,40 @@ def draw_curves(
         panel.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
                   frameon=False, title=title, title_fontsize=11)  # fmt: skip
+    finish(figure, path, footer, columns)
+
+
+@own_style()
+def draw_meta_training(
+    path: Path, histories: dict[str, dict[str, Any]], title: str, footer: str
+) -> None:
+    """Draw the loss of each unroll that trained φ, as means of a hundredth of them all, and as
+    circles what its checks said.
+
+    Args:
+        histories: `protocol.Results.meta_training`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
+    panel = figure.subplots()
+    for number, (name, history) in enumerate(histories.items()):
+        losses = torch.tensor(history["loss"])
+        size = max(1, len(losses) // 100)
+        means = losses[: len(losses) // size * size].view(-1, size).nanmean(1)
+        shares = (torch.arange(len(means)) + 0.5) / max(1, len(means))
+        panel.plot(shares, means, color=f"C{number}", lw=1.2, label=name)
+        if history["checks"]:
+            at, values = torch.tensor(history["checks"]).T
+            panel.plot(at / at[-1], values, "o", color=f"C{number}", ms=4)
+    panel.set(xlabel="share of meta-training", ylabel="loss of an unroll; circles: of a check")
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,
+                  title_fontsize=9, fontsize=8)  # fmt: skip
+    finish(figure, path, footer, 1)
+
+
+def finish(figure: Any, path: Path, footer: str, columns: int) -> None:
     footer = "\n".join(
         textwrap.fill(line, 120 * columns, break_long_words=False, break_on_hyphens=False)
         for line in footer.splitlines()

@@ -20,6 +20,9 @@ from l2l_ref.transfer import Method
 
 NEEDED = names_of("φ") | {"dataset", "attack", "eps", "seed", "judge"}  # of a φ file's settings
 
+# The row of each recipe that its φ are meant for.
+OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": "L2L-Transfer (clean)"}
+
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
     """The key of a φ. Transfer-NOT's has no eps: it never meets an attack."""

@@ -105,8 +105,9 @@ class Experiment:
             show = self.progress.begin(c.episodes, f"meta-train {name}")
             setting = search.best(parts)
             checkpoint = self.parts.path(name, "pt")
+            check = tuning.check_of(setting, fold, kind, eps)
             self.phis[name], history = train_phi(
-                setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint
+                setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint, check
             )
             if history["ended"]:
                 self.progress.say(f"{name}: given up, as its optimizees end {history['ended']}")
@@ -148,7 +149,7 @@ class Experiment:
                 key: dict[str, Any] = dict(zip(KEY, values, strict=True))
                 name = "-".join(["run", *(f"{k}{v}" for k, v in key.items() if v is not None)])
                 compute = partial(self.run_one, contender, fold, eps, seed)
-                cost = tuning.cost(c, method.alpha, method.penalty)
+                cost = tuning.cost(c, method.alpha, method.penalty, method.attack)
                 cost += c.steps * (meta_seed is not None)  # the LSTM
                 result.append((key, Piece(name, compute, method.label, cost, contender.needs)))
         return result
@@ -214,8 +215,8 @@ class Experiment:
 
 def train_method(
     setting: Setting, method: Method, fold: Fold, eps: float, seed: int
-) -> tuple[Trial, nn.Module, Curve]:
-    """An optimizee that a method has trained on its half."""
+) -> tuple[Trial, nn.Module, Curve, nn.Module]:
+    """The trial of an optimizee that a method has trained on its half, and `Trial.train`'s."""
     trial = Trial(setting, ("transfer", fold.number, seed))
     half = (fold.meta if method.half == "meta" else fold.transfer).first(setting.config.images)
     return trial, *trial.train(method, half, fold.test, eps)
@@ -224,15 +225,19 @@ def train_method(
 def run_method(
     setting: Setting, method: Method, fold: Fold, eps: float, seed: int
 ) -> dict[str, Any]:
-    """Train one optimizee and judge it: the fields of its `Curve`, and unless it is a quadratic
-    what `Trial.judge` says, robust accuracies, and its `end`: "ok", "collapsed" or "diverged"."""
-    c, (trial, model, curve) = setting.config, train_method(setting, method, fold, eps, seed)
+    """Train one optimizee and judge its average: the fields of its `Curve`, and unless it is a
+    quadratic what `Trial.judge` says (of the last θ too), robust accuracies, and its `end`: "ok",
+    "collapsed" or "diverged"."""
+    c, trained = setting.config, train_method(setting, method, fold, eps, seed)
+    trial, model, curve, last = trained
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
+    result["seconds"] = curve.ms_per_step * c.steps / 1e3
     if isinstance(fold.test, data.ImageSet):
         sample = fold.test.first(c.eval_samples)
         generator = trial.stream("judge")
         result |= trial.judge(model, fold.test, eps)
+        result["last"] = trial.judge(last, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
         losses, restarts = list(attacks.LOSSES), c.restarts
         if c.judge_attack != "pgd":  # it has a loss and restarts of its own

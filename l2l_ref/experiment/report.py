@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from l2l_ref.experiment.config import Config
-from l2l_ref.experiment.figure import draw_curves, marks
+from l2l_ref.experiment.figure import draw_curves, draw_meta_training, marks
 from l2l_ref.experiment.protocol import KEY, Results
 from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.summary import METRICS, differences, summarise, verdicts
@@ -123,11 +123,14 @@ def write(
 def draw(
     out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
 ) -> None:
-    """Draw curves.png; a figure that fails is one line on stderr, and all else is there."""
+    """Draw meta_training.png, if φ was trained, and curves.png; a figure that fails is one line on
+    stderr, and all else is there."""
     words = title(setting), footnote(setting.config, environment, command)
     heading, footer = (text.encode(errors="replace").decode() for text in words)  # bytes of paths
     rows, path = summarise(results), out / "curves.png"
     try:
+        if results.meta_training:
+            draw_meta_training(out / "meta_training.png", results.meta_training, heading, footer)
         draw_curves(path, results.runs, rows, setting.config, heading, footer)
     except Exception as error:  # fonts, a broken matplotlib: nothing that the run can help
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]

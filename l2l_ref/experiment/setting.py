@@ -11,6 +11,7 @@ from l2l_ref import attacks, data, problems
 from l2l_ref.backend import available_device, resolve
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config
+from l2l_ref.foreign import imported
 
 VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and grid settings
 
@@ -107,6 +108,8 @@ def prepare(config: Config, number: int = 0) -> Setting:
     resolve(config.backend, device)
     for name in (config.attack, config.judge_attack):
         attacks.make(name, eps=config.eps[0])  # a name that is nowhere is wrong now
+    for name in config.compare:
+        imported(name, "compare")
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     must_fit(config, problem, device)

@@ -21,9 +21,10 @@ from l2l_ref.experiment.setting import Setting, stream
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
-from l2l_ref.transfer import Curve, Method, train
+from l2l_ref.transfer import Curve, Method, running_average, train
 
 PGD_STEPS = 7  # of the loss under attack
+CALIBRATION = 1024  # images that the batch-norm of an average takes its statistics from
 # The kinds of φ: meta-trained under attack; on clean batches; a nominal term alone.
 UNDER_ATTACK, CLEAN, NOMINAL = "transfer", "not", "nominal"
 
@@ -48,14 +49,17 @@ class Trial:
         """A fresh optimizee."""
         return self.setting.problem.draw(self.stream("theta"), self.setting.device)
 
-    def attack(self, eps: float) -> attacks.Attack:
-        """The attack that trains and is recorded, its random starts from a stream of its own.
+    def attack(self, eps: float, name: str | None = None) -> attacks.Attack:
+        """The attack that trains and is recorded, or one by name, its random starts from a stream
+        of its own.
 
         It draws on the setting's device, so a GPU has other random starts than a CPU.
         """
         c, generator = self.setting.config, self.stream("attack", self.setting.device)
         steps, size = c.attack_steps, c.attack_step_size
-        return attacks.make(c.attack, eps=eps, steps=steps, step_size=size, generator=generator)
+        return attacks.make(
+            name or c.attack, eps=eps, steps=steps, step_size=size, generator=generator
+        )
 
     def probe(
         self, samples: data.Samples, eps: float
@@ -73,21 +77,26 @@ class Trial:
         eps: float,
         *,
         every: int | None = None,
-    ) -> tuple[nn.Module, Curve]:
-        """A fresh optimizee that `method` has trained on `samples`, and its curve on `probe`."""
+    ) -> tuple[nn.Module, Curve, nn.Module]:
+        """A fresh optimizee that `method` has trained on `samples`, at its running average, its
+        curve on `probe`, and itself."""
         c, model = self.setting.config, self.model()
+        average = running_average(model, 1 - 1 / max(1.0, c.average_over * c.steps))
+        calibration, _ = samples.probe(CALIBRATION, self.stream("calibration"))
         curve = train(
             model,
             method,
             samples.batches(c.batch_size, self.stream("batches")),
             loss=self.setting.problem.loss,
-            attack=self.attack(eps),
+            attack=self.attack(eps, method.attack),
             steps=c.steps,
             record=self.probe(probe, eps),
             every=every or c.record_every,
             capture=capturable(c),
+            average=average,
+            calibration=calibration.split(c.batch_size),
         )
-        return model, curve
+        return average.module, curve, model
 
     def judge(self, model: nn.Module, images: data.ImageSet, eps: float) -> dict[str, float]:
         """Losses under PGD and FGSM on the first images of a set, and the clean accuracy.
@@ -137,6 +146,8 @@ def meta_settings(c: Config, kind: str, eps: float) -> MetaSettings:
         alpha=1.0 if clean else c.alpha,
         curriculum=c.curriculum,
         tasks=c.tasks,
+        average=c.average,
+        stride=c.stride,
     )
 
 
@@ -149,8 +160,12 @@ def train_phi(
     meta_seed: int,
     on_episode: Callable[[int, float], None],
     checkpoint: Path | None = None,
+    check: Callable[[nn.ModuleDict], float] | None = None,
 ) -> tuple[nn.ModuleDict, dict[str, Any]]:
-    """Meta-train a φ of `kind` on `samples`; returns it and its `History` as a dict."""
+    """Meta-train a φ of `kind` on `samples`; returns it and its `History` as a dict.
+
+    `check`: the loss of φ on validation images, or None where its last state will do.
+    """
     c = setting.config
     settings = meta_settings(c, kind, eps)
     phi = untrained(setting, kind, fold, meta_seed)
@@ -170,6 +185,7 @@ def train_phi(
             setting.problem.classes,
             lengths[number],
             strength,
+            number,
         )
 
     history = meta_train(
@@ -180,6 +196,7 @@ def train_phi(
         capture=capturable(c),
         checkpoint=checkpoint,
         on_episode=on_episode,
+        check=check and partial(check, phi),
     )
     return phi, asdict(history)
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict
@@ -14,17 +14,19 @@ from torch import nn
 from l2l_ref import data, evaluate
 from l2l_ref.experiment.config import Config, combinations, with_grid
 from l2l_ref.experiment.options import show
+from l2l_ref.experiment.phis import OWN, phi_methods
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.queue import Piece
 from l2l_ref.experiment.setting import Fold, Setting
-from l2l_ref.experiment.trial import UNDER_ATTACK, Trial, train_phi
+from l2l_ref.experiment.trial import CLEAN, UNDER_ATTACK, Trial, train_phi
+from l2l_ref.foreign import imported, takes
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
 
 # Candidates of the baselines: learning rates from low to high, weights of the L1 norm, λ/ε.
 ADAM_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SGD_LRS = (0.01, 0.03, 0.1, 0.3, 1.0)
-L1_LRS = (1e-3, 3e-3, 1e-2)
+LOW_LRS, LRS = (5e-4, 1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 L1_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2)
 LITTLE_L1 = (0.0, 1e-3)  # beside a loss that knows of attacks
 PENALTIES = (1.0, 1.5)
@@ -49,6 +51,11 @@ def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
+def momentum(lr: float, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum of 0.9."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
+
+
 def default_adam() -> Method:
     """Adam as PyTorch has it."""
     return Method(f"Adam, lr {DEFAULT_LR:g}", partial(adam, DEFAULT_LR))
@@ -58,13 +65,13 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     """The grids of the baselines: {label: {settings in words: the method}}."""
     grids: dict[str, dict[str, Method]] = {}
 
-    def add(label: str, axes: dict[str, Sequence[float]], optimizer=adam, **fixed: Any) -> None:
+    def add(label: str, axes: Mapping[str, Sequence[float]], optimizer=adam, **fixed: Any) -> None:
         """A baseline over the product of `axes`: learning rates, and weights of L1 and λ/ε."""
         grids[label] = {}
         for point in combinations(axes)[:: config.tune_every]:
             options = {"l1": point.get("L1", 0.0), "penalty": point.get("λ/ε", 0.0) * eps, **fixed}
             words = ", ".join(f"{name} {value:g}" for name, value in point.items())
-            grids[label][words] = Method(label, partial(optimizer, point["lr"]), **options)
+            grids[label][words] = Method(label, partial(optimizer, point.get("lr")), **options)
 
     if config.dataset == "quadratic":
         add("Adam", {"lr": QUADRATIC_ADAM_LRS})
@@ -73,20 +80,36 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     mnist, alpha = config.dataset == "mnist", config.attacked_alpha
     add("Adam", {"lr": ADAM_LRS})
     add("SGD", {"lr": SGD_LRS}, sgd)
-    add("Adam + L1", {"lr": L1_LRS, "L1": L1_WEIGHTS})
-    if mnist:
-        add("Adam + L1, cosine", {"lr": L1_LRS, "L1": L1_WEIGHTS}, cosine=True)
+    add("Adam + L1", {"lr": LOW_LRS, "L1": L1_WEIGHTS})
     if config.attack != "none":
-        penalties = PENALTIES if mnist else PENALTIES[:1]
-        add("Adam + penalty + L1", {"lr": L1_LRS, "L1": LITTLE_L1, "λ/ε": penalties})
+        penalised = {"L1": LITTLE_L1, "λ/ε": PENALTIES if mnist else PENALTIES[:1]}
+        attacked = {"lr": LRS, "L1": LITTLE_L1[1:]}
+        add("Adam + penalty + L1", {"lr": LRS, **penalised})
+        add("SGD + penalty + L1, cosine", {"lr": SGD_LRS[1:4], **penalised}, momentum, cosine=True)
         add("Adam (attacked)", {"lr": ADAM_LRS}, alpha=alpha)
-        add("Adam (attacked) + L1", {"lr": L1_LRS, "L1": LITTLE_L1[1:]}, alpha=alpha)
+        add("Adam (attacked) + L1", attacked, alpha=alpha)
+        add("Adam (attacked) + L1, cosine", attacked, alpha=alpha, cosine=True)
+        add("Adam (attacked) + penalty + L1", {"lr": LRS, **penalised}, alpha=alpha)
+        add("Adam (N-FGSM) + L1", attacked, alpha=alpha, attack="n-fgsm")
+    for name in config.compare:
+        make, label = imported(name, "compare"), name.partition(":")[2]
+        label = name if label in grids else label
+        tuned = takes(make, "lr")
+
+        def optimizer(lr: float | None, model: nn.Module, make=make) -> torch.optim.Optimizer:
+            return make(model) if lr is None else make(model, lr=lr)
+
+        add(label, {"lr": ADAM_LRS} if tuned else {}, optimizer)
+        if config.attack != "none":
+            add(f"{label} (attacked)", {"lr": ADAM_LRS} if tuned else {}, optimizer, alpha=alpha)
     return grids
 
 
-def cost(config: Config, alpha: float = 1.0, penalty: float = 0.0) -> float:
+def cost(
+    config: Config, alpha: float = 1.0, penalty: float = 0.0, attack: str | None = None
+) -> float:
     """Of training an optimizee, in gradients of a batch."""
-    passes = {"none": 0, "fgsm": 1}.get(config.attack, config.attack_steps)
+    passes = {"none": 0, "fgsm": 1, "n-fgsm": 1}.get(attack or config.attack, config.attack_steps)
     attacked = 0 if alpha == 1 else 1 + passes
     clean = 0 if alpha == 0 else 3 if penalty else 1
     return config.steps * (attacked + clean)
@@ -126,7 +149,7 @@ class Grid:
     def pieces(self) -> list[Piece]:
         """All that `chosen` needs."""
         c, first = self.setting.config, tuple(self.first())
-        costs = [cost(c, method.alpha, method.penalty) for method in self.methods.values()]
+        costs = [cost(c, one.alpha, one.penalty, one.attack) for one in self.methods.values()]
         result = []
         for name, settings, own in zip(first, self.methods, costs, strict=True):
             run = partial(self.run, settings, 0)
@@ -183,13 +206,32 @@ def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int
     """Train a method on one part of the meta-training half and judge it on the other."""
     trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
     fit = fold.fit.first(setting.config.images)
-    model, curve = trial.train(method, fit, fold.validation, eps, every=steps)
+    model, curve, _ = trial.train(method, fit, fold.validation, eps, every=steps)
     if not isinstance(fold.validation, data.ImageSet):
         return {"collapsed": False, "loss": curve.attacked[-1]}
     judged = trial.judge(model, fold.validation, eps)
     loss = judged["pgd_loss"] if not curve.diverged else math.nan
     collapsed = evaluate.is_collapsed(loss, judged["accuracy"], setting.problem.classes)
     return {"collapsed": collapsed, "loss": loss}
+
+
+def check_of(
+    setting: Setting, fold: Fold, kind: str, eps: float
+) -> Callable[[nn.ModuleDict], float] | None:
+    """The loss of a φ in the row that it is meant for, as candidates are judged, at the length of
+    its longest episodes; None for one that is meant for none (Transfer-NOT)."""
+    c = setting.config
+    short = replace(setting, config=replace(c, steps=c.episode_steps[-1]))
+
+    def check(phi: nn.ModuleDict) -> float:
+        by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
+        methods = phi_methods(c, kind, eps, by_phi)
+        method = next((one for one in methods if one.label == OWN[c.recipe]), methods[0])
+        outcomes = [validate(short, method, fold, eps, seed) for seed in range(c.tune_seeds)]
+        bad, losses = zip(*map(score, outcomes), strict=True)
+        return math.inf if max(bad) else statistics.fmean(losses)
+
+    return None if kind == CLEAN else check
 
 
 @dataclass(frozen=True)

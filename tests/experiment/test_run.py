@@ -20,9 +20,12 @@ LOADING, TINY = ([*options, "--seeds", "2"] for options in (conftest.LOADING, co
 CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
           "Adam (attacked)"}  # fmt: skip
 TABLE = CURVES | {"Transfer-NOT (clean)", "Nominal alone", "SGD", "Adam, lr 0.001", "Adam + L1",
-                  "Adam + L1, cosine", "Adam + penalty + L1", "Adam (attacked) + L1"}  # fmt: skip
+                  "Adam + penalty + L1", "SGD + penalty + L1, cosine", "Adam (attacked) + L1",
+                  "Adam (attacked) + L1, cosine", "Adam (attacked) + penalty + L1",
+                  "Adam (N-FGSM) + L1"}  # fmt: skip
 ADAM = torch.optim.Adam, "step"  # of φ
-FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png", "parts"}
+FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png",
+         "meta_training.png", "parts"}  # fmt: skip
 
 
 def read(folder) -> tuple[dict, list[dict]]:
@@ -42,7 +45,8 @@ def phis_of(folder) -> dict:
 
 def without_times(summary):
     """The parts of a summary that the clock has no hand in."""
-    rows = [{k: v for k, v in row.items() if k != "ms_per_step"} for row in summary["runs"]]
+    clocked = {"ms_per_step", "seconds"}
+    rows = [{k: v for k, v in row.items() if k not in clocked} for row in summary["runs"]]
     return rows, summary["meta_training"], summary["tuned"]
 
 
@@ -123,6 +127,7 @@ class TestWhatARunLeaves:
         names = {path.name for path in (workdir / "runs").iterdir()}
         assert names == {"quadratic-none-paper-quick", "quadratic-none-paper-quick-2"}
 
+    @pytest.mark.usefixtures("few_candidates")
     def test_grid_search_is_reported_and_used(self, workdir, small_data, capsys):
         run.main([*TINY, "--seeds", "1", "--grid", "p=5,10", "meta-lr=1e-4,1e-2", "--out", "r"])
         summary, _ = read("r")
@@ -349,7 +354,8 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--eps", "1.5"], "--eps is 1.5"),
         (["--eps", "0.1", "0.1"], "free of repeats"),
         (["--alpha", "2"], "--alpha is 2.0: it must be between 0 and 1"),
-        (["--transfer-alpha", "-1"], "--transfer-alpha is -1.0"),
+        (["--average", "1"], "--average is 1.0"),
+        (["--compare", "mine"], "--compare mine: the module 'mine' cannot be imported"),
         (["--p", "0"], "--p is 0.0: it must be above 0 and at most 80"),
         (["--p", "1000"], "--p is 1000.0"),
         (["--grid", "unroll=2.5"], "--unroll is 2.5: it must be a whole number"),

@@ -80,10 +80,10 @@ def test_curves_are_those_of_the_paper():
                 found[m.label] = m.optimizer, m.alpha, m.penalty, m.half
         return found
 
-    assert curves("--attack", "fgsm", "--transfer-alpha", "0.4") == {
+    assert curves("--attack", "fgsm") == {
         "L2L": ("transfer", 0.5, 0.0, "meta"),
         "L2L-Transfer (clean)": ("transfer", 1.0, 0.0, "transfer"),
-        "L2L-Transfer (mixed)": ("transfer", 0.4, 0.0, "transfer"),
+        "L2L-Transfer (mixed)": ("transfer", 0.5, 0.0, "transfer"),
         "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
         "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
         "Nominal alone": ("nominal", 0.5, 0.0, "transfer"),
@@ -96,10 +96,10 @@ def test_curves_are_those_of_the_paper():
         "Nominal alone": ("nominal", 1.0, 0.0, "transfer"),
     }
     # the penalty is in units of ε, and Transfer-NOT, which knows of no attack, has none
-    assert curves("--recipe", "penalty", "--penalty", "1.5", "--transfer-alpha", "0.4") == {
+    assert curves("--recipe", "penalty", "--penalty", "1.5") == {
         "L2L": ("transfer", 1.0, pytest.approx(0.3), "meta"),
         "L2L-Transfer (clean)": ("transfer", 1.0, pytest.approx(0.3), "transfer"),
-        "L2L-Transfer (mixed)": ("transfer", 0.4, pytest.approx(0.3), "transfer"),
+        "L2L-Transfer (mixed)": ("transfer", 0.5, pytest.approx(0.3), "transfer"),
         "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
         "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
         "Nominal alone": ("nominal", 1.0, pytest.approx(0.3), "transfer"),

@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from conftest import TINY, zeroing
 
+from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, tuning
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.experiment.protocol import Experiment
@@ -138,13 +140,16 @@ class TestCandidates:
     def test_of_mnist(self):
         found = self.grids()
         counts = {label: len(grid) for label, grid in found.items()}
-        assert counts == {"Adam": 6, "SGD": 5, "Adam + L1": 12, "Adam + L1, cosine": 12,
-                          "Adam + penalty + L1": 12, "Adam (attacked)": 6,
-                          "Adam (attacked) + L1": 3}  # fmt: skip
+        assert counts == {"Adam": 6, "SGD": 5, "Adam + L1": 16, "Adam + penalty + L1": 12,
+                          "SGD + penalty + L1, cosine": 12, "Adam (attacked)": 6,
+                          "Adam (attacked) + L1": 3, "Adam (attacked) + L1, cosine": 3,
+                          "Adam (attacked) + penalty + L1": 12,
+                          "Adam (N-FGSM) + L1": 3}  # fmt: skip
         for label, grid in found.items():
             for method in grid.values():
                 assert method.label == label and method.cosine == label.endswith("cosine")
-                assert (method.alpha < 1) == ("attacked" in label)
+                assert (method.alpha < 1) == ("(" in label)
+                assert method.attack == ("n-fgsm" if "N-FGSM" in label else None)
                 assert (method.penalty > 0) == ("penalty" in label)
         method = found["Adam + penalty + L1"]["lr 0.003, L1 0.001, λ/ε 1.5"]
         assert (method.l1, method.penalty) == (1e-3, pytest.approx(0.15))
@@ -153,12 +158,33 @@ class TestCandidates:
 
     def test_of_others(self):
         cifar = self.grids("--dataset", "cifar10")
-        assert "Adam + L1, cosine" not in cifar and len(cifar["Adam + penalty + L1"]) == 6
-        assert set(self.grids("--attack", "none")) == {"Adam", "SGD", "Adam + L1",
-                                                       "Adam + L1, cosine"}  # fmt: skip
+        assert len(cifar["Adam + penalty + L1"]) == 6
+        assert set(self.grids("--attack", "none")) == {"Adam", "SGD", "Adam + L1"}
         quadratic = self.grids("--dataset", "quadratic")
         assert {label: len(grid) for label, grid in quadratic.items()} == {"Adam": 6, "SGD": 5}
         assert len(self.grids("--quick")["Adam"]) == 3  # every other one
+
+    def test_of_the_users_own_optimizers(self, tmp_path, monkeypatch):
+        """A rate is tuned where there is one; a name that is taken stands in full."""
+        code = (
+            "import torch\ndef nadam(model, lr): return torch.optim.NAdam(model.parameters(), lr)\n"
+        )
+        code += "def Adam(model): return torch.optim.Adam(model.parameters())\n"
+        (tmp_path / "own_optimizers.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        found = self.grids("--compare", "own_optimizers:nadam", "own_optimizers:Adam")
+        counts = {label: len(grid) for label, grid in list(found.items())[-4:]}
+        assert counts == {"nadam": 6, "nadam (attacked)": 6, "own_optimizers:Adam": 1,
+                          "own_optimizers:Adam (attacked)": 1}  # fmt: skip
+        model = torch.nn.Linear(1, 1)
+        method = found["nadam (attacked)"]["lr 0.03"]
+        assert method.optimizer(model).param_groups[0]["lr"] == 0.03 and method.alpha == 0.5
+        (method,) = found["own_optimizers:Adam"].values()
+        assert isinstance(method.optimizer(model), torch.optim.Adam) and method.alpha == 1
+        with pytest.raises(
+            InputError, match="--compare own_optimizers:gone: .* no function 'gone'"
+        ):
+            prepare(cli.parse([*TINY, "--compare", "own_optimizers:gone"]))
 
     def test_the_best_of_each_is_used(self, small_data, monkeypatch):
         """Of the miniature: 0.01 collapses, else the larger is the better."""
@@ -176,10 +202,13 @@ class TestCandidates:
             "Adam": "lr 0.001",  # of 1e-4, 1e-3, 1e-2 (every other one in the miniature)
             "SGD": "lr 1",
             "Adam + L1": "lr 0.003, L1 0.003",
-            "Adam + L1, cosine": "lr 0.003, L1 0.003",
-            "Adam + penalty + L1": "lr 0.003, L1 0.001, λ/ε 1",
+            "Adam + penalty + L1": "lr 0.03, L1 0.001, λ/ε 1",
+            "SGD + penalty + L1, cosine": "lr 0.3, L1 0.001, λ/ε 1",
             "Adam (attacked)": "lr 0.001",
-            "Adam (attacked) + L1": "lr 0.001, L1 0.001",
+            "Adam (attacked) + L1": "lr 0.03, L1 0.001",
+            "Adam (attacked) + L1, cosine": "lr 0.03, L1 0.001",
+            "Adam (attacked) + penalty + L1": "lr 0.03, L1 0.001, λ/ε 1",
+            "Adam (N-FGSM) + L1": "lr 0.03, L1 0.001",
         }
         assert tuning.default_adam().label == "Adam, lr 0.001"
 
@@ -195,7 +224,7 @@ class TestValidate:
 
         idle = partial(sgd, 0.0)
         trial = Trial(setting, ("tune", 0, 0))
-        model, _ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
+        model, *_ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
         judged = trial.judge(model, fold.validation, 0.1)
         assert ends(idle) == outcome(judged["pgd_loss"])
         assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
