@@ -12,9 +12,7 @@ does to modes, buffers, `.grad` or x is undone, and what it returns is checked.
 
 Throughout, `model` is any callable from x, float [b, ...] within the bounds, to logits
 [b, classes]; y holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and
-lies in the ball of radius eps around x and within the bounds, [0, 1] where nothing else
-is said. Samples may lie on two axes of x, [K, b, ...], if logits and y hold them one after the
-other, [K·b, ...] (`problems.Stacked`).
+lies in the ball of radius eps around x and within the bounds, [0, 1] where nothing else is said.
 """
 
 import math
@@ -114,7 +112,7 @@ def pgd(
         return x
     _check_inside(x, bounds)
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    x_adv = _uniform_in_ball(x, y, eps, norm, bounds, generator) if random_start else x
+    x_adv = _uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
     for _ in range(steps):
         x_adv = _step(model, x_adv, x, y, eps, step_size, norm, loss, bounds)
     return x_adv
@@ -191,10 +189,10 @@ def _step(
 ) -> Tensor:  # fmt: skip
     gradient = _input_gradient(model, x_adv, y, loss)
     if norm == "l2":
-        direction = gradient / _length(gradient, y).clamp_min(torch.finfo(x.dtype).tiny)
+        direction = gradient / _length(gradient).clamp_min(torch.finfo(x.dtype).tiny)
     else:
         direction = gradient.sign()
-    return _project_(direction.mul_(step_size).add_(x_adv.detach()), x, y, eps, norm, bounds)
+    return _project_(direction.mul_(step_size).add_(x_adv.detach()), x, eps, norm, bounds)
 
 
 def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
@@ -212,7 +210,7 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
 
 
 def _project_(
-    x_adv: Tensor, x: Tensor, y: Tensor, eps: float, norm: str, bounds: tuple[float, float]
+    x_adv: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[float, float]
 ) -> Tensor:
     """The nearest point of the ball, clamped to the bounds; in place, as fresh memory costs more.
 
@@ -220,32 +218,31 @@ def _project_(
     """
     change = x_adv.sub_(x)
     if norm == "l2":
-        change.mul_((eps / _length(change, y).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1))
+        change.mul_((eps / _length(change).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1))
     else:
         change.clamp_(-eps, eps)
     return change.add_(x).clamp_(*bounds)
 
 
-def _length(change: Tensor, y: Tensor) -> Tensor:
-    """The l2 norm of each sample, on whichever axes the samples lie; as many axes as `change`."""
-    samples = 1 if len(change) == len(y) else 2
-    return torch.linalg.vector_norm(change, dim=tuple(range(samples, change.ndim)), keepdim=True)
+def _length(change: Tensor) -> Tensor:
+    """The l2 norm of each sample; as many axes as `change`."""
+    return torch.linalg.vector_norm(change, dim=tuple(range(1, change.ndim)), keepdim=True)
 
 
 def _uniform_in_ball(
-    x: Tensor, y: Tensor, eps: float, norm: str, bounds: tuple[float, float],
+    x: Tensor, eps: float, norm: str, bounds: tuple[float, float],
     generator: Generator | None,
 ) -> Tensor:  # fmt: skip
     device = x.device if generator is None else generator.device
     noise = torch.empty(x.shape, dtype=x.dtype, device=device)
     if norm == "l2":  # a uniform direction, and a radius whose power of the dimension is uniform
         noise.normal_(generator=generator)
-        length = _length(noise, y)
+        length = _length(noise)
         radius = torch.rand(length.shape, dtype=x.dtype, device=device, generator=generator)
         noise.mul_(eps * radius.pow(length.numel() / noise.numel()) / length)
     else:
         noise.uniform_(-eps, eps, generator=generator)
-    return _project_(noise.to(x.device).add_(x), x, y, eps, norm, bounds)
+    return _project_(noise.to(x.device).add_(x), x, eps, norm, bounds)
 
 
 def _check_inside(x: Tensor, bounds: tuple[float, float]) -> None:

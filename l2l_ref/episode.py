@@ -12,7 +12,6 @@ from l2l_ref.backend import operators
 from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangents
-from l2l_ref.errors import InputError
 from l2l_ref.guard import leaves_no_trace
 from l2l_ref.meta_optimizer import MetaOptimizer, no_autocast, with_phi
 from l2l_ref.meta_settings import MetaSettings
@@ -23,7 +22,7 @@ class Episode:
     """What one episode draws.
 
     Attributes:
-        model: the optimizee; K at once are one `problems.Stacked`, and x and y those of all.
+        model: the optimizee.
         batches: (x, y), an iterator without end, or what is begun again, such as a DataLoader.
         attack: (model, x, y) -> x'.
         loss: of the model on a batch.
@@ -169,9 +168,6 @@ def truncated_unrolls(
     the LSTM states and the moments carry on. First order: what the updates read enters as a
     constant, and the closed form of `unroll_meta_gradient` needs no graph.
 
-    Of K tasks at once, θ holds all coordinates [K·N]. φ reads each one's gradient of its own loss,
-    and losses and meta-gradients are the means over the tasks.
-
     Args:
         capture: on a GPU, one update is a CUDA graph; False if the attack waits for the device.
 
@@ -180,15 +176,9 @@ def truncated_unrolls(
         losses [T].
 
     Raises:
-        InputError: a model of other than `settings.tasks` tasks; φ-groups without φ; batches that
-            end; an attack that returns no such thing as x; an update that cannot be captured.
+        InputError: φ-groups without φ; batches that end; an attack that returns no such thing as
+            x; an update that cannot be captured.
     """
-    tasks = getattr(episode.model, "tasks", 1)
-    if tasks != settings.tasks:
-        raise InputError(
-            f"the episode's model holds {tasks} optimizees but tasks is {settings.tasks}: stack as "
-            "many with problems.Stacked"
-        )
     steps = episode.steps or settings.steps
     alpha, read_alpha = (
         1 + episode.strength * (alpha - 1) for alpha in (settings.alpha, settings.read_alpha)
@@ -209,8 +199,7 @@ def truncated_unrolls(
             episode.loss, episode.model, x, y, attack=attack, alpha=alpha, penalty=penalty
         )
         params = [param for group in coordinates for param in group.params]
-        scale = torch.full_like(loss, tasks)  # the mean of K losses: K times its gradient
-        grads = iter(torch.autograd.grad(loss, params, scale, materialize_grads=True))
+        grads = iter(torch.autograd.grad(loss, params, materialize_grads=True))
         for group in coordinates:
             own = [next(grads).reshape(-1) for _ in group.params]
             torch.cat(own, out=getattr(group, into))
@@ -249,5 +238,5 @@ def truncated_unrolls(
             losses.append(step(*next(batches)).clone())
             for group in coordinates:
                 group.record(t)
-        dphis = {name: group.meta_gradient(length).div_(tasks) for name, group in groups.items()}
+        dphis = {name: group.meta_gradient(length) for name, group in groups.items()}
         yield dphis, torch.stack(losses)

@@ -155,9 +155,8 @@ def theta_step_(
 def check_thetas(thetas: Tensor | None, gradients: Tensor, theta_input: bool) -> None:
     """Raise a RuntimeError unless there is a θ for each of the gradients [T, N], if φ sees θ."""
     if thetas is not None and thetas.shape != gradients.shape:
-        raise RuntimeError(
-            f"thetas has shape {list(thetas.shape)}, expected {list(gradients.shape)}"
-        )
+        shape, expected = list(thetas.shape), list(gradients.shape)
+        raise RuntimeError(f"thetas has shape {shape}, expected {expected}")
     if thetas is None and theta_input:
         raise RuntimeError(
             "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
@@ -228,10 +227,9 @@ def unroll_meta_gradient(
 def update_cotangents(loss_gradients: Tensor, weights: Tensor | None = None) -> Tensor:
     """Derivative of Σ_t L_t with respect to each update, [T, N] -> [T, N].
 
-    `loss_gradients[t]` is ∇L at the θ that update t led to. Update s moves every later θ by the
-    same amount, so its cotangent is the sum of rows s and after. Of L at the running average
-    θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t, `weights` w [T], it moves θ̄_t by 1 - Π_{k=s..t} (1 - w_k) of
-    that.
+    `loss_gradients[t]` is ∇L at the θ that update t led to. Update s moves every later θ by as much
+    as itself: suffix sums. With `weights` w [T] it is ∇L at the running average
+    θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t, which update s moves by 1 - Π_{k=s..t} (1 - w_k) of that.
     """
     if weights is None:
         return loss_gradients.flip(0).cumsum(0).flip(0)

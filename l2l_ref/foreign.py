@@ -77,15 +77,9 @@ def takes(function: Any, name: str) -> bool:
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def check_one_axis(x: Tensor, y: Tensor) -> None:
-    if len(x) != len(y):
-        raise InputError("this library's attacks take samples on one axis: use --tasks 1")
-
-
 def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     from foolbox import PyTorchModel
 
-    check_one_axis(x, y)
     with warnings.catch_warnings(record=True):  # of a model in training mode, as it is to be
         theirs = PyTorchModel(model, bounds=(0, 1), device=x.device)
         _, clipped, _ = attack(theirs, x, y, epsilons=eps)
@@ -93,7 +87,6 @@ def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -
 
 
 def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
-    check_one_axis(x, y)
     return attack(model, eps=eps)(x, y)
 
 

@@ -23,7 +23,6 @@ class MetaSettings:
         alpha: α in Eq. 6 of the loss that judges φ; the paper has one α for both.
         curriculum: shares of the episodes, (a, b): clean ones up to a, then both α and ε (`draw`)
             move evenly to their values, which they have from b on; (0, 0) from the start.
-        tasks: K, the optimizees that an episode trains at once.
         average: d in [0, 1), 0 for none: the loss that judges is taken at the running average of θ,
             θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t with w_t = max(1 - d, 1/t).
         stride: an unroll's meta-gradient is estimated from one coordinate in so many, which take
@@ -41,7 +40,6 @@ class MetaSettings:
     penalty: float = 0.0
     alpha: float = 0.5
     curriculum: tuple[float, float] = (0.0, 0.0)
-    tasks: int = 1
     average: float = 0.0
     stride: int = 1
 
@@ -62,7 +60,6 @@ class MetaSettings:
                 0 <= self.curriculum[0] <= self.curriculum[1] <= 1,
                 "two shares of the episodes, 0 <= a <= b <= 1",
             ),
-            "tasks": (self.tasks >= 1, "at least 1"),
             "average": (0 <= self.average < 1, "at least 0 and below 1"),
             "stride": (self.stride >= 1, "at least 1"),
         }

@@ -138,15 +138,15 @@ def check_points(settings: MetaSettings) -> set[int]:
 
 def how_it_ended(episode: Episode, loss: float) -> str:
     """An episode's last mean loss -> "ok", "diverged", or "collapsed": within 1 % of that of the
-    uniform prediction, and each optimizee predicts one class for all of a batch."""
+    uniform prediction, and the optimizee predicts one class for all of a batch."""
     if not math.isfinite(loss):
         return "diverged"
     if not episode.classes or not is_chance(loss, episode.classes):
         return "ok"
     with torch.no_grad(), untouched(episode.model):
         x, _ = next(endless(episode.batches))
-        predicted = episode.model(x).argmax(-1).view(getattr(episode.model, "tasks", 1), -1)
-    return "collapsed" if (predicted == predicted[:, :1]).all() else "ok"
+        predicted = episode.model(x).argmax(-1)
+    return "collapsed" if (predicted == predicted[0]).all() else "ok"
 
 
 def watch(history: History, settings: MetaSettings, number: int, end: str) -> None:

@@ -4,12 +4,11 @@ A problem says how to draw a fresh optimizee and what its loss is. No optimizer 
 problem knows nothing of the one that trains it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
 
 from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
@@ -128,77 +127,28 @@ class Quadratics:
     def rest(self, count: int) -> "Quadratics":
         return self
 
-    def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        return quadratics(self.size, *generators, device=self.device)
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        return quadratics(self.size, generator, self.device)
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return next(self.batches(self.size, generator))
 
 
 def quadratics(
-    batch_size: int, *generators: torch.Generator, device: torch.device | str = "cpu"
+    batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (W, y), drawn once from each of K `generators` (on the CPU), standard normal entries.
+    """Endless (W, y), drawn once from `generator` (on the CPU), standard normal entries.
 
     The functions stay the same while one optimizee is trained, as in Andrychowicz et al. 2016.
 
     Yields:
-        W: [batch_size, 10, 10] and y: [batch_size, 10]; for K > 1, as `Stacked` takes them,
-        W: [K, batch_size, 10, 10] and y: [K·batch_size, 10].
+        W: [batch_size, 10, 10] and y: [batch_size, 10].
     """
-    n, tasks = Quadratic.dimension, len(generators)
-    ws, ys = [], []
-    for generator in generators:
-        ws.append(torch.randn(batch_size, n, n, generator=generator))
-        ys.append(torch.randn(batch_size, n, generator=generator))
-    w, y = torch.cat(ws).to(device), torch.cat(ys).to(device)
-    w = w.unflatten(0, (tasks, -1)) if tasks > 1 else w
+    n = Quadratic.dimension
+    w = torch.randn(batch_size, n, n, generator=generator).to(device)
+    y = torch.randn(batch_size, n, generator=generator).to(device)
     while True:
         yield w, y
-
-
-class Stacked(nn.Module):
-    """K optimizees of one problem as one: their parameters and buffers, stacked on a new axis.
-
-    x is [K, b, ...], one batch for each; the outputs come one after the other, [K·b, ...], and y is
-    [K·b, ...] likewise. So a loss that averages over samples is the mean of the K losses, and
-    neither losses nor attacks need to know. Batch-norm normalises each task by its own batch.
-
-    Args:
-        models: K modules alike in kind, dtype, device and mode. They are given away: the first
-            becomes the network that all run through.
-        vectorize: one call for all (`torch.vmap`), or one after the other. None is the former on
-            a GPU, and the latter on a CPU, where the activations of one stay in cache.
-
-    Raises:
-        InputError: no models.
-        RuntimeError: models that differ.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], *, vectorize: bool | None = None):
-        super().__init__()
-        if not models:
-            raise InputError("there are 0 optimizees to stack: give at least 1")
-        parameters, buffers = stack_module_state(list(models))
-        self.tasks, self.network, self.vectorize = len(models), models[0], vectorize
-        for name, tensor in (parameters | buffers).items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.network.get_submodule(owner)
-            if name in parameters:
-                module._parameters[leaf] = nn.Parameter(tensor.detach())
-            else:
-                module._buffers[leaf] = tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [K, b, ...] -> the outputs of all, [K·b, ...]."""
-        tensors = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
-        if self.vectorize or (self.vectorize is None and x.device.type != "cpu"):
-            return torch.vmap(self._one)(tensors, x).flatten(0, 1)
-        each = zip(*(tensor.unbind() for tensor in tensors.values()), x.unbind(), strict=True)
-        return torch.cat([self._one(dict(zip(tensors, own, strict=True)), x) for *own, x in each])
-
-    def _one(self, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(self.network, tensors, (x,))
 
 
 OPTIMIZEES = {"mnist": ("mlp", "logistic"), "cifar10": ("convnet", "logistic")}

@@ -68,17 +68,6 @@ def test_starts_are_uniform_in_the_ball():
     assert start.mean(0).abs().max() < 0.01
 
 
-def test_samples_may_lie_on_two_axes():
-    model, (x, y) = net(), images()
-
-    def stacked(z):
-        return model(z.flatten(0, 1)) if z.dim() == 5 else model(z)
-
-    options = {"eps": EPS, "norm": "l2", "random_start": False}
-    together = pgd(stacked, x.unflatten(0, (2, 8)), y, **options)
-    torch.testing.assert_close(together.flatten(0, 1), pgd(model, x, y, **options))
-
-
 def test_no_gradient_moves_nothing():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     nn.init.zeros_(flat[1].weight)

@@ -1,31 +1,26 @@
-"""Episodes: unrolls and their meta-gradients against autograd, their lengths, K tasks at once."""
+"""Episodes: unrolls and their meta-gradients against autograd, their lengths."""
 
 import pytest
 import torch
 from conftest import SMALL, generator, weights
 from torch import nn
 
-from l2l_ref import attacks, equations
+from l2l_ref import equations
 from l2l_ref.episode import Episode, truncated_unrolls
-from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.meta_settings import MetaSettings
-from l2l_ref.problems import Stacked
 
 BATCH, STEPS, UNROLL = 6, 7, 4
-# α that φ reads, α that judges it, λ, how far the curriculum is, K, d of the average; then both α
-# as they are there.
+# α that φ reads, α that judges it, λ, how far the curriculum is, d of the average; both α there.
 WAYS = {
-    "one loss": (0.5, 0.5, 0.0, 1, 1, 0.0, 0.5, 0.5),
-    "judged by another": (1.0, 0.25, 0.0, 1, 1, 0.0, 1.0, 0.25),
-    "penalised": (1.0, 0.25, 0.3, 1, 1, 0.0, 1.0, 0.25),
-    "penalised, one α": (0.5, 0.5, 0.3, 1, 1, 0.0, 0.5, 0.5),
-    "a curriculum before its start": (0.6, 0.2, 0.0, 0, 1, 0.0, 1.0, 1.0),
-    "a quarter of a curriculum": (0.6, 0.2, 0.0, 0.25, 1, 0.0, 0.9, 0.8),
-    "judged by another, K": (1.0, 0.25, 0.0, 1, 3, 0.0, 1.0, 0.25),
-    "penalised, K": (1.0, 0.25, 0.3, 1, 3, 0.0, 1.0, 0.25),
-    "one loss, its average": (0.5, 0.5, 0.0, 1, 1, 0.7, 0.5, 0.5),
-    "penalised, its average, K": (1.0, 0.25, 0.3, 1, 3, 0.7, 1.0, 0.25),
+    "one loss": (0.5, 0.5, 0.0, 1, 0.0, 0.5, 0.5),
+    "judged by another": (1.0, 0.25, 0.0, 1, 0.0, 1.0, 0.25),
+    "penalised": (1.0, 0.25, 0.3, 1, 0.0, 1.0, 0.25),
+    "penalised, one α": (0.5, 0.5, 0.3, 1, 0.0, 0.5, 0.5),
+    "a curriculum before its start": (0.6, 0.2, 0.0, 0, 0.0, 1.0, 1.0),
+    "a quarter of a curriculum": (0.6, 0.2, 0.0, 0.25, 0.0, 0.9, 0.8),
+    "one loss, its average": (0.5, 0.5, 0.0, 1, 0.7, 0.5, 0.5),
+    "penalised, its average": (1.0, 0.25, 0.3, 1, 0.7, 1.0, 0.25),
 }
 
 
@@ -34,11 +29,11 @@ def shift(model, x, y):
     return (0.8 * x + 0.1).flip(-1)
 
 
-def by_autograd(meta, models, batches, way):
-    """Each unroll's losses and derivatives by all parameters of φ: means over the tasks."""
-    _, _, penalty, _, tasks, decay, read_alpha, judged_alpha = WAYS[way]
-    names = [name for name, _ in models[0].named_parameters()]
-    shapes = [p.shape for p in models[0].parameters()]
+def by_autograd(meta, model, batches, way):
+    """Each unroll's losses and derivatives by all parameters of φ."""
+    _, _, penalty, _, decay, read_alpha, judged_alpha = WAYS[way]
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
     network = SMALL.build().double()
 
     def loss(theta, x, y, alpha, penalty=0.0):
@@ -61,34 +56,24 @@ def by_autograd(meta, models, batches, way):
         theta = theta.detach().requires_grad_()
         return torch.autograd.grad(loss(theta, x, y, read_alpha, penalty), theta)[0]
 
-    split = [
-        list(zip(x.view(tasks, BATCH, 5), y.view(tasks, BATCH), strict=True)) for x, y in batches
-    ]
-    thetas = [weights(model) for model in models]
-    averages = list(thetas)
-    states = [meta.init_state(len(theta)) for theta in thetas]
-    moments = [meta.init_moments(len(theta)) for theta in thetas]
+    theta = average = weights(model)
+    state, moments = meta.init_state(len(theta)), meta.init_moments(len(theta))
     for start in range(0, STEPS, UNROLL):
         losses = []
         for t in range(start, min(start + UNROLL, STEPS)):
-            at = []
-            for k in range(tasks):
-                gradient = read(thetas[k], *split[t][k])
-                seen = thetas[k].detach()  # what φ sees enters as a constant
-                u, states[k] = equations.update(seen, gradient, states[k], meta.phi(), **meta.form)
-                thetas[k] = thetas[k] + u
-                if meta.nominal:
-                    d, moments[k] = equations.adam_direction(gradient, moments[k])
-                    thetas[k] = thetas[k] - meta.log_eta.exp() * d
-                weight = max(1 - decay, 1 / (t + 1))
-                averages[k] = (1 - weight) * averages[k] + weight * thetas[k]
-                at.append(loss(averages[k], *split[t + 1][k], judged_alpha))
-            losses.append(torch.stack(at).mean())
+            gradient = read(theta, *batches[t])
+            seen = theta.detach()  # what φ sees enters as a constant
+            u, state = equations.update(seen, gradient, state, meta.phi(), **meta.form)
+            theta = theta + u
+            if meta.nominal:
+                d, moments = equations.adam_direction(gradient, moments)
+                theta = theta - meta.log_eta.exp() * d
+            weight = max(1 - decay, 1 / (t + 1))
+            average = (1 - weight) * average + weight * theta
+            losses.append(loss(average, *batches[t + 1], judged_alpha))
         derivative = torch.autograd.grad(sum(losses), list(meta.parameters()))
         yield torch.cat([d.flatten() for d in derivative]), torch.stack(losses).detach()
-        thetas, averages, states = (
-            [tensor.detach() for tensor in of] for of in (thetas, averages, states)
-        )
+        theta, average, state = theta.detach(), average.detach(), state.detach()
 
 
 @pytest.mark.parametrize(
@@ -99,22 +84,20 @@ def by_autograd(meta, models, batches, way):
 def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, odd, nominal, way):
     """To first order: gradients, d and the θ that φ saw are constants. Two unrolls, the states
     and moments of the first carried on."""
-    read_alpha, alpha, penalty, strength, tasks, average, *_ = WAYS[way]
+    read_alpha, alpha, penalty, strength, average, *_ = WAYS[way]
     settings = MetaSettings(1, steps=STEPS, unroll=UNROLL, read_alpha=read_alpha, alpha=alpha,
-                            penalty=penalty, tasks=tasks, average=average)  # fmt: skip
+                            penalty=penalty, average=average)  # fmt: skip
     phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, output_scale=0.1,
                   theta_input=theta_input, odd=odd, nominal=nominal).double()  # fmt: skip
     meta = phi["linear"]
     nn.init.normal_(meta.head.weight, generator=generator(2))
     if nominal:
         nn.init.constant_(meta.log_eta, -3.0)
-    models = [SMALL.draw(generator(k)).double() for k in range(tasks)]
-    noise, shape = generator(50), (tasks, BATCH, 5) if tasks > 1 else (BATCH, 5)
-    batches = [(torch.rand(shape, generator=noise, dtype=torch.float64),
-                torch.randint(3, (tasks * BATCH,), generator=noise))
+    model, noise = SMALL.draw(generator()).double(), generator(50)
+    batches = [(torch.rand(BATCH, 5, generator=noise, dtype=torch.float64),
+                torch.randint(3, (BATCH,), generator=noise))
                for _ in range(STEPS + 1)]  # fmt: skip
-    expected = list(by_autograd(meta, models, batches, way))
-    model = models[0] if tasks == 1 else Stacked(models)
+    expected = list(by_autograd(meta, model, batches, way))
     episode = Episode(model, iter(batches), shift, strength=strength)
     found = list(truncated_unrolls(episode, phi, settings, backend))
     assert [len(losses) for _, losses in found] == [4, 3]
@@ -155,12 +138,3 @@ def test_the_samples_of_coordinates_take_turns_and_add_up(backend, odd):
         total = (parts * sizes[..., None]).sum(0) / n
         torch.testing.assert_close(total, whole, rtol=1e-9, atol=1e-12)
         assert (parts[0] - parts[1]).abs().max() > 1e-6
-
-
-def test_the_model_must_hold_as_many_tasks_as_the_settings_say():
-    phi = new_phi(SMALL.build(), generator=generator())
-    two = Stacked([SMALL.draw(generator(k)) for k in range(2)])
-    for model, tasks in ((SMALL.draw(generator()), 3), (two, 1)):
-        episode = Episode(model, iter([]), attacks.none)
-        with pytest.raises(InputError, match=f"but tasks is {tasks}"):
-            next(truncated_unrolls(episode, phi, MetaSettings(1, tasks=tasks)))

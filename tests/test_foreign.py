@@ -185,13 +185,11 @@ class TestByName:
         assert theirs.splitlines()[1:] == ours.splitlines()[1:]  # the same bits
 
 
-def test_attacks_without_a_radius_and_tasks_at_once_are_named():
+def test_attacks_without_a_radius_are_named():
     lib = pytest.importorskip("torchattacks")
     for attack in (lib.CW, lib.PGD(PROBLEM.build()), print):
         with pytest.raises(InputError, match="has no argument eps"):
             foreign.adapted(attack, eps=EPS)
-    with pytest.raises(InputError, match="on one axis: use --tasks 1"):
-        foreign.adapted(lib.PGD, eps=EPS)(PROBLEM.build(), torch.rand(2, 4, 1), torch.zeros(8))
 
 
 def test_no_attack_at_all_is_no_robustness(small_digits):

@@ -180,7 +180,12 @@ def test_other_settings_do_not_continue_a_checkpoint(tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     path, chosen = tmp_path / "phi.pt", settings(schedule="cosine")
     killed_after(2, new_phi(), chosen, draw, path)
-    for changes in ({"penalty": 0.1}, {"curriculum": (0.0, 0.5)}, {"tasks": 2}, {"meta_lr": 0.1}):
+    for changes in (
+        {"penalty": 0.1},
+        {"curriculum": (0.0, 0.5)},
+        {"average": 0.5},
+        {"meta_lr": 0.1},
+    ):
         with pytest.raises(InputError, match="other settings"):
             meta_train(new_phi(), replace(chosen, **changes), draw, checkpoint=path)
     with pytest.raises(InputError, match="other settings"):

@@ -27,9 +27,8 @@ class Samples(Protocol):
     def rest(self, count: int) -> "Samples":
         """All but the first `count`."""
 
-    def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (x, y) of `size`; with K > 1 generators, of K tasks as `problems.Stacked` takes
-        them."""
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless (x, y) of `size`."""
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(x, y) by which a curve is recorded; `generator` is that of the batches, at its start."""
@@ -79,18 +78,14 @@ class ImageSet:
         """All but the first `count`, without a copy."""
         return ImageSet(self.images[count:], self.labels[count:])
 
-    def batches(self, size: int, *generators: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end: every epoch in a new order, drawn from each of K `generators`.
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end: every epoch in a new order, drawn from `generator` on the CPU.
 
         The ragged last batch of an epoch is dropped, so that all have the same size. The device
-        waits for the host once an epoch, when it gets the orders.
-
-        Args:
-            generators: on the CPU, one for each optimizee that trains at the same time.
+        waits for the host once an epoch, when it gets the order.
 
         Yields:
-            x: float32 [size, c, h, w] in [0, 1]; y: int64 [size]. For K > 1, as
-            `problems.Stacked` takes them, x: [K, size, c, h, w] and y: [K·size].
+            x: float32 [size, c, h, w] in [0, 1]; y: int64 [size].
 
         Raises:
             InputError: at the call, unless 1 <= size <= len(self).
@@ -100,15 +95,12 @@ class ImageSet:
                 f"batch size {size} does not go with {len(self)} images: "
                 f"choose one from 1 to {len(self)}, or give more data"
             )
-        tasks = len(generators)
 
         def endless() -> Iterator[tuple[Tensor, Tensor]]:
             while True:
-                orders = [torch.randperm(len(self), generator=one) for one in generators]
-                indices = torch.stack(orders).to(self.labels.device).split(size, dim=1)
-                for index in indices[: len(self) // size]:  # [K, size]
-                    x, y = self.batch(index.flatten())
-                    yield x.unflatten(0, (tasks, -1)) if tasks > 1 else x, y
+                order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+                for index in order.split(size)[: len(self) // size]:
+                    yield self.batch(index)
 
         return endless()
 

@@ -64,7 +64,6 @@ class Config:
         (100,), {"cifar10": (100, 300), "robust": (100, 1000), "penalty": (100, 300),
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
-    tasks: int = option(META, "optimizees an episode trains at once", 1, of="φ")
     average: float = option(META, "decay d of a running average of θ, judged in its place", 0.0,
         of="φ")
     stride: int = option(default=1, of="φ")  # a meta-gradient is of one coordinate in so many
@@ -80,7 +79,8 @@ class Config:
     read_alpha: float = option(  # that of the loss whose gradient φ reads
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
     penalty: float = option(META, "λ/eps of the loss that φ reads", 0.0,
-        {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ")
+        {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ",
+        said="penalty: 1.5, on CIFAR-10 1")
     # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
     curriculum: tuple[float, float] = option(META, "fractions of the episodes at which attacks "
         "begin and are at full strength", (0.0, 0.5),
@@ -206,11 +206,11 @@ def must_end(c: Config) -> None:
     phis = c.folds * len(c.eps) * c.meta_seeds
     points = c.folds * math.prod(map(len, c.grid.values())) if c.grid else 0
     pieces = points + phis * (1 + 2 * c.seeds)
-    episodes = (points * len(c.eps) + phis) * c.episodes * c.tasks
+    episodes = (points * len(c.eps) + phis) * c.episodes
     gradients = episodes * c.episode_steps[0] + phis * 2 * c.seeds * c.steps
     for count, what, most in (
         (pieces, "pieces (--seeds, --meta-seeds, --eps and --grid)", MOST_PIECES),
-        (gradients, "gradients (--episodes, --steps, --tasks and pieces)", MOST_GRADIENTS),
+        (gradients, "gradients (--episodes, --steps and pieces)", MOST_GRADIENTS),
     ):
         if count > most:
             raise InputError(f"this run has at least {count:,} {what}: ask for {most:,} at most")

@@ -119,7 +119,7 @@ class Experiment:
             return history
 
         alphas = [1.0] if kind == CLEAN else {c.alpha, c.read_alpha}
-        updates = c.episodes * c.tasks * sum(c.episode_steps) / len(c.episode_steps)
+        updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
         cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
         return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
 

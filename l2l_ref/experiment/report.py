@@ -51,9 +51,8 @@ def title(setting: Setting) -> str:
     """What a table or figure shows; always says what the data were."""
     config = setting.config
     attacks = {"fgsm": "FGSM", "pgd": f"PGD-{config.attack_steps}", "none": "no attack"}
-    recipe = f"recipe {config.recipe}" + f", {config.tasks} tasks" * (config.tasks > 1)
     words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
-             config.optimizee, attacks.get(config.attack, config.attack), recipe,
+             config.optimizee, attacks.get(config.attack, config.attack), f"recipe {config.recipe}",
              f"data: {setting.source}"]  # fmt: skip
     if setting.origin:
         words.append(f"φ from {setting.origin}")

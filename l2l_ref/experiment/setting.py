@@ -80,15 +80,15 @@ def must_fit(config: Config, problem: problems.Problem, device: torch.device) ->
     with torch.device("meta"):
         coordinates = sum(param.numel() for param in problem.build().parameters())
     state = 2 * config.num_layers * config.hidden_size * (1 + config.odd)
-    needed = 4 * config.tasks * coordinates * (state + 3 * config.unroll)
+    needed = 4 * coordinates * (state + 3 * config.unroll)
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise InputError(
-            f"{config.tasks:,} x {coordinates:,} weights need over {needed >> 30:,} GiB, of which "
-            f"{device} has {there >> 30:,}: choose a smaller --tasks, --unroll or --batch-size"
+            f"{coordinates:,} weights need over {needed >> 30:,} GiB, of which "
+            f"{device} has {there >> 30:,}: choose a smaller --unroll or --batch-size"
         )
 
 

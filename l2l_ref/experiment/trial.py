@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref import attacks, data, evaluate, problems
+from l2l_ref import attacks, data, evaluate
 from l2l_ref.episode import Episode
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.setting import Setting, stream
@@ -145,7 +145,6 @@ def meta_settings(c: Config, kind: str, eps: float) -> MetaSettings:
         penalty=0.0 if clean else c.penalty * eps,
         alpha=1.0 if clean else c.alpha,
         curriculum=c.curriculum,
-        tasks=c.tasks,
         average=c.average,
         stride=c.stride,
     )
@@ -172,15 +171,14 @@ def train_phi(
     lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
 
     def draw(number: int) -> Episode:
-        # Task k of episode n is the trial of episode n·K + k of a run with K = 1.
-        numbers = range(number * c.tasks, (number + 1) * c.tasks)
-        trials = [Trial(setting, ("meta", fold, meta_seed, n)) for n in numbers]
-        models = [trial.model() for trial in trials]
-        strength = settings.strength(number)
+        trial, strength = (
+            Trial(setting, ("meta", fold, meta_seed, number)),
+            settings.strength(number),
+        )
         return Episode(
-            models[0] if c.tasks == 1 else problems.Stacked(models),
-            samples.batches(c.batch_size, *(trial.stream("batches") for trial in trials)),
-            trials[0].attack(eps * strength),
+            trial.model(),
+            samples.batches(c.batch_size, trial.stream("batches")),
+            trial.attack(eps * strength),
             setting.problem.loss,
             setting.problem.classes,
             lengths[number],

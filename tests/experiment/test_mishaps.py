@@ -291,8 +291,6 @@ def test_nohup_is_heard(workdir):
     "arguments, words",
     [
         (["--seeds", str(10**12)], "pieces"),
-        (["--tasks", str(10**9)], "gradients"),
-        (["--tasks", str(10**6)], "GiB"),
         (["--dataset", "quadratic", "--batch-size", str(10**9)], "GiB"),
         (["--episodes", str(10**12)], "gradients"),
         (["--steps", str(10**15)], "gradients"),

@@ -155,7 +155,6 @@ class TestResumeAndLoad:
             # random lengths and a curriculum, and η, which has an Adam group of its own
             (ADAM, 9, ["--attack", "pgd", "--attack-steps", "2", "--nominal",
                        "--episode-steps", "2", "7", "--episodes", "6"]),
-            (ADAM, 3, ["--tasks", "3", "--dataset", "quadratic"]),
         ],
     )  # fmt: skip
     def test_resumed_equals_uninterrupted(self, workdir, small_data, killed_at, where, count, more):
@@ -163,7 +162,6 @@ class TestResumeAndLoad:
         run.main([*arguments, "--out", "whole"])
         summary, _ = read("whole")
         assert all(history["skipped"] == 0 for history in summary["meta_training"].values())
-        assert (", 3 tasks ·" in summary["title"]) == ("--tasks" in more)
         with killed_at(*where, count):
             run.main([*arguments, "--out", "r"])
         if where is ADAM:
@@ -198,14 +196,14 @@ class TestResumeAndLoad:
 
     def test_load_brings_the_settings_of_its_phi(self, workdir, small_data):
         logistic = "--optimizee", "logistic"
-        more = [*logistic, "--recipe", "robust", "--tasks", "2"]
+        more = [*logistic, "--recipe", "robust", "--average", "0.5"]
         run.main([*self.arguments[:-1], "a", *more])
         run.main([*LOADING, "--load", "a/meta_optimizer.pt", *logistic])
         out = "runs/mnist-fgsm-loaded-quick"  # chosen before φ is read
         (_, rows_a), (b, rows_b) = read("a"), read(out)
         assert rows_a == rows_b and "recipe robust" in b["title"]
         settings = config_of(out)["settings"]
-        assert settings["odd"] and settings["read_alpha"] == 1.0 and settings["tasks"] == 2
+        assert settings["odd"] and settings["read_alpha"] == 1.0 and settings["average"] == 0.5
         settings = phis_of("a")["transfer-fold0-phi0-eps0.1"]["linear"]["settings"]
         assert settings["odd"] and settings["theta_input"]
 
@@ -368,8 +366,8 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--out", "empty", "--resume"], "--resume finds no run in empty"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
         (["--unroll", "0"], "--unroll is 0: it must be at least 1"),
-        (["--tasks", "0"], "--tasks is 0: it must be at least 1"),
-        (["--tasks", "many"], "invalid int value: 'many'"),
+        (["--unroll", "0"], "--unroll is 0: it must be at least 1"),
+        (["--unroll", "many"], "invalid int value: 'many'"),
         (["--steps", "2.5"], "invalid int value: '2.5'"),
         (["--seeds", "0"], "--seeds is 0"),
         (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
@@ -382,8 +380,8 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--grid", "p=a"], "'a' is not a number"),
         (["--grid", "p=0,5"], "--p is 0.0"),
         (["--grid", "p=1", "p=2"], "given once"),
-        (["--grid", "p=1", "--tasks", "2", "--load", "x.pt"],
-         "leave out --episode-steps, --episodes, --grid, --tasks, --unroll"),
+        (["--grid", "p=1", "--average", "0", "--load", "x.pt"],
+         "leave out --average, --episode-steps, --episodes, --grid, --unroll"),
         (["--penalty", "-1"], "--penalty is -1.0: it must be at least 0"),
         (["--penalty", "inf"], "--penalty is inf"),
         (["--curriculum", "0.6", "0.5"], r"--curriculum is .0.6, 0.5.: .*the smaller first"),
