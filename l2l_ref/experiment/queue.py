@@ -16,7 +16,7 @@ from typing import Any
 from l2l_ref.experiment.progress import Progress
 from l2l_ref.files import locked, read_json, replace_with, sealed
 
-POLL = 0.1  # seconds that a process sleeps when no piece is ready and free
+POLL = 0.1, 2.0  # seconds that a process sleeps when no piece is free: a tenth of its idle time
 PATIENCE = 60.0  # after so many it says what it waits for
 SLASH = "∕"  # in the name of a file, which cannot have the other
 
@@ -106,7 +106,7 @@ def compute_all(pieces: Sequence[Piece], parts: Parts, progress: Progress) -> No
             with suppress(FileNotFoundError):  # done just now
                 holder = parts.path(said, "lock").read_text()
                 progress.say(f"waiting for {said}, which {holder} has")
-        time.sleep(POLL)
+        time.sleep(min(max(POLL[0], (time.monotonic() - idle) / 10), POLL[1]))
 
 
 def compute(piece: Piece, parts: Parts, progress: Progress) -> bool:

@@ -114,7 +114,7 @@ class TestOrder:
 class TestTogether:
     @pytest.mark.parametrize("count", [2, 5])
     def test_nothing_twice_nothing_before_what_it_needs(self, parts, count, monkeypatch):
-        monkeypatch.setattr(queue, "POLL", 1e-3)
+        monkeypatch.setattr(queue, "POLL", (1e-3, 1e-3))
         names = {str(i): (i % 7, [str(i // 2)] * (i > 1)) for i in range(1, 40)}
         graph = Graph(names, seconds=0.002)  # `compute` asserts that what a piece needs is there
         graph.together(parts, count)
@@ -132,7 +132,7 @@ class TestTogether:
         assert graph.done == ["a", "b", "long", "end"]
 
     def test_what_another_holds_is_waited_for_by_name_then_taken_over(self, parts, monkeypatch):
-        monkeypatch.setattr(queue, "POLL", 1e-3)
+        monkeypatch.setattr(queue, "POLL", (1e-3, 1e-3))
         monkeypatch.setattr(queue, "PATIENCE", 0.05)
         graph, free = Graph({"a": (2, ""), "b": (1, "")}), threading.Event()
         parts.folder.mkdir()
