@@ -126,7 +126,8 @@ class Coordinates:
             self.thetas[t] = self.theta[self.sample]
         if self.directions is not None:
             self.directions[t] = self.direction[self.sample]
-        self.weights[t] = self.weight
+        if self.settings.average:
+            self.weights[t] = self.weight
 
     def meta_gradient(self, length: int) -> Tensor:
         """Derivative of the unroll's meta-loss by every parameter of the meta-optimizer, packed.

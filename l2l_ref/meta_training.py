@@ -37,7 +37,7 @@ class History:
 # which a φ that does not move yet looks the same, so many in a row that end so end the training.
 WATCH_AFTER = 0.2
 PATIENCE = {"collapsed": 5, "diverged": 3}
-CHECKS = 10  # at most, evenly over the episodes after the curriculum
+CHECKS = 5  # at most, evenly over the episodes after the curriculum
 
 
 def meta_train(

@@ -21,6 +21,7 @@ from l2l_ref.experiment.setting import Fold, Setting, folds
 from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
 from l2l_ref.files import read_checkpoint, write_checkpoint
 from l2l_ref.meta_optimizer import load_weights
+from l2l_ref.meta_training import CHECKS
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import read, save
 from l2l_ref.transfer import Curve, Method
@@ -120,6 +121,7 @@ class Experiment:
 
         alphas = [1.0] if kind == CLEAN else {c.alpha, c.read_alpha}
         updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
+        updates += (kind != CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
         cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
         return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
 
