@@ -24,6 +24,7 @@ from l2l_ref.meta_settings import MetaSettings
 class History:
     """What happened while φ was trained; `loss` and `norm` have one entry an unroll."""
 
+    episodes: list[float] = field(default_factory=list)  # `loss` of the last unroll of each
     loss: list[float] = field(default_factory=list)  # meta-loss a step
     norm: list[float] = field(default_factory=list)  # of the meta-gradient, before clipping
     skipped: int = 0  # meta-gradients that were not finite
@@ -115,6 +116,7 @@ def meta_train(
             if not math.isfinite(loss):  # θ is beyond repair: a fresh optimizee comes next
                 history.diverged += 1
                 break
+        history.episodes.append(loss)
         watch(history, settings, number, how_it_ended(episode, loss))
         if check is not None and number + 1 in due and not history.ended:
             value = check()

@@ -97,8 +97,7 @@ def draw_curves(
 def draw_meta_training(
     path: Path, histories: dict[str, dict[str, Any]], title: str, footer: str
 ) -> None:
-    """Draw the loss of each unroll that trained φ, as means of a hundredth of them all, and as
-    circles what its checks said.
+    """Draw how each episode of meta-training ended, and as circles what the checks of φ said.
 
     Args:
         histories: `protocol.Results.meta_training`.
@@ -108,15 +107,11 @@ def draw_meta_training(
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     panel = figure.subplots()
     for number, (name, history) in enumerate(histories.items()):
-        losses = torch.tensor(history["loss"])
-        size = max(1, len(losses) // 100)
-        means = losses[: len(losses) // size * size].view(-1, size).nanmean(1)
-        shares = (torch.arange(len(means)) + 0.5) / max(1, len(means))
-        panel.plot(shares, means, color=f"C{number}", lw=1.2, label=name)
+        episodes = range(1, len(history["episodes"]) + 1)
+        panel.plot(episodes, history["episodes"], color=f"C{number}", lw=0.8, label=name)
         if history["checks"]:
-            at, values = torch.tensor(history["checks"]).T
-            panel.plot(at / at[-1], values, "o", color=f"C{number}", ms=4)
-    panel.set(xlabel="share of meta-training", ylabel="loss of an unroll; circles: of a check")
+            panel.plot(*zip(*history["checks"], strict=True), "o", color=f"C{number}", ms=4)
+    panel.set(xlabel="episode", ylabel="loss of its last unroll; circles: of a check")
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,
                   title_fontsize=9, fontsize=8)  # fmt: skip
