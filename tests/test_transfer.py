@@ -163,6 +163,40 @@ def test_its_running_average_is_recorded_and_normalises_anew():
     assert (model[1].running_mean - hidden.mean(0)).abs().max() > 1e-3
 
 
+def test_a_schedule_free_optimizer_is_judged_at_its_other_weights():
+    """One that holds w + 1 while it is judged, and refuses to be trained there."""
+
+    class Swapping(torch.optim.SGD):
+        moved = 1.0
+
+        def shift(self, moved):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(moved - self.moved)
+            self.moved = moved
+
+        def eval(self):
+            self.shift(1.0)
+
+        def train(self):
+            self.shift(0.0)
+
+        def step(self, closure=None):
+            assert self.moved == 0.0
+            super().step()
+
+    model = line()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    curve = train(
+        model, Method("", lambda m: Swapping(m.parameters(), 0.01)), iter(
+            [(torch.tensor([[x]]), torch.zeros(1, 1)) for x in XS]
+        ), loss=square, attack=attacks.none, steps=3, average=running_average(model, 0.0),
+        record=lambda m: (m.weight.detach().sum(), torch.zeros(())),
+    )  # fmt: skip
+    close(curve.clean, [w + 1 for w in by_hand(0.01)])
+    close(model.weight.item(), by_hand(0.01)[-1] + 1)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_a_penalty_is_trained_on(alpha):
     x, y = small_batch(b=8)
