@@ -65,9 +65,9 @@ class Config:
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
     average: float = option(META, "decay d of the average of θ that is judged", 0.0,
-        {"mnist robust": 0.95}, of="φ")
+        of="φ")
     # A meta-gradient is of one coordinate in so many (docs/trials).
-    stride: int = option(default=1, exceptions={"mnist": 4}, of="φ")
+    stride: int = option(default=1, exceptions={"mnist paper": 4}, of="φ")
     unroll: int = option(META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ")
     meta_lr: float = option(META, "Adam's on φ", 3e-3,
         {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2}, of="φ")
