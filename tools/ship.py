@@ -3,7 +3,7 @@
     python tools/ship.py runs/mnist-fgsm-paper mnist-fgsm-0.1 --eps 0.1 --horizon 100 \
         --for "mixed batches, as in the paper" --not-for "clean batches"
 
-It takes the first φ of each kind (`pip install safetensors`).
+It takes the meta-seed whose φ was the best of all on validation images (`pip install safetensors`).
 """
 
 import argparse
@@ -32,14 +32,22 @@ def main() -> None:
     saved = pretrained.read(given.run / "meta_optimizer.pt")
     summary = json.loads((given.run / "summary.json").read_text())
     about = json.loads((given.run / "config.json").read_text())
+    best = {
+        int(name.split("-")[2].removeprefix("phi")): min(loss for _, loss in history["checks"])
+        for name, history in summary["meta_training"].items()
+        if name.startswith("transfer-fold0") and name.endswith(f"eps{given.eps}")
+    }
+    seed = min(best, key=best.__getitem__)
     tensors, forms = {}, {}
     for kind in ("transfer", "not", "nominal"):
-        (phi,) = [
+        (chosen,) = [
             name
             for name in saved["phis"]
-            if name.startswith(f"{kind}-fold0-phi0") and name.endswith(("phi0", f"eps{given.eps}"))
+            if name.split("-")[:3] == [kind, "fold0", f"phi{seed}"]
+            and name.endswith((f"phi{seed}", f"eps{given.eps}"))
         ]
-        for group, meta in saved["phis"][phi].items():
+        phi = chosen.replace(f"-phi{seed}", "-phi0")  # as a run of one φ names it
+        for group, meta in saved["phis"][chosen].items():
             forms.setdefault(phi, {})[group] = meta["settings"]
             for key, weight in meta["state_dict"].items():
                 tensors[f"{phi}/{group}/{key}"] = weight.contiguous()
@@ -50,7 +58,7 @@ def main() -> None:
         for row in rows
         if row["method"].startswith(METHODS) and row["method"] != "Adam, lr 0.001"
     }
-    config = {**saved["config"], "eps": [given.eps], "load": None}
+    config = {**saved["config"], "eps": [given.eps], "meta_seeds": 1, "load": None}
     card = {
         "good_for": given.good_for,
         "not_good_for": given.not_good_for,
@@ -61,7 +69,7 @@ def main() -> None:
         "command": about["command"],
         "commit": about["environment"]["git_commit"],
         "judged_by": f"{config['judge']} images, {config['steps']} steps",
-        "results_of": "all φ of that run, of which this is the first",
+        "results_of": f"all φ of that run; this is number {seed}, the best on validation images",
         "results": results,
         "config": {name: v for name, v in config.items() if name not in ("data_dir", "out")},
         "phis": forms,
