@@ -102,6 +102,8 @@ def write(
     replace_with(out / "metrics.csv", lambda partial: partial.write_text(text))
     runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
             for run in results.runs]  # fmt: skip
+    curves = {name: {k: v for k, v in history.items() if k not in ("loss", "norm")}  # by unroll
+              for name, history in results.meta_training.items()}  # fmt: skip
     value: dict[str, Any] = {
         "title": heading,
         "data": setting.source,
@@ -112,7 +114,7 @@ def write(
         "tuned": results.chosen,
         "grid": results.grid,
         "runs": runs,
-        "meta_training": results.meta_training,
+        "meta_training": curves,
     }
     write_json(out / "summary.json", value)
     learned = verdicts(results, value["differences"], config.recipe)

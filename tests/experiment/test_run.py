@@ -293,10 +293,10 @@ class TestGivenUp:
         history = summary["meta_training"]
         assert history[self.name]["ended"] == "collapsed"
         assert history[self.name]["bad"] == {"collapsed": 5}
-        assert len(history[self.name]["loss"]) == 7  # two that do not count, and five
+        assert len(history[self.name]["episodes"]) == 7  # two that do not count, and five
         others = {name: h for name, h in history.items() if name != self.name}
         assert len(others) == 5 and all(h["ended"] is None for h in others.values())
-        assert all(len(h["loss"]) == 10 for h in others.values())
+        assert all(len(h["episodes"]) == 10 for h in others.values())
         # φ as it was when it was given up
         saved = torch.load("r/meta_optimizer.pt", weights_only=True)["phis"][self.name]["linear"]
         kept = torch.load(f"r/parts/{self.name}.pt", weights_only=True)
