@@ -158,7 +158,10 @@ class TestCandidates:
 
     def test_of_others(self):
         cifar = self.grids("--dataset", "cifar10")
-        assert len(cifar["Adam + penalty + L1"]) == 6
+        counts = {label: len(grid) for label, grid in cifar.items()}
+        assert counts == {"Adam": 6, "SGD": 5, "Adam + L1": 16, "Adam + penalty + L1": 6,
+                          "Adam (attacked)": 6, "Adam (attacked) + L1": 3,
+                          "Adam (N-FGSM) + L1": 3}  # fmt: skip
         assert set(self.grids("--attack", "none")) == {"Adam", "SGD", "Adam + L1"}
         quadratic = self.grids("--dataset", "quadratic")
         assert {label: len(grid) for label, grid in quadratic.items()} == {"Adam": 6, "SGD": 5}
