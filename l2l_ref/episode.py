@@ -71,6 +71,7 @@ class Coordinates:
         self.params = list(params)
         self.theta = torch.cat([param.detach().reshape(-1) for param in self.params])
         self.average = self.theta.clone() if settings.average else self.theta
+        self.theta_views, self.average_views = self.shaped(self.theta), self.shaped(self.average)
         self.weight = torch.zeros_like(self.theta[0])
         self.updates = torch.zeros_like(self.weight)
         n = len(self.theta)
@@ -110,11 +111,14 @@ class Coordinates:
             self.weight.copy_(self.updates.reciprocal().clamp(min=1 - self.settings.average))
             self.average.lerp_(self.theta, self.weight)
 
-    @torch.no_grad()
-    def place(self, vector: Tensor) -> None:
-        """Copy a vector [N] into the parameters."""
+    def shaped(self, vector: Tensor) -> list[Tensor]:
+        """A vector [N] as views shaped like the parameters."""
         parts = vector.split([param.numel() for param in self.params])
-        views = [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
+
+    @torch.no_grad()
+    def place(self, views: list[Tensor]) -> None:
+        """Copy `theta_views` or `average_views` into the parameters."""
         torch._foreach_copy_(self.params, views)
 
     def record(self, t: int) -> None:
@@ -209,11 +213,11 @@ def truncated_unrolls(
     def evaluate(x: Tensor, y: Tensor) -> Tensor:
         """The judging loss; leaves its gradient in `judging`, that which φ reads in `gradient`."""
         for group in coordinates:
-            group.place(group.average)
+            group.place(group.average_views)
         loss = differentiate(x, y, "judging", alpha)
         if settings.average:
             for group in coordinates:
-                group.place(group.theta)
+                group.place(group.theta_views)
         if separate:
             differentiate(x, y, "gradient", read_alpha, settings.penalty)
         return loss

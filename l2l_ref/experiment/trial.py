@@ -171,10 +171,8 @@ def train_phi(
     lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
 
     def draw(number: int) -> Episode:
-        trial, strength = (
-            Trial(setting, ("meta", fold, meta_seed, number)),
-            settings.strength(number),
-        )
+        trial = Trial(setting, ("meta", fold, meta_seed, number))
+        strength = settings.strength(number)
         return Episode(
             trial.model(),
             samples.batches(c.batch_size, trial.stream("batches")),
