@@ -19,6 +19,7 @@ STYLES = {
     "Transfer-NOT": ("#CC79A7", "-."),
     "Adam": ("#000000", "-"),
     "Adam (attacked)": ("#009E73", ":"),
+    "Adam (attacked) + L1": ("#009E73", "--"),
     "Adam + L1": ("#999999", "--"),
     "Adam + penalty + L1": ("#8B4513", "-."),
     "Nominal alone": ("#56B4E9", "-."),
