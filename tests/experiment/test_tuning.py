@@ -216,6 +216,25 @@ class TestCandidates:
         assert tuning.default_adam().label == "Adam, lr 0.001"
 
 
+@pytest.mark.parametrize("recipe, row", [("paper", "L2L"), ("robust", "L2L-Transfer (clean)")])
+def test_phi_is_checked_in_its_own_row_at_its_longest_episodes(
+    small_data, monkeypatch, recipe, row
+):
+    setting = prepare(cli.parse([*TINY, "--recipe", recipe, "--episode-steps", "3", "7"]))
+    (fold,) = folds(setting)
+    said = {"transfer": outcome(1.5), "nominal": outcome(1.0, collapsed=True)}
+    for kind, label in (("transfer", row), ("nominal", "Nominal alone")):
+
+        def validate(short, method, fold, eps, seed, kind=kind, label=label):
+            assert (short.config.steps, method.label, eps) == (7, label, 0.1)
+            return said[kind]
+
+        monkeypatch.setattr(tuning, "validate", validate)
+        check = tuning.check_of(setting, fold, kind, 0.1)
+        assert check({}) == (1.5 if kind == "transfer" else math.inf)
+    assert tuning.check_of(setting, fold, "not", 0.1) is None
+
+
 class TestValidate:
     def test_ends_by_hand(self, small_data):
         """PGD's loss on the validation part; a diverged one has none, a constant one collapsed."""
