@@ -57,17 +57,18 @@ class Config:
     # its lengths the robust φ holds to 3,000 steps; that of the penalty holds anyway, and with
     # long ones is slower (docs/trials).
     episodes: int = option(META, "each trains fresh optimizees", 280,
-        {"cifar10": 50, "cifar10 fgsm paper": 100, "robust": 30, "penalty": 60,
-         "cifar10 penalty": 30, "quadratic": 100, "mnist quick": 15, "cifar10 quick": 1,
+        {"cifar10": 50, "cifar10 fgsm paper": 100, "robust": 90, "penalty": 60,
+         "cifar10 robust": 30, "quadratic": 100, "mnist quick": 15, "cifar10 quick": 1,
          "quadratic quick": 10}, of="φ")
     episode_steps: tuple[int, ...] = option(META, "updates of an episode, or smallest and largest",
         (100,), {"cifar10": (100, 300), "robust": (100, 1000), "penalty": (100, 300),
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
     average: float = option(META, "decay d of the average of θ that is judged", 0.0,
-        of="φ")
+        {"robust": 0.95, "quadratic": 0.0}, of="φ", said="robust: 0.95")
     # A meta-gradient is of one coordinate in so many (docs/trials).
-    stride: int = option(default=1, exceptions={"mnist paper": 4}, of="φ")
+    stride: int = option(default=1, exceptions={"mnist paper": 4, "robust": 4, "quadratic": 1},
+        of="φ")
     unroll: int = option(META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ")
     meta_lr: float = option(META, "Adam's on φ", 3e-3,
         {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2}, of="φ")
