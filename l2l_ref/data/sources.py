@@ -12,9 +12,9 @@ import tempfile
 import textwrap
 import urllib.error
 import urllib.request
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from threading import Thread
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from l2l_ref.errors import InputError
-from l2l_ref.files import replace_with
 
 CLASSES = 10
 MNIST = "6019fe9bf4c2c256d446828213e33f053c0e4bb68978d9cf2b5efa0cc8dc5753"  # checksum of the real
+PICTURES = ".png", ".jpg", ".jpeg"
 PATIENCE = 10  # seconds that a silent network may take
 
 
@@ -111,13 +111,7 @@ def _from_torchvision(name: str, root: Path) -> Found:
     for file in kind.files:
         if not (folder / file).is_file():
             raise InputError(f"{folder / file} is missing: {remedy}")
-    try:
-        from torchvision import datasets
-    except Exception as error:  # a build for another torch raises what it likes
-        raise InputError(
-            f"torchvision, which reads {folder}, cannot be imported ({brief(error)}): install the "
-            "one that goes with this torch"
-        ) from None
+    datasets = _torchvision(folder)
     for part in ("train", "test"):
         try:
             loaded = getattr(datasets, kind.dataset)(root, train=part == "train")
@@ -135,94 +129,69 @@ def _from_torchvision(name: str, root: Path) -> Found:
 
 
 def _from_folders(name: str, folder: Path) -> Found:
-    listing = [_list_classes(folder / part) for part in ("train", "test")]
-    train, test = ({path.parent.name for path, *_ in part} for part in listing)
-    if train != test:
-        raise InputError(
-            f"train and test in {folder} differ in {', '.join(sorted(train ^ test))}: "
-            "give both the same ten class folders"
-        )
-    lossy = any(path.suffix.lower() != ".png" for part in listing for path, *_ in part)
-    source = KINDS[name].title + (" (JPEG copy)" if lossy else " (PNG folders)")
-
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    cache = Path(home) / "l2l_ref" / f"{name}-{place}.pt"
-    names = [[(path.parent.name, path.name, *rest) for path, *rest in part] for part in listing]
-    key = hashlib.sha256(repr(names).encode()).hexdigest()
-    with suppress(Exception):  # a cache that is absent, stale, torn or not ours is built anew
-        saved = torch.load(cache, weights_only=True)
-        data = checked(name, source, cache, saved["tensors"])
-        if (saved["key"], saved["checksum"]) == (key, data.checksum):
-            return data
-
-    if sum(map(len, listing)) > 5000:
-        print(f"decoding the images in {folder}, once: they are cached", file=sys.stderr)
-    tensors = []
-    for part in listing:
-        pixels = np.stack([_decode(path, KINDS[name]) for path, *_ in part])
-        labels = torch.tensor([label for _, label, *_ in part])
-        tensors += [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels]
-    data = checked(name, source, folder, tuple(tensors))
-    saved = {"key": key, "checksum": data.checksum, "tensors": tuple(tensors)}
-    with suppress(OSError, RuntimeError):  # no room or no right to write: decode again next time
-        replace_with(cache, partial(torch.save, saved))
-    return data
-
-
-def _list_classes(folder: Path) -> list[tuple[Path, int, int, int]]:
-    """(path, label, bytes, mtime) of each image in the ten class folders of `folder`.
+    """Class folders, as torchvision's `ImageFolder` has them.
 
     The first image of every class, then the second of every class, and so on: class by class, the
     first thousand test images would be a thousand airplanes.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is missing: put its ten class folders there")
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) != CLASSES:
-        raise InputError(f"{folder} has {len(classes)} class folders: give it ten")
-    ranked = []
-    for label, directory in enumerate(classes):
-        files = [p for p in directory.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
-        files = sorted(p for p in files if not p.name.startswith("."))
-        if not files:
-            raise InputError(f"{directory} has no png or jpg images: add some")
-        ranked += [(rank, label, path, path.stat()) for rank, path in enumerate(files)]
-    ranked.sort(key=lambda entry: entry[:2])
-    return [(path, label, stat.st_size, stat.st_mtime_ns) for _, label, path, stat in ranked]
+    kind, tensors, classes, lossy = KINDS[name], [], [], False
+    for part in ("train", "test"):
+        try:
+            found = _torchvision(folder).ImageFolder(folder / part, is_valid_file=is_picture)
+        except OSError as error:
+            raise InputError(
+                f"{folder / part} is not a folder of class folders with png or jpg images "
+                f"({brief(error)}): put the ten of {kind.title} there"
+            ) from None
+        ranks, ranked = Counter(), []
+        for path, label in found.samples:
+            ranked.append((ranks[label], label, path))
+            ranks[label] += 1
+            lossy |= not path.lower().endswith(".png")
+        pixels = np.stack([_decode(path, kind) for *_, path in sorted(ranked)])
+        labels = torch.tensor([label for _, label, _ in sorted(ranked)])
+        tensors += [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels]
+        classes.append(found.classes)
+    if classes[0] != classes[1] or len(classes[0]) != CLASSES:
+        raise InputError(
+            f"train and test in {folder} have {len(classes[0])} and {len(classes[1])} class "
+            "folders: give both the same ten"
+        )
+    source = kind.title + (" (JPEG copy)" if lossy else " (PNG folders)")
+    return checked(name, source, folder, tuple(tensors))
 
 
-def extras_of(image: Any) -> str:
-    """What a picture holds besides one image of its pixels, in words."""
-    rotated = image.getexif().get(0x0112, 1) != 1  # its orientation
-    kinds = {
-        "transparency": "transparency" in image.info,
-        "a rotation": rotated,
-        "several frames": getattr(image, "n_frames", 1) > 1,
-    }
-    return "".join(f" with {kind}" for kind, there in kinds.items() if there)
+def is_picture(path: str) -> bool:
+    return path.lower().endswith(PICTURES) and not os.path.basename(path).startswith(".")
 
 
-def _decode(path: Path, kind: Kind) -> np.ndarray:
-    """The pixels of one image file: uint8 [height, width, channels]."""
+def _decode(path: str, kind: Kind) -> np.ndarray:
+    """The pixels of an image file: uint8 [height, width, channels]."""
     from PIL import Image
 
     channels, height, width = kind.shape
     wanted = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as image:  # which reads the header alone
-            size, mode = image.size, image.mode
-            extras = extras_of(image) if size == (width, height) else ""
-            fits = size == (width, height) and mode in ("1", "L", "P", "RGB") and not extras
-            pixels = np.asarray(image.convert(wanted)) if fits else None
+        with Image.open(path) as image:
+            if image.size != (width, height) or image.mode not in ("1", "L", "P", "RGB"):
+                found = f"it is {image.width}x{image.height} in mode {image.mode}"
+                raise ValueError(f"{found}, not {width}x{height} in {wanted}")  # that would lose
+            pixels = np.asarray(image.convert(wanted))
     except Exception as error:  # PIL has many ways to say that a file is no image
         raise InputError(f"cannot decode {path} ({brief(error)}): replace or remove it") from None
-    if pixels is None:  # it would convert with loss
-        raise InputError(
-            f"{path} is {size[0]}x{size[1]} in mode {mode}{extras}: make it {width}x{height} in "
-            f"{wanted}"
-        )
     return pixels.reshape(height, width, channels)
+
+
+def _torchvision(folder: Path) -> Any:
+    """torchvision.datasets, which reads `folder`."""
+    try:
+        from torchvision import datasets
+    except Exception as error:  # a build for another torch raises what it likes
+        raise InputError(
+            f"torchvision, which reads {folder}, cannot be imported ({brief(error)}): install the "
+            "one that goes with this torch"
+        ) from None
+    return datasets
 
 
 # ---- when there is nothing to read ------------------------------------------------------------
