@@ -143,7 +143,8 @@ def _from_folders(name: str, folder: Path) -> Found:
                 f"{folder / part} is not a folder of class folders with png or jpg images "
                 f"({brief(error)}): put the ten of {kind.title} there"
             ) from None
-        ranks, ranked = Counter(), []
+        ranks: Counter[int] = Counter()
+        ranked = []
         for path, label in found.samples:
             ranked.append((ranks[label], label, path))
             ranks[label] += 1
