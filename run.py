@@ -22,17 +22,18 @@ from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.files import locked
 
 
-def main(arguments: list[str]) -> None:
-    """Parse, meta-train, transfer, compare, report."""
-    first = os.environ.get("RANK", "0") == "0"
+def main(arguments: list[str]) -> Path:
+    """Parse, meta-train, transfer, compare, report; returns the folder of the results."""
+    started = machine.torchrun()
+    first = started.get("RANK", 0) == 0
     with cli.said_once(first):
         config = cli.parse(arguments)
         folder.choose(config)  # what is wrong with it is said before the data are read
-    setting, phis = ready(config, int(os.environ.get("LOCAL_RANK", 0)))
+    setting, phis = ready(config, started.get("LOCAL_RANK", 0))
     backend = resolve(setting.config.backend, setting.device)
     environment = machine.environment(setting.device, backend, setting.data)
     launcher = ["python"]
-    if folder.under_torchrun():
+    if started:
         launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     command = shlex.join([*launcher, "run.py", *(a for a in arguments if a != "--resume")])
     out, environment = folder.join(setting.config, setting.data, environment, command)
@@ -62,6 +63,7 @@ def main(arguments: list[str]) -> None:
     if first:
         names = sorted(path.name for path in out.iterdir() if path.name != folder.LOCK)
         print(f"\n{out}: " + ", ".join(names))
+    return out
 
 
 def ready(config: Config, number: int) -> tuple[Setting, dict[str, nn.ModuleDict]]:

@@ -12,8 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import cli, folder, report
-from l2l_ref.experiment.machine import keep_freed_memory
+from l2l_ref.experiment import cli, folder, machine, report
 from l2l_ref.experiment.phis import load_phis
 from l2l_ref.experiment.progress import Display
 from l2l_ref.experiment.protocol import Experiment, Results
@@ -67,9 +66,9 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--dataset is {config.dataset}: the networks here are for mnist")
     if config.resume:
         raise InputError("--resume is of run.py: name another --out")
-    if folder.under_torchrun():
+    if machine.torchrun():
         raise InputError("bench.unseen is one process: start it without torchrun")
-    keep_freed_memory()
+    machine.keep_freed_memory()
     folder.choose(config)  # results of another φ are never found there
     setting, phis = load_phis(Path(config.load), prepare(config))
     for name, build in NETWORKS.items():

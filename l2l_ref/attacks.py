@@ -16,8 +16,9 @@ lies in the ball of radius eps around x and within the bounds, [0, 1] where noth
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import Generator, Tensor, nn
 
 from l2l_ref import foreign
 from l2l_ref.errors import InputError
-from l2l_ref.guard import leaves_no_trace, readable, traceless, undone
+from l2l_ref.guard import check_samples, leaves_no_trace, readable, traceless, undone
 
 Attack = Callable[[Callable, Tensor, Tensor], Tensor]
 ATTACKS = ("none", "fgsm", "n-fgsm", "pgd")
@@ -54,7 +55,8 @@ def fgsm(
     Args (InputError for a number out of range, or an x out of the bounds): as those of `pgd`.
     """
     _check(eps, 1, None, loss, norm)
-    if eps == 0:
+    check_samples(x, y)
+    if eps == 0 or not len(x):
         return x
     _check_inside(x, bounds)
     return _step(model, x, x, y, eps, eps, norm, loss, bounds)
@@ -69,10 +71,12 @@ def n_fgsm(
     Only pixels are clipped, to [0, 1], so x_adv is up to 3·eps from x.
     """
     _check(eps)
+    check_samples(x, y)
+    if not len(x):
+        return x
     _check_inside(x, (0.0, 1.0))
-    device = x.device if generator is None else generator.device
-    noise = torch.empty(x.shape, dtype=x.dtype, device=device)
-    start = noise.uniform_(-2 * eps, 2 * eps, generator=generator).to(x.device).add_(x)
+    start = _noise(x, generator).uniform_(-2 * eps, 2 * eps, generator=generator)
+    start = start.to(x.device).add_(x)
     gradient = _input_gradient(model, start, y, "cross_entropy")
     return start.add_(gradient.sign(), alpha=eps).clamp_(0, 1)
 
@@ -108,7 +112,8 @@ def pgd(
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
     _check(eps, steps, step_size, loss, norm)
-    if eps == 0:
+    check_samples(x, y)
+    if eps == 0 or not len(x):
         return x
     _check_inside(x, bounds)
     step_size = 2.5 * eps / steps if step_size is None else step_size
@@ -168,6 +173,14 @@ def generators(function: Callable) -> list[Generator]:
     return found
 
 
+def loss_of(attack: Any) -> str | None:
+    """What an attack of this module raises, if it goes by the gradient; None of any other."""
+    options: dict[str, Any] = {}
+    while isinstance(attack, partial):
+        attack, options = attack.func, {**attack.keywords, **options}
+    return options.get("loss", "cross_entropy") if attack in (fgsm, n_fgsm, pgd) else None
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Of each sample: [b, classes], [b] -> [b]."""
     return F.cross_entropy(logits, y, reduction="none")
@@ -196,17 +209,55 @@ def _step(
 
 
 def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
-    """Of the sum, not the mean, so that one sample's gradient does not depend on the batch size."""
+    """Of the sum, not the mean, so that one sample's gradient does not depend on the batch size.
+
+    Only its direction counts, so each sample's is times a power of two that keeps it from vanishing
+    in the rounding of float16.
+
+    Raises:
+        InputError: a gradient that is not finite where the logits are.
+    """
     x = x.detach().requires_grad_()
     try:
-        return torch.autograd.grad(LOSSES[loss](model(x), y).sum(), x)[0]
+        logits = model(x)
+        slope = _slope(logits, y, loss)
+        gradient = torch.autograd.grad(logits, x, slope)[0]
     except RuntimeError as error:  # PyTorch's reentrant checkpoints take `backward` alone
+        if "Inference tensors" in str(error):
+            raise InputError(
+                "the model was made within torch.inference_mode, where nothing has a gradient: "
+                "make it outside, and load its state_dict into that"
+            ) from None
         hidden = not isinstance(model, nn.Module)  # parameters, whose .grad that would add to
         if hidden or "checkpoint" not in str(error):
             raise
         x.grad = torch.zeros_like(x)
-        LOSSES[loss](model(x), y).sum().backward()
-        return x.grad  # alone, as `undone` has frozen the parameters
+        model(x).backward(slope)
+        gradient = x.grad  # alone, as `undone` has frozen the parameters
+    if readable(x) and not gradient.sum().isfinite():
+        lost = logits.isfinite().all(1) & ~gradient.isfinite().flatten(1).all(1)
+        if count := int(lost.sum()):
+            raise InputError(
+                f"the gradient of {count} of {len(x)} samples is NaN or infinite, where their "
+                "logits are finite: mend the model there (a root at 0, say), or leave them out"
+            )
+    return gradient
+
+
+def _slope(logits: Tensor, y: Tensor, loss: str) -> Tensor:
+    """Of the loss by the logits, each sample's times a power of two that makes it about 1."""
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
+    slope = torch.autograd.grad(LOSSES[loss](z, y).sum(), z)[0]
+    largest = slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    return (slope * (largest.frexp().mantissa / largest)).to(logits.dtype)
+
+
+@undone
+def without_gradient(model: Callable, x: Tensor, y: Tensor, *, losses: Iterable[str]) -> Tensor:
+    """Of each sample [b], whether its gradient is exactly zero, of all these losses: no attack that
+    follows it has anything to go by."""
+    slopes = [_input_gradient(model, x, y, loss) for loss in losses]
+    return ~torch.stack(slopes).any(0).flatten(1).any(1)
 
 
 def _project_(
@@ -229,16 +280,20 @@ def _length(change: Tensor) -> Tensor:
     return torch.linalg.vector_norm(change, dim=tuple(range(1, change.ndim)), keepdim=True)
 
 
+def _noise(x: Tensor, generator: Generator | None) -> Tensor:
+    """Room for draws in the shape of x, where they are drawn."""
+    return torch.empty_like(x, device=x.device if generator is None else generator.device)
+
+
 def _uniform_in_ball(
     x: Tensor, eps: float, norm: str, bounds: tuple[float, float],
     generator: Generator | None,
 ) -> Tensor:  # fmt: skip
-    device = x.device if generator is None else generator.device
-    noise = torch.empty(x.shape, dtype=x.dtype, device=device)
+    noise = _noise(x, generator)
     if norm == "l2":  # a uniform direction, and a radius whose power of the dimension is uniform
         noise.normal_(generator=generator)
         length = _length(noise)
-        radius = torch.rand(length.shape, dtype=x.dtype, device=device, generator=generator)
+        radius = torch.rand(length.shape, dtype=x.dtype, device=noise.device, generator=generator)
         noise.mul_(eps * radius.pow(length.numel() / noise.numel()) / length)
     else:
         noise.uniform_(-eps, eps, generator=generator)

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from l2l_ref.errors import InputError
+
 THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
 MAX_P = 80  # beyond, e^p overflows float32 and a zero gradient would become nan
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam's direction (Kingma & Ba 2015)
@@ -296,8 +298,16 @@ def penalised(loss: Loss, model: Callable, x: Tensor, y: Tensor, penalty: float)
 
     To first order l + ε·‖∂l/∂x‖₁ is the loss under any attack of l∞ radius ε, and no attacked
     sample is needed to know it (Drucker & Le Cun 1992; Ross & Doshi-Velez 2018; not in the paper).
+
+    Raises:
+        InputError: a compiled model.
     """
     x = x.detach().requires_grad_()
     value = loss(model, x, y)
     (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    if "CompiledFunction" in type(slope.grad_fn).__name__:
+        raise InputError(
+            "the penalty takes a double backward, which torch.compile does not give: train the "
+            "model that was compiled itself, such as model._orig_mod"
+        )
     return value + penalty * slope.abs().sum()

@@ -8,18 +8,25 @@ the attack does.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
+from l2l_ref import attacks
 from l2l_ref.attacks import Attack
 from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
-from l2l_ref.guard import leaves_no_trace, untouched
+from l2l_ref.guard import check_samples, leaves_no_trace, untouched
+
+MODAL = _NormBase, _DropoutNd  # compute otherwise in training mode
 
 
 class Images(Protocol):
@@ -55,7 +62,8 @@ def robust_accuracy(
         batch_size: samples per call, >= 1; a DataLoader brings its own.
 
     Returns:
-        A number in [0, 1].
+        A number in [0, 1]. A warning says of how many samples that count as robust PGD and FGSM had
+        no gradient: it was exactly zero. (Of a constant predictor it says nothing.)
     """
     for name, value in (("restarts", restarts), ("batch_size", batch_size)):
         if not value >= 1:
@@ -64,7 +72,8 @@ def robust_accuracy(
     if not several:
         raise InputError("attack is an empty list: give at least attacks.none")
     tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
-    robust = count = 0
+    losses = {loss for attack in several if (loss := attacks.loss_of(attack))}
+    robust = count = unseen = 0
     with judged(model):
         for x, y in batches_of(model, images, batch_size):
             count += len(y)
@@ -74,6 +83,14 @@ def robust_accuracy(
                 if len(y) == 0:
                     break
             robust += len(y)  # the survivors
+            if losses and len(y.unique()) > 1:
+                unseen += int(attacks.without_gradient(model, x, y, losses=losses).sum())
+    if unseen:
+        warnings.warn(
+            f"{unseen} of the {robust} samples that count as robust have a gradient of exactly "
+            "zero, so PGD and FGSM could not attack them: l2l_ref.review tries other ways",
+            stacklevel=2,
+        )
     return robust / count
 
 
@@ -93,6 +110,7 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
     for x, y in batches:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise InputError("images holds no batches: give a Dataset or DataLoader of (x, y)")
+        check_samples(x, y)
         count += len(y)
         yield (x, y) if parameter is None else (x.to(parameter.device), y.to(parameter.device))
     if not count:
@@ -101,11 +119,30 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
 
 @contextmanager
 def judged(model: Callable) -> Iterator[None]:
-    """`untouched`, and in eval mode if it is an `nn.Module`."""
+    """`untouched`, and in eval mode if it is an `nn.Module`; a warning if a function hides one
+    that is not."""
+    training = []
+
+    def hear(module: nn.Module, _: Any) -> None:
+        if module.training and isinstance(module, MODAL):
+            training.append(module)
+
     with untouched(model):
         if isinstance(model, nn.Module):
             model.eval()
-        yield
+            yield
+            return
+        hook = register_module_forward_pre_hook(hear)
+        try:
+            yield
+        finally:
+            hook.remove()
+    if training:
+        warnings.warn(
+            f"the model behind this function was judged in training mode ({training[0]}): call "
+            "its eval() first",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()
@@ -121,7 +158,11 @@ def losses(
         loss: (model, x, y) -> 0-dim loss.
     Returns:
         (clean, attacked): two 0-dim tensors without a graph, on the model's device.
+    Raises:
+        InputError: no samples.
     """
+    if not len(x):
+        raise InputError("x has 0 samples, but a mean loss needs at least 1; add some.")
     with judged(model):
         x_adv = leaves_no_trace(attack)(model, x, y)
         return loss(model, x, y), loss(model, x_adv, y)

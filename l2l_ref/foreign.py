@@ -87,7 +87,11 @@ def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -
 
 
 def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
-    return attack(model, eps=eps)(x, y)
+    options = {"eps": eps}
+    if takes(attack, "n_classes"):  # else it aims at ten
+        with torch.no_grad():
+            options["n_classes"] = model(x).shape[1]
+    return attack(model, **options)(x, y)
 
 
 def seeded(

@@ -3,11 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from l2l_ref.errors import InputError
+
+LOCKS: WeakKeyDictionary[Callable, RLock] = WeakKeyDictionary()  # of each model
+LOCKING = Lock()
 
 
 @contextmanager
@@ -15,21 +20,32 @@ def untouched(model: Callable) -> Iterator[None]:
     """Gives `model` back with its modes, buffers, `.grad` and `requires_grad` as they were.
 
     Inside, its parameters are frozen: whoever runs backward pays for the input's gradient alone.
+    Another thread that comes with the same model waits.
 
     Args:
         model: an `nn.Module`. Other callables pass through: nothing is known of what they hide.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with LOCKING:
+        lock = LOCKS.setdefault(model, RLock())
+    with lock:
+        yield from given_back(model)
+
+
+def given_back(model: nn.Module) -> Iterator[None]:
+    modules = list(model.modules())
     modes = [(m, m.training) for m in modules]
     buffers = [(m._buffers, k, b) for m in modules for k, b in m._buffers.items() if b is not None]
     parameters = [p for m in modules for p in m._parameters.values() if p is not None and p.is_leaf]
-    grads = [(p, p.requires_grad, p.grad) for p in parameters]
+    grads = [(p, p.requires_grad, p.grad) for p in parameters if not p.is_inference()]
     try:
         # Batch-norm writes into copies. To switch `track_running_stats` off would change what
         # instance-norm computes; to write old values back would break a graph yet to run backward.
         for owner, name, buffer in buffers:
             owner[name] = buffer.clone()
-        for p in parameters:
+        for p, *_ in grads:
             p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
         yield
     finally:
@@ -112,6 +128,17 @@ def leaves_no_trace(
         return x_adv
 
     return traceless(wrapped)
+
+
+def check_samples(x: Tensor, y: Tensor) -> None:
+    """InputError unless x can be attacked and y holds the class of each."""
+    if not x.is_floating_point():
+        raise InputError(f"x is {x.dtype}: give floats, of bytes x / 255")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise InputError(
+            f"y is {y.dtype} {list(y.shape)} for {len(x)} samples: give the class of each, int64 "
+            f"[{len(x)}], such as y.long(), or y.argmax(1) of one-hot rows"
+        )
 
 
 def describe(tensor: Tensor) -> str:

@@ -258,9 +258,13 @@ def load_weights(phi: nn.Module, weights: dict[str, Tensor], where: str) -> None
         where: it comes from, for messages.
 
     Raises:
-        InputError: names or shapes that are not φ's; weights that are not finite.
+        InputError: names, shapes or dtypes that are not φ's; weights that are not finite.
     """
     try:
+        if {k: w.dtype for k, w in weights.items()} != {
+            k: w.dtype for k, w in phi.state_dict().items()
+        }:
+            raise TypeError
         phi.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):
         raise InputError(

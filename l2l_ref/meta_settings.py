@@ -44,6 +44,12 @@ class MetaSettings:
     stride: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            if kind in (int, float) and (
+                isinstance(value, bool) or not isinstance(value, (int, kind))
+            ):
+                raise InputError(f"{name} is {value!r}: it must be of type {kind.__name__}")
         finite, share = "finite and at least 0", "in [0, 1]"
         rules = {
             "episodes": (self.episodes >= 0, "at least 0"),

@@ -85,6 +85,11 @@ def meta_train(
         load_weights(meta_optimizers, saved["meta_optimizers"], f"checkpoint {checkpoint}")
         load_adam(adam, saved["adam"], f"checkpoint {checkpoint}")
         history, done, best = History(**saved["history"]), saved["episodes"], saved["best"]
+        if len(history.episodes) != done or done > settings.episodes:
+            raise InputError(
+                f"checkpoint {checkpoint} says {done} episodes and holds {len(history.episodes)} "
+                f"of {settings.episodes}: delete it"
+            )
 
     def keep(episodes: int) -> None:
         if checkpoint is not None:

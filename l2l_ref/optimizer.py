@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,10 +14,6 @@ from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import MetaOptimizer, with_phi
 
 OWN = ("meta_optimizer", "backend")  # of a group: a state dict does not change them
-# Options of other optimizers, by which their state dicts are known.
-FOREIGN = {"betas", "momentum", "dampening", "nesterov", "alpha", "rho", "eps", "etas", "lambd"}
-# What PyTorch's schedulers and other libraries note down in a group.
-NOTES = ("param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -28,9 +25,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     `state[param]` has "lstm", [L, 2, H, signs, *param.shape], zero at the start (signs is 2 in the
     odd form), and "moments" of the nominal term, [3, *param.shape]. Nothing else is remembered: who
-    writes into `state` is heard. The arithmetic is in φ's dtype, whatever that of the parameters
-    (float64, float32, bfloat16, float16); θ is read and written in its own. A sharded parameter (a
-    `DTensor`, as FSDP2 makes them) has a state that is sharded like it.
+    writes into `state` is heard, and what others keep there, or in a group, goes along.
+
+    The arithmetic is in φ's dtype, whatever that of the parameters (float64, float32, bfloat16,
+    float16); θ is read and written in its own. A sharded parameter (a `DTensor`, as FSDP2 makes
+    them) has a state that is sharded like it.
 
     Args:
         params: parameters, or groups of them; a group may bring any of the options below.
@@ -47,7 +46,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         backend: "auto", "reference" or "fused".
 
     Raises:
-        InputError: a group without φ or with an unknown option; a number out of range; parameters
+        InputError: a group without φ; a number out of range; parameters
             that are not real, or on another device than φ; sparse gradients; a state of another φ.
 
     Example:
@@ -95,13 +94,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         meta_optimizer = group["meta_optimizer"]
         if not isinstance(meta_optimizer, MetaOptimizer):
             raise InputError(
-                f"parameter group {number} has no φ: give LearnedOptimizer a meta_optimizer, or "
-                "the group one of its own"
-            )
-        if unknown := sorted(group.keys() - {"params", *self.defaults, *NOTES}):
-            raise InputError(
-                f"parameter group {number} has the option {', '.join(unknown)}, which is unknown: "
-                f"there are {', '.join(self.defaults)}"
+                f"parameter group {number} has no φ but a {type(meta_optimizer).__name__}: give a "
+                "MetaOptimizer, or what holds one for each φ-group to LearnedOptimizer.for_model"
             )
         resolve(group["backend"])  # a wrong name is wrong now, not at the first step
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
@@ -116,6 +110,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         try:
             for param in self.param_groups[-1]["params"]:
                 check_together(param, meta_optimizer)
+                if param.is_inference():
+                    raise InputError(
+                        "a parameter was made within torch.inference_mode, where nothing is "
+                        "trained: make the model outside"
+                    )
         except InputError:
             del self.param_groups[-1]
             raise
@@ -252,16 +251,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self, number: int, own: dict[str, Any], group: dict[str, Any], states: dict[Any, Any]
     ) -> None:
         """Raise an InputError if a group of a state dict, and its states, are not of this φ."""
-        foreign = group.keys() & FOREIGN
-        for index in group["params"]:
-            foreign |= states.get(index, {}).keys() - {"lstm", "moments"}
-        if foreign:
+        held = [states.get(index, {}) for index in group["params"]]
+        if "meta_optimizer" not in group or any(
+            one and not one.keys() & {"lstm", "moments"} for one in held
+        ):
+            found = sorted({*group, *chain(*held)} - {"params", *self.defaults})
             raise InputError(
-                f"parameter group {number} of the state has {', '.join(sorted(foreign))}: it is "
-                "that of another optimizer, load what a LearnedOptimizer saved"
+                f"parameter group {number} of the state has {', '.join(found)}: it is that of "
+                "another optimizer, load what a LearnedOptimizer saved"
             )
         ours = own["meta_optimizer"].fingerprint()
-        if (saved := group.get("meta_optimizer", ours)) != ours:
+        if (saved := group["meta_optimizer"]) != ours:
             raise InputError(
                 f"parameter group {number} of the state was saved with another φ ({saved}, this "
                 f"one is {ours}): build the optimizer with that φ"

@@ -118,8 +118,9 @@ def review(
         for name, attack in (others or {}).items():
             tried[name] = survivors(attack)
         tried["worst case"] = torch.stack([alive, *tried.values()]).all(0)
+        unseen = attacks.without_gradient(model, x, y, losses=attacks.LOSSES) & tried["worst case"]
     by_attack = {name: mean(alive) for name, alive in tried.items()}
-    alarms = find_alarms(by_eps, by_steps, by_attack, len(y))
+    alarms = find_alarms(by_eps, by_steps, by_attack, mean(unseen), len(y))
     return Review(eps, len(y), by_eps, by_steps, by_restarts, by_attack, alarms)
 
 
@@ -135,9 +136,14 @@ def mean(alive: Tensor) -> float:
 
 
 def find_alarms(
-    by_eps: dict[float, float], by_steps: dict[int, float], by_attack: dict[str, float], n: int
+    by_eps: dict[float, float],
+    by_steps: dict[int, float],
+    by_attack: dict[str, float],
+    unseen: float,
+    n: int,
 ) -> list[str]:
-    """What should not be, beyond two standard errors of an accuracy on n samples, at least 0.02."""
+    """What should not be, beyond two standard errors of an accuracy on n samples, at least 0.02;
+    `unseen` is the share that survives without a gradient."""
     slack = max(0.02, n**-0.5)
     ce, margin = by_attack["PGD, cross-entropy"], by_attack["PGD, margin"]
     best = min(ce, margin)
@@ -149,6 +155,7 @@ def find_alarms(
         (by_attack.get("transfer", 1) < best - slack, "another model's images break more than PGD"),
         (abs(ce - margin) > 0.1, "PGD on one loss breaks far more than on the other"),
         (left > slack, "PGD without a bound, ε = 1, leaves some"),
+        (unseen > slack, "some that survive have a gradient of exactly zero"),
         (weak > 0.02 * max(1.0, by_steps[10]), "the loss falls with more steps"),
     ]
     return [sentence for alarm, sentence in rules if alarm]

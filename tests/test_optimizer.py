@@ -172,8 +172,8 @@ def sparse_step(_):
         (lambda m: LearnedOptimizer(m.parameters(), phi(), weight_decay=math.nan), "decay is nan"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), state_dtype=torch.int8), "torch.int8"),
         (
-            lambda m: LearnedOptimizer([{"params": m.parameters(), "momentum": 0.9}], phi()),
-            "has the option momentum, which is unknown: there are lr, weight_decay, maximize,",
+            lambda m: LearnedOptimizer(m.parameters(), nn.ModuleDict({"linear": phi()})),
+            "no φ but a ModuleDict: .* LearnedOptimizer.for_model",
         ),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), backend="gpu"), "'gpu' is unknown"),
         (sparse_step, "a gradient is sparse"),

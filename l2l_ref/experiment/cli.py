@@ -5,18 +5,18 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, shortened
 from l2l_ref.experiment.config import OPTIONS, Config, complete, names_of, require, tuples
+from l2l_ref.experiment.machine import torchrun
 from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT
 from l2l_ref.pretrained import card
-
-LONG = 600  # characters of a message
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +80,9 @@ def parse(arguments: list[str]) -> Config:
 
 class Output:
     """A stream that outlives its reader (`| head`) and its disk: what it cannot write is lost, and
-    the program goes on."""
+    the program goes on. `lost` says why, unless its reader has left."""
+
+    lost = ""
 
     def __init__(self, stream: io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
@@ -93,8 +95,10 @@ class Output:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:  # what is left in its buffer, and all that follows, goes nowhere
+        except OSError as error:  # what is left in its buffer, and all that follows, goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                self.lost = error.strerror or str(error)
         return len(text)
 
 
@@ -116,12 +120,13 @@ def said_once(first: bool) -> Iterator[None]:
 
 
 def run_as_script(
-    name: str, main: Callable[[list[str]], None], interrupted: str = "stopped"
+    name: str, main: Callable[[list[str]], object], interrupted: str = "stopped"
 ) -> None:
     """Run `main` on the command line; a mistake is one sentence and exit code 2, and a signal one
     and 128 plus its number.
 
     Args:
+        main: may return where its results are.
         interrupted: what to say of a program that did not come to its end.
     """
 
@@ -132,18 +137,22 @@ def run_as_script(
         Output(stream) if isinstance(stream, io.TextIOWrapper) else stream or open(os.devnull, "w")
         for stream in (sys.stdout, sys.stderr)
     )
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    alone = threading.current_thread() is threading.main_thread()  # no other may have handlers
+    for number in (signal.SIGTERM, signal.SIGHUP) if alone else ():
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, stop)
     try:
-        main(sys.argv[1:])
+        results = main(sys.argv[1:])
+        if lost := getattr(sys.stdout, "lost", ""):
+            where = f": the results are in {results}" if results else ""
+            end(2, f"{name}: standard output could not be written ({lost}){shortened(where)}")
     except InputError as error:
         end(2, f"{name}: {shortened(str(error))}")
     except OSError as error:  # no room, no permission, a disk that fails
         where = f"{error.filename}: " if error.filename else ""
         end(2, f"{name}: {shortened(where)}{error.strerror or error} ({interrupted})")
     except KeyboardInterrupt as stopped:
-        first = os.environ.get("RANK", "0") == "0"  # the other ranks hear of it too
+        first = torchrun().get("RANK", 0) == 0  # the other ranks hear of it too
         end(128 + (stopped.args or (signal.SIGINT,))[0], f"\n{interrupted}" * first)
 
 
@@ -151,8 +160,3 @@ def end(code: int, words: str) -> None:
     if words:
         print(words, file=sys.stderr)
     sys.exit(code)
-
-
-def shortened(words: str) -> str:
-    """Without the middle, where a value is very long."""
-    return words if len(words) <= LONG else f"{words[: LONG // 2]} … {words[-LONG // 2 :]}"

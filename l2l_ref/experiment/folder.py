@@ -1,23 +1,19 @@
 """A run's folder: which it is, and that what is continued or joined there is the same run."""
 
 import itertools
-import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, names_of
+from l2l_ref.experiment.machine import torchrun
 from l2l_ref.files import locked, plain, read_json, sealed, write_json
 
 LOCK = ".lock"  # in a folder, held while its config.json or its report is written
 AFRESH = "start afresh with another --out"
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun, or who sets RANK as it does, starts the processes."""
-    return "RANK" in os.environ
 
 
 def choose(config: Config, root: Path = Path("runs")) -> Path:
@@ -33,7 +29,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
     """
     if config.out is not None:
         folder = Path(config.out)
-    elif under_torchrun():
+    elif torchrun():
         raise InputError("--out is missing: under torchrun all processes need the same folder")
     else:
         attack = config.attack.replace(":", ".")  # of MODULE:FUNCTION
@@ -49,7 +45,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         raise InputError(f"--out {folder} is a file: name a folder")
     begun = (folder / "config.json").exists()
     taken = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
-    if taken and not config.resume and not (begun and under_torchrun()):
+    if taken and not config.resume and not (begun and torchrun()):
         raise InputError(
             f"--out {folder} is not empty: add --resume to continue that run, or name another"
         )
@@ -73,7 +69,7 @@ def join(
     """
     environment = plain(environment)
     make(folder := choose(config))
-    with locked(folder / LOCK):
+    with to_be_written(folder), locked(folder / LOCK):
         path = folder / "config.json"
         if path.exists() and config.out is None and not config.resume:
             return join(config, data, environment, command)  # another run has chosen it too
@@ -92,11 +88,18 @@ def join(
 
 def make(folder: Path) -> None:
     """Make the folder of a run; InputError where the file system says no."""
-    try:
+    with to_be_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def to_be_written(folder: Path) -> Iterator[None]:
+    """InputError where the file system says no."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
-            f"--out {folder} cannot be made ({error.strerror}): name a folder you may write to"
+            f"--out {folder} cannot be written ({error.strerror}): name another folder"
         ) from None
 
 

@@ -13,7 +13,6 @@ import torch
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import machine
-from l2l_ref.experiment.folder import under_torchrun
 from l2l_ref.experiment.progress import Display, Progress
 from l2l_ref.experiment.queue import Parts, Piece, chains
 
@@ -27,7 +26,7 @@ def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: tor
     chain of pieces. Under torchrun, which starts the processes, one."""
     there = set(parts)
     left = [piece for piece in pieces if piece.name not in there]
-    if under_torchrun() or not left:
+    if machine.torchrun() or not left:
         return 1
     if asked:
         return asked

@@ -98,15 +98,25 @@ def processor() -> str:
     return f"{name} (family {found['cpu family']}, model {found['model']}; {' '.join(sets)})"
 
 
+def torchrun() -> dict[str, int]:
+    """RANK, LOCAL_RANK and WORLD_SIZE, where torchrun, or who sets them all as it does, starts the
+    processes of a run; nothing where something else has set one of them."""
+    values = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    numbers = all(value.isdecimal() for value in values.values())
+    return {name: int(value) for name, value in values.items()} if numbers else {}
+
+
 def git_commit() -> str | None:
     """The commit of this checkout, with "+" behind it if files differ; None outside git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     words = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]  # without tags
     try:
         return subprocess.check_output(
-            ["git", "-C", str(root), *words], stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).strip()
+            ["git", "-C", str(root), *words],
+            env=own, stderr=subprocess.DEVNULL, text=True, timeout=10,
+        ).strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

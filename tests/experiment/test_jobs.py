@@ -156,14 +156,19 @@ class TestShareOut:
         assert done.returncode != 0 and done.stdout == ""
         assert done.stderr.count("run.py: --") == done.stderr.count(sentence) == 1
         for rank, words in (("0", "usage: run.py"), ("1", "")):
-            monkeypatch.setenv("RANK", rank)
+            under_torchrun(monkeypatch, rank)
             with pytest.raises(SystemExit):
                 run.main(["--help"])
             assert capsys.readouterr().out[: len("usage: run.py")] == words
-        monkeypatch.setenv("RANK", "0")
+        under_torchrun(monkeypatch)
         with pytest.raises(InputError, match="--out is missing: under torchrun"):
             run.main(RUN)
         assert list(workdir.iterdir()) == []
+
+
+def under_torchrun(monkeypatch, rank="0"):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
 
 
 class TestHowMany:
@@ -185,7 +190,7 @@ class TestHowMany:
         parts.keep("0", {})
         assert jobs.number(None, self.pieces(9.0, 1.0, 1.0), parts, CPU) == 2  # what is left
         assert jobs.number(None, self.pieces(1.0), parts, CPU) == 1
-        monkeypatch.setenv("RANK", "0")
+        under_torchrun(monkeypatch)
         assert jobs.number(5, self.pieces(*[1.0] * 20), parts, CPU) == 1
 
     def test_one_for_each_gpu(self, tmp_path, monkeypatch):

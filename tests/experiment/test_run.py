@@ -361,7 +361,7 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--seed", "9" * 30], "below 2.63"),
         (["--eps", "9" * 400 + "/1"], "is not a number"),
         (["--device", "meta"], "--device meta is not available"),
-        (["--out", "file/x"], "--out file/x cannot be made .Not a directory."),
+        (["--out", "file/x"], "--out file/x cannot be written .Not a directory."),
         (["--resume"], "--resume finds no run in runs/mnist-fgsm-paper-quick"),
         (["--out", "empty", "--resume"], "--resume finds no run in empty"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
