@@ -261,9 +261,9 @@ def load_weights(phi: nn.Module, weights: dict[str, Tensor], where: str) -> None
         InputError: names, shapes or dtypes that are not φ's; weights that are not finite.
     """
     try:
-        if {k: w.dtype for k, w in weights.items()} != {
-            k: w.dtype for k, w in phi.state_dict().items()
-        }:
+        own = {name: weight.dtype for name, weight in phi.state_dict().items()}
+        found = {name: weight.dtype for name, weight in weights.items()}
+        if found != own or not all(dtype.is_floating_point for dtype in found.values()):
             raise TypeError
         phi.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from l2l_ref.errors import InputError
 
@@ -45,11 +46,13 @@ class MetaSettings:
 
     def __post_init__(self) -> None:
         for name, kind in self.__annotations__.items():
-            value = getattr(self, name)
-            if kind in (int, float) and (
-                isinstance(value, bool) or not isinstance(value, (int, kind))
-            ):
-                raise InputError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+            value, number = getattr(self, name), Integral if kind is int else Real
+            values = (value,) if kind in (int, float) else value
+            if kind is not str and not (isinstance(values, tuple) and all(
+                isinstance(v, number) and not isinstance(v, bool) for v in values
+            )):  # fmt: skip
+                what = {int: "a whole number", float: "a number"}.get(kind, "of numbers")
+                raise InputError(f"{name} is {value!r}: it must be {what}")
         finite, share = "finite and at least 0", "in [0, 1]"
         rules = {
             "episodes": (self.episodes >= 0, "at least 0"),

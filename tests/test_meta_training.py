@@ -16,7 +16,7 @@ from l2l_ref import attacks, problems
 from l2l_ref import meta_optimizer as phis
 from l2l_ref.episode import Episode
 from l2l_ref.errors import InputError
-from l2l_ref.files import read_checkpoint
+from l2l_ref.files import read_checkpoint, write_checkpoint
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import (
     History,
@@ -188,6 +188,15 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
             meta_train(new_phi(), replace(chosen, **changes), draw, checkpoint=path)
     with pytest.raises(InputError, match="other settings"):
         meta_train(new_phi(nominal=True), chosen, draw, checkpoint=path)
+
+
+@pytest.mark.parametrize("episodes", [-1, 1, 10**9])
+def test_a_checkpoint_that_counts_wrongly_is_refused(tmp_path, episodes):
+    path, chosen = tmp_path / "phi.pt", settings()
+    killed_after(2, new_phi(), chosen, draw, path)
+    write_checkpoint(path, {**read_checkpoint(path), "episodes": episodes})
+    with pytest.raises(InputError, match=f"says {episodes} episodes and holds 2 of 4: delete it"):
+        meta_train(new_phi(), chosen, draw, checkpoint=path)
 
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -79,6 +79,18 @@ def test_weights_that_are_not_finite(file, tmp_path):
         l2l_ref.load(tmp_path / "broken.pt")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64])
+def test_weights_of_another_kind(file, tmp_path, dtype):
+    """One of them, or all but for float64, which φ may have."""
+    saved = pretrained.read(file[0])
+    weights = saved["phis"]["transfer"]["linear"]["state_dict"]
+    for names in [["lstm.bias_hh_l0"], list(weights)][: 1 + (dtype != torch.float64)]:
+        weights |= {name: weights[name].to(dtype) for name in names}
+        write_checkpoint(tmp_path / "broken.pt", saved)
+        with pytest.raises(InputError, match="broken.pt.* take a file that is whole"):
+            l2l_ref.load(tmp_path / "broken.pt")
+
+
 SHIPPED = pytest.mark.parametrize("name", l2l_ref.list_pretrained())
 
 

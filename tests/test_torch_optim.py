@@ -9,6 +9,7 @@ that is not odd may move θ without a gradient; the odd one is tested); several 
 
 import collections
 import copy
+import io
 import math
 import os
 import pickle
@@ -371,6 +372,27 @@ class TestState:
             LearnedOptimizer(model.parameters(), other).load_state_dict(optimizer.state_dict())
         assert other.fingerprint() != phi().fingerprint() == phi().fingerprint()
         assert phi(p=9.0).fingerprint() != phi().fingerprint()
+
+    def test_what_a_wrapper_keeps_beside_ours_goes_along(self):
+        """As schedule-free and lookahead keep a tensor, SAM and timm's schedulers a number."""
+        models = [net(), net()]
+        made = [
+            LearnedOptimizer([{"params": m.parameters(), "rho": 0.1, "lr_scale": 0.5}], adam_like())
+            for m in models
+        ]
+        first = models[0][0].weight
+        made[0].state[first]["z"] = first.detach().clone()  # before there is a state of ours
+        steps(models[0], made[0], range(2))
+        kept, made[0].param_groups[0]["rho"] = made[0].state[first]["z"].clone(), 0.3
+        models[1].load_state_dict(models[0].state_dict())
+        saved = io.BytesIO()
+        torch.save(made[0].state_dict(), saved)
+        saved.seek(0)
+        made[1].load_state_dict(torch.load(saved, weights_only=True))
+        assert torch.equal(made[1].state[models[1][0].weight]["z"], kept)
+        assert (made[1].param_groups[0]["rho"], made[1].param_groups[0]["lr_scale"]) == (0.3, 0.5)
+        ends = [steps(*pair, [2, 3]) for pair in zip(models, made, strict=True)]
+        assert torch.equal(*ends)
 
     def test_states_are_asked_for_by_a_step_that_does_not_count(self):
         """`get_optimizer_state_dict` steps once with zero gradients and lr 0."""

@@ -1,11 +1,13 @@
 """What surrounds a run: its streams, matplotlib's settings, the names of its folders."""
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import run
 from l2l_ref.errors import InputError
@@ -54,9 +56,55 @@ def test_dollars_and_a_tilde(workdir, monkeypatch):
     assert not (workdir / "~").exists()
 
 
-def test_bytes_that_are_no_text(workdir):
+def test_bytes_that_are_no_text(workdir, few_candidates):
     run.main([*SHORT, "--out", os.fsdecode(b"r\xff")])
     assert os.path.exists(b"r\xff/curves.png")
+    for part, n in (("train", 20), ("test", 4)):
+        for label in range(10):
+            place = Path(os.fsdecode(b"donn\xe9es"), "mnist", part, str(label))
+            place.mkdir(parents=True)
+            for i in range(n):
+                Image.new("L", (28, 28), 20 * label + i).save(place / f"{i}.png")
+    options = ["--quick", "--steps", "4", "--episodes", "1", "--batch-size", "16", "--jobs", "1"]
+    run.main([*options, "--data-dir", os.fsdecode(b"donn\xe9es"), "--out", "a"])
+    assert Path("a/curves.png").exists()
+
+
+def test_without_a_name_and_a_home(workdir, monkeypatch):
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    run.main([*SHORT, "--out", "r"])
+    assert Path("r/curves.png").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+def test_a_full_disk_behind_stdout_is_named(workdir):
+    shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh"]
+    done = script([str(ROOT / "run.py"), *SHORT, "--out", "r"], workdir, shell)
+    assert done.returncode == 2 and Path("r/summary.json").exists()
+    assert done.stderr.splitlines()[-1] == (
+        "run.py: standard output could not be written (No space left on device): the results are "
+        "in r"
+    )
+
+
+def test_in_another_thread(workdir):
+    code = "import sys, threading, run\nsys.argv = ['run.py', *sys.argv[1:]]\n" + (
+        "threading.Thread(target=lambda: run.cli.run_as_script('run.py', run.main)).start()"
+    )
+    done = script(["-c", code, *SHORT, "--out", "r"], workdir)
+    assert done.returncode == 0 and not done.stderr and Path("r/curves.png").exists()
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_rank_of_something_else(name, workdir):
+    for value in ("", "7", "gold"):
+        done = script([str(ROOT / "run.py"), *SHORT, "--seeds", "one"], workdir, **{name: value})
+        assert done.returncode == 2 and "'one'" in done.stderr  # and not silent, as rank 7 is
 
 
 @pytest.mark.parametrize("flag", ["--out", "--load", "--data-dir"])
