@@ -2,7 +2,7 @@
 
 python -m bench.transfer_step
 
-Clocks calls of `transfer.train` without recordings, batches of the stand-in and attack included,
+Clocks calls of `transfer.train` without recordings, batches of noise and attack included,
 for the MNIST MLP and the CIFAR-10 convnet, with φ in the form of each recipe (the robust one is
 odd and sees θ). The opponents train the same model with Adam, on clean batches and on batches under
 PGD-7. An untrained φ does the work of a trained one. Writes transfer_step.json into --out.
@@ -16,7 +16,6 @@ import torch
 
 from bench import measure
 from l2l_ref import attacks, data, problems
-from l2l_ref.data import stand_in
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES, complete
@@ -28,7 +27,7 @@ from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
-STAND_INS = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 FORM = ("output_scale", "theta_input", "odd", "nominal")  # what recipes set of `MetaOptimizer`
 
@@ -85,7 +84,8 @@ def runner(
 def measured(dataset: str, options: Any) -> dict[str, Any]:
     """One model: milliseconds a step of every method, and OPPONENT's time over each."""
     problem, eps, size = problems.make(dataset), EPS[dataset], options.batch_size
-    images = data.ImageSet(*STAND_INS[dataset](20 * size, size)[:2])
+    pixels = torch.randint(256, (20 * size, *SHAPES[dataset]), dtype=torch.uint8)
+    images = data.ImageSet(pixels, torch.arange(20 * size) % problem.classes)
     methods = [learned(problem, recipe, options.backend, eps) for recipe in RECIPES]
     methods.append(Method("Adam (clean)", partial(adam, 1e-3)))
     methods.append(Method(OPPONENT, partial(adam, 1e-3), alpha=0.0))
@@ -97,7 +97,7 @@ def measured(dataset: str, options: Any) -> dict[str, Any]:
     opponent = times[OPPONENT]["median"]
     return {
         "dataset": dataset,
-        "data": "stand-in",
+        "data": "noise",
         "optimizee": problem.name,
         "parameters": sum(p.numel() for p in problem.build().parameters()),
         "methods": times,

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from l2l_ref import data, problems
 from l2l_ref.backend import BUILD, BUILD_CUDA, build_info, built
-from l2l_ref.data import stand_in
 from l2l_ref.experiment import tuning
 from l2l_ref.meta_optimizer import MetaOptimizer
 
@@ -32,7 +32,6 @@ LOADING = ["--quick", "--steps", "4", "--seeds", "1", "--eval-samples", "40", "-
 TINY = [*LOADING, "--episodes", "1", "--episode-steps", "4", "--unroll", "2"]
 FORMS = tuple((theta_input, odd) for theta_input in (False, True) for odd in (False, True))
 every_form = pytest.mark.parametrize("theta_input, odd", FORMS)
-DRAW = {"mnist": stand_in.digits, "cifar10": stand_in.coloured_digits}
 SHAPE = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 # Inputs [b, 5], three classes.
 SMALL = problems.Problem(
@@ -167,20 +166,29 @@ def backend(request):
 
 
 def drawn(name: str, *sizes: int) -> data.Data:
-    x, y, x_test, y_test = DRAW[name](*sizes)
-    train, test = data.ImageSet(x, y), data.ImageSet(x_test, y_test)
-    return data.Data(name, "stand-in", train, test, "0" * 64)
+    """Pictures of ten kinds: blots, moved about, under noise; so many to train and to test on."""
+    g = generator()
+    blots = (F.avg_pool2d(torch.rand(10, *SHAPE[name], generator=g), 5, 1, 2) > 0.54).float()
+    sets = []
+    for n in sizes:
+        y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
+        moves = torch.randint(-4, 5, (n, 2), generator=g).tolist()
+        x = torch.stack([blots[k].roll(move, (1, 2)) for k, move in zip(y, moves, strict=True)])
+        ink, dirt = torch.rand(n, 1, 1, 1, generator=g), torch.rand(x.shape, generator=g)
+        x = x * (1 + ink) / 2 + 1.5 * (dirt - 0.8).clamp(min=0)
+        sets.append(data.ImageSet((255 * x.clamp(max=1)).to(torch.uint8), y))
+    return data.Data(name, "stand-in", *sets, "0" * 64)
 
 
 @pytest.fixture(scope="session")
 def small_digits() -> data.Data:
-    """1,200 + 300 stand-in digits."""
+    """1,200 + 300 pictures in the place of MNIST."""
     return drawn("mnist", 1200, 300)
 
 
 @pytest.fixture(scope="session")
 def small_textures() -> data.Data:
-    """600 + 200 stand-in pictures of CIFAR-10."""
+    """600 + 200 in the place of CIFAR-10."""
     return drawn("cifar10", 600, 200)
 
 

@@ -54,6 +54,23 @@ def test_it_is_that_of_the_file_whatever_the_default_dtype(dtype):
     assert prints[0] == prints[1]
 
 
+class Loads(torch.utils.data.Dataset):
+    """Whose every item is a fingerprint of a φ that its worker has loaded."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return l2l_ref.load("mnist-fgsm-0.1")["linear"].fingerprint()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_may_load_it(context):
+    expected = Loads()[0]
+    workers = {"num_workers": 2, "multiprocessing_context": context, "batch_size": None}
+    assert list(torch.utils.data.DataLoader(Loads(), **workers)) == [expected] * 2
+
+
 def test_what_is_not_there_is_named(file, tmp_path):
     path, _ = file
     with pytest.raises(InputError, match="has no φ nominal: choose one of transfer, not"):

@@ -86,7 +86,7 @@ def test_honest_models_raise_no_alarm(models, small_digits):
 @pytest.mark.parametrize(
     "fake, words",
     [
-        (Rounded, {"random noise breaks more than PGD", "another model's images break more"}),
+        (Rounded, {"PGD without a bound", "another model's images break more"}),
         (Saturated, {"PGD on one loss breaks far more than on the other"}),
     ],
 )
@@ -132,6 +132,7 @@ def test_mistakes_are_named(models, small_digits):
         ({"transfer": 0.3}, "another model's images break more than PGD"),
         ({"PGD, margin": 0.2, "FGSM": 0.3}, "PGD on one loss breaks far more than on the other"),
         ({"left": 0.2}, "PGD without a bound, ε = 1, leaves some"),
+        ({"unseen": 0.2}, "some that survive have a gradient of exactly zero"),
         ({"loss": 1.5}, "the loss falls with more steps"),
     ],
 )
@@ -140,5 +141,6 @@ def test_each_alarm_is_set_off_by_what_it_names(changes, sentence):
     by_attack = {name: changes.get(name, value) for name, value in names.items()}
     by_attack["transfer"] = changes.get("transfer", 0.7)
     by_steps = {10: 2.0, 20: 2.1, 100: changes.get("loss", 2.1)}
-    found = find_alarms({0.1: 0.4, 1.0: changes.get("left", 0.0)}, by_steps, by_attack, 1000)
+    by_eps, unseen = {0.1: 0.4, 1.0: changes.get("left", 0.0)}, changes.get("unseen", 0.0)
+    found = find_alarms(by_eps, by_steps, by_attack, unseen, 1000)
     assert found == ([sentence] if sentence else [])

