@@ -10,21 +10,18 @@ import socket
 import sys
 import tempfile
 import textwrap
-import urllib.error
-import urllib.request
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, shortened
 
 CLASSES = 10
 MNIST = "6019fe9bf4c2c256d446828213e33f053c0e4bb68978d9cf2b5efa0cc8dc5753"  # checksum of the real
@@ -203,49 +200,26 @@ def download(kind: Kind, root: Path) -> str:
 
     It grows in a hidden folder of `root` and moves into place when it is complete.
     """
-    timeout = socket.getdefaulttimeout()
+    timeout, fresh = socket.getdefaulttimeout(), not root.exists()
     try:
         from torchvision import datasets
 
-        dataset = getattr(datasets, kind.dataset)
-        _knock(dataset.url if kind.dataset == "CIFAR10" else dataset.mirrors[0])
-        print(f"downloading {kind.title} to {root}, which can take minutes", file=sys.stderr)
+        where = f"{kind.title} to {shortened(root)}"
+        print(f"downloading {where}, which can take minutes", file=sys.stderr)
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(PATIENCE)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as draft:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                dataset(draft, download=True)
+                getattr(datasets, kind.dataset)(draft, download=True)
             (root / kind.folder).parent.mkdir(exist_ok=True)
             os.replace(Path(draft) / kind.folder, root / kind.folder)
         return ""
     except Exception as error:  # no network, no room, no torchvision: there is still the stand-in
+        if fresh and root.exists():
+            root.rmdir()
         return f"the download failed: {brief(error)}"
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def _knock(url: str) -> None:
-    """Raise an OSError unless `url` answers, be it with a refusal, within PATIENCE seconds.
-
-    A socket's timeout bounds neither the look-up of a name nor how many of its addresses are tried
-    in turn; a thread that may be left behind bounds both.
-    """
-    outcome = [OSError(f"{url} does not answer")]
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=PATIENCE).close()
-            outcome.clear()
-        except urllib.error.HTTPError:
-            outcome.clear()
-        except OSError as error:
-            outcome[0] = error
-
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if outcome:
-        raise outcome[0]
 
 
 def brief(error: Exception) -> str:

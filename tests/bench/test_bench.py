@@ -130,7 +130,7 @@ def test_transfer_step_in_miniature(tmp_path):
         assert all(method["median"] > 0 for method in row["methods"].values())
 
 
-def test_bfloat16_in_miniature(tmp_path, capsys):
+def test_bfloat16_in_miniature(small_data, tmp_path, capsys):
     w, x = torch.randn(2, 80, 80, generator=torch.Generator().manual_seed(0)).double()
     products = [torch.matmul(*bfloat16.factors(w, x, pairs)) for _, pairs, _ in bfloat16.ROWS[1:]]
     errors = [(product - w @ x).norm() / (w @ x).norm() for product in products]
