@@ -8,6 +8,7 @@ are tried on it. Writes review-METHOD.json and .png into the run's folder.
 
 import re
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from bench import judge
@@ -19,6 +20,7 @@ from l2l_ref.experiment.protocol import train_method
 from l2l_ref.experiment.trial import Trial
 from l2l_ref.files import write_json
 from l2l_ref.review import draw, review
+from l2l_ref.transfer import Method
 
 
 def main(arguments: list[str]) -> None:
@@ -29,7 +31,10 @@ def main(arguments: list[str]) -> None:
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
     about: dict[str, Any] = machine("review", arguments, setting.config.backend)
     surrogate, *_ = Trial(setting, ("surrogate",)).train(
-        tuning.default_adam(), fold.transfer.first(setting.config.images), fold.test, eps
+        Method("surrogate", partial(tuning.adam, 1e-3)),
+        fold.transfer.first(setting.config.images),
+        fold.test,
+        eps,
     )
     images, seen = fold.test.first(options.samples), set()
     for contender in experiment.contenders(fold, eps):

@@ -44,6 +44,12 @@ class Method:
     attack: str | None = None
     half: str = "transfer"
 
+    @property
+    def trains_on(self) -> str:
+        """Its batches, in words: clean ones, attacked ones, both mixed; and the penalty."""
+        batches = "clean" if self.alpha == 1 else "mixed" if self.alpha else "attacked"
+        return batches + ", penalty" * bool(self.penalty)
+
 
 @dataclass(frozen=True)
 class Curve:

@@ -56,7 +56,7 @@ def main() -> None:
     results = {
         row["method"]: {"runs": row["runs"], **{name: row[name] for name in NUMBERS if name in row}}
         for row in rows
-        if row["method"].startswith(METHODS) and row["method"] != "Adam, lr 0.001"
+        if row["method"].startswith(METHODS)
     }
     config = {**saved["config"], "eps": [given.eps], "meta_seeds": 1, "load": None}
     card = {

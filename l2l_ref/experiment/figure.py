@@ -58,7 +58,7 @@ def draw_curves(
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
-        peaks, start = {}, math.nan
+        peaks, lows, start = {}, [math.inf], math.nan
         runs = [run for run in runs if "skipped" not in run]
         for method, (colour, style) in STYLES.items():
             own = [run for run in runs if (run["eps"], run["method"]) == (eps, method)]
@@ -70,7 +70,9 @@ def draw_curves(
             steps = own[0]["steps"]
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-            peaks[method], start = mean[mean.isfinite()].max().item(), mean[0].item()
+            finite = mean[mean.isfinite()]
+            peaks[method], start = finite.max().item(), mean[0].item()
+            lows.append(finite.min().item())
         # a curve that runs away is cut, or it would flatten all the others
         highest = min(max(peaks.values()), 1.5 * start)
         notes = [f"{row['method']}: {marks(row)}" for row in summary
@@ -79,18 +81,25 @@ def draw_curves(
         panel.text(0.985, 0.975, "\n".join(notes), ha="right", va="top", fontsize=8,
                    transform=panel.transAxes,
                    bbox={"color": "white", "alpha": 0.8, "lw": 0})  # fmt: skip
-        panel.set(xlabel="step", ylabel="loss under attack" if config.attack != "none" else "loss")
+        under = {"none": "", "fgsm": " under FGSM", "pgd": f" under PGD-{config.attack_steps}"}
+        panel.set(xlabel="step", ylabel="loss" + under.get(config.attack, " under attack"))
         if config.attack != "none":
             panel.set_title(f"ε = {eps:.3g}")
         if config.dataset == "quadratic":
             panel.set_yscale("log")
         else:
-            panel.set_ylim(0, (1.1 + 0.06 * len(notes)) * highest)  # room for the notes
+            low = min(lows)
+            panel.set_ylim(0.95 * low, highest + (0.1 + 0.06 * len(notes)) * (highest - low))
         panel.grid(alpha=0.3)
     for panel in panels[len(config.eps) :]:
         panel.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
                   frameon=False, title=title, title_fontsize=11)  # fmt: skip
+    left_out = [
+        name for name in dict.fromkeys(row["method"] for row in summary) if name not in STYLES
+    ]
+    if left_out:
+        footer = f"not drawn: {', '.join(left_out)}\n{footer}"
     finish(figure, path, footer, columns)
 
 

@@ -159,7 +159,7 @@ class Experiment:
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:
         """The rows of a table."""
         c = self.setting.config
-        result = [Contender(tuning.default_adam(), lambda parts: tuning.default_adam())]
+        result = []
         for grid in tuning.grids(self.setting, fold, eps):
             any_of = next(iter(grid.methods.values()))
             result.append(Contender(any_of, grid.method, grid.needs()))
@@ -235,6 +235,7 @@ def run_method(
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
     result["seconds"] = curve.ms_per_step * c.steps / 1e3
+    result["trains_on"] = method.trains_on
     if isinstance(fold.test, data.ImageSet):
         sample = fold.test.first(c.eval_samples)
         generator = trial.stream("judge")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,55 @@ from l2l_ref.experiment.setting import Setting
 from l2l_ref.experiment.summary import METRICS, differences, summarise, verdicts
 from l2l_ref.files import replace_with, write_json
 
+SHOWN = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy", "seconds")  # the rest is in JSON
 
-def cell(value: dict[str, float | None] | None, digits: int) -> str:
-    """`mean ± std`; "–" where there is none."""
+
+def cell(row: dict[str, Any], name: str) -> str:
+    """`mean ± std`, accuracies in %, seconds without ±; "–" where there is none."""
+    value, scale = row.get(name), 1
     if value is None:
         return "–"
     if value["mean"] is None:
         return "not finite"
-    text = f"{value['mean']:.{digits}f}"
-    return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
+    digits = 3 if value["mean"] < 10 else 2
+    if name.endswith("accuracy"):
+        scale, digits = 100, 1
+    if name == "seconds":
+        return f"{value['mean']:.3f}"[:5].rstrip(".")
+    text = f"{scale * value['mean']:.{digits}f}"
+    return text if value["std"] is None else f"{text} ± {scale * value['std']:.{digits}f}"
 
 
 def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str) -> str:
-    """The comparison as a Markdown table, for each metric `cell`."""
-    names = [name for name in METRICS if any(name in row for row in summary)]
+    """The comparison as a Markdown table of at most 100 columns, the lowest loss first; what ended
+    badly is named below it."""
+    names = [name for name in SHOWN if any(name in row for row in summary)]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
     judge = config.judge_attack.partition(":")[2] or f"PGD-{config.judge_steps}"
     labels = [METRICS[name].format(judge=judge) for name in names]
-    head = ["ε", "method", *labels, "runs", ""]
+    several = len({row["eps"] for row in summary}) > 1
+    head = ["ε"] * several + ["method", "trains on", *labels]
+
+    def order(row: dict[str, Any]) -> tuple[float, float]:
+        loss = row.get(names[0], {"mean": None})["mean"] if names else None
+        return row["eps"], math.inf if loss is None else loss
+
+    rows = sorted(summary, key=order)
     body = [
-        [f"{row['eps']:g}", row["method"],
-         *(cell(row.get(name), 2 if name == "ms_per_step" else 3) for name in names),
-         str(row["runs"]), marks(row)]
-        for row in summary
-    ]  # fmt: skip
+        [f"{row['eps']:g}"] * several
+        + [row["method"], row["trains_on"], *(cell(row, name) for name in names)]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
 
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([title, "", line(head), rule, *map(line, body), "", footer])
+    named = [(row["method"] + f", ε {row['eps']:g}" * several, marks(row)) for row in rows]
+    notes = [f"{name}: {words}" for name, words in named if words]
+    return "\n".join([title, "", line(head), rule, *map(line, body), "", *notes, footer])
 
 
 def title(setting: Setting) -> str:

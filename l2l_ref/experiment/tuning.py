@@ -34,7 +34,6 @@ PENALTIES = (1.0, 1.5)
 # multiplied by how many there are.
 QUADRATIC_ADAM_LRS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 QUADRATIC_SGD_LRS = (0.002, 0.005, 0.01, 0.02, 0.03)
-DEFAULT_LR = 1e-3  # PyTorch's for Adam, shown beside the tuned one
 STAY = 3  # one candidate in so many, the best of the first seed, runs on the others
 
 
@@ -54,11 +53,6 @@ def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
 def momentum(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov's momentum of 0.9."""
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
-
-
-def default_adam() -> Method:
-    """Adam as PyTorch has it."""
-    return Method(f"Adam, lr {DEFAULT_LR:g}", partial(adam, DEFAULT_LR))
 
 
 def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:

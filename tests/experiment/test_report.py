@@ -6,7 +6,7 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from l2l_ref.experiment import cli, report, summary
+from l2l_ref.experiment import cli, report, summary, tuning
 from l2l_ref.experiment.config import complete
 from l2l_ref.experiment.figure import draw_curves
 from l2l_ref.experiment.folder import write_json
@@ -17,7 +17,8 @@ from l2l_ref.experiment.setting import prepare
 def run(method, phi=None, seed=0, fold=0, eps=0.1, loss=1.0, end="ok", **more):
     return {"eps": eps, "method": method, "fold": fold, "phi": phi, "seed": seed, "steps": [0, 1],
             "clean": [1.0, 1.0], "attacked": [2.0, loss], "clean_loss": 1.0, "attacked_loss": loss,
-            "ms_per_step": 1.0, "end": end, **more}  # fmt: skip
+            "ms_per_step": 1.0, "seconds": 1.0, "trains_on": "clean", "end": end,
+            **more}  # fmt: skip
 
 
 def skipped(method, phi=0, seed=0, fold=0, eps=0.1):
@@ -48,7 +49,8 @@ class TestInterval:
         # mean 3, deviation √7, t of two degrees of freedom 4.303
         expected = {"mean": 3.0, "half_width": pytest.approx(4.303 * math.sqrt(7 / 3))}
         assert summary.interval([1.0, 2.0, 6.0]) == expected
-        assert summary.interval([1.5]) == {"mean": 1.5, "half_width": None}
+        for values in ([1.5], [1.0, 2.0]):
+            assert summary.interval(values) == {"mean": 1.5, "half_width": None}
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_what_is_not_finite_has_none(self, value):
@@ -71,18 +73,18 @@ class TestDifferences:
             run("Adam", seed=1, loss=2.0), run("Adam", seed=0, loss=1.5),
         )  # fmt: skip
         assert found.keys() == {(0.1, "φ", "Adam")}  # a baseline less a φ says no more
-        # differences 0.5 and 3: mean 1.75, deviation 2.5/√2, t of one degree of freedom
-        expected = {"mean": 1.75, "half_width": pytest.approx(12.706 * 2.5 / 2)}
+        expected = {"mean": 1.75, "half_width": None}  # differences 0.5 and 3: too few
         assert found[0.1, "φ", "Adam"]["attacked_loss"] == expected
 
     def test_folds_are_pairs_of_their_own_and_eps_never_mix(self):
         found = self.by_pair(
             run("φ", phi=0, fold=0, loss=1.0), run("φ", phi=0, fold=1, loss=5.0),
+            run("φ", phi=0, fold=1, seed=1, loss=3.0), run("Adam", fold=1, seed=1, loss=2.0),
             run("Adam", fold=0, loss=2.0), run("Adam", fold=1, loss=2.0),
             run("φ", phi=0, eps=0.2, loss=9.0), run("SGD", eps=0.2, loss=3.0),
         )  # fmt: skip
         assert found.keys() == {(0.1, "φ", "Adam"), (0.2, "φ", "SGD")}
-        half = pytest.approx(12.706 * 4 / 2)  # of -1 and 3, whose deviation is 4/√2
+        half = pytest.approx(4.303 * 2 / 3**0.5)  # of -1, 3 and 1, whose deviation is 2
         assert found[0.1, "φ", "Adam"]["attacked_loss"] == {"mean": 1.0, "half_width": half}
         only = {"mean": 6.0, "half_width": None}
         assert found[0.2, "φ", "SGD"]["attacked_loss"] == only
@@ -167,16 +169,41 @@ class TestSummary:
     def test_a_method_without_any_run_is_a_line_of_dashes(self):
         rows = summary.summarise(results(run("Adam", loss=1.25), skipped("φ")))
         text = report.table(rows, complete({}), "title", "footer").splitlines()
-        assert cells(text[4]) == ["0.1", "Adam", "1.250", "1.00", "1", ""]
-        assert cells(text[5]) == ["0.1", "φ", "–", "–", "1", "1/1 skipped"]
+        assert cells(text[4]) == ["Adam", "clean", "1.250", "1.000"]
+        assert cells(text[5]) == ["φ", "", "–", "–"] and text[7] == "φ: 1/1 skipped"
 
     def test_judged_losses_take_the_place_of_the_curves(self):
         more = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
         (row,) = summary.summarise(results(run("φ", phi=0, fgsm_accuracy=0.6, **more)))
         assert row["attacked_loss"]["mean"] == 1.0  # stays in summary.json
-        head = report.table([row], complete({}), "title", "footer").splitlines()[2]
-        assert cells(head) == ["ε", "method", "loss, PGD-7", "loss, FGSM", "clean acc.",
-                               "FGSM acc.", "PGD-20 acc.", "ms/step", "runs", ""]  # fmt: skip
+        text = report.table([row], complete({}), "title", "footer").splitlines()
+        assert cells(text[2]) == [
+            "method",
+            "trains on",
+            "loss, PGD-7",
+            "clean %",
+            "PGD-20 %",
+            "s",
+        ]
+        assert cells(text[4]) == ["φ", "clean", "1.500", "90.0", "50.0", "1.000"]
+
+    def test_a_row_for_each_eps_the_lowest_loss_first(self):
+        losses = {"a": 2.0, "b": 1.0, "c": math.nan}
+        runs = [run(name, eps=eps, loss=x) for eps in (0.1, 0.2) for name, x in losses.items()]
+        lines = report.table(summary.summarise(results(*runs)), complete({}), "t", "f").splitlines()
+        assert cells(lines[2])[0] == "ε" and [cells(line)[:2] for line in lines[4:10]] == [
+            [eps, name] for eps in ("0.1", "0.2") for name in "bac"
+        ]
+
+    def test_it_fits_a_hundred_columns(self):
+        setting = complete({})
+        names = [label for label in tuning.candidates(setting, 0.1)]
+        judged = {"accuracy": 0.9, "pgd_accuracy": 0.5, "seconds": 120.5}
+        more = {"pgd_loss": 12.5, **judged, "trains_on": "mixed, penalty"}
+        runs = [run(name, seed=seed, **{k: v if k == "trains_on" else v * (1 - 0.1 * seed)
+                for k, v in more.items()}) for name in names for seed in (0, 1)]  # fmt: skip
+        text = report.table(summary.summarise(results(*runs)), setting, "title", "footer")
+        assert max(map(len, text.splitlines())) <= 100
 
     def test_skipped_runs_have_no_curve(self):
         text = report.curves_csv(results(skipped("φ"), run("Adam")), "made up")
@@ -232,16 +259,19 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
         row("L2L-Transfer (clean)", "Nominal alone", None, None),
         row("L2L", "Adam", -9.0, 0.1),  # no control
         row("L2L", "Adam (attacked) + L1", 0.5, None),
+        row("L2L-Transfer (clean)", "Adam", 2.0, 0.25),
         row("L2L-Transfer (clean)", "Adam + L1", 1.0, 0.125),
     ]
     of = results(run("L2L", phi=0), skipped("L2L", phi=1), run("L2L-Transfer (clean)", phi=0))
+    of_clean = "ε 0.1: loss of L2L-Transfer (clean) less that of "
+    end = "(95 % over seeds, after the mean over φ"
     assert summary.verdicts(of, rows, "paper") == (
-        "ε 0.1: loss of L2L less that of Nominal alone -0.250 ± 0.100, Adam (attacked) + L1 +0.500 "
-        "(95 % over seeds, after the mean over φ; 1 of 2 φ given up)"
+        f"{of_clean}Adam +2.000 ± 0.250 {end})\n"
+        "ε 0.1: loss of L2L less that of Nominal alone -0.250 ± 0.100, Adam (attacked) + L1 "
+        f"+0.500 {end}; 1 of 2 φ given up)"
     )
     assert summary.verdicts(of, rows, "robust") == (
-        "ε 0.1: loss of L2L-Transfer (clean) less that of Nominal alone not finite, "
-        "Adam + L1 +1.000 ± 0.125 (95 % over seeds, after the mean over φ)"
+        f"{of_clean}Nominal alone not finite, Adam +2.000 ± 0.250, Adam + L1 +1.000 ± 0.125 {end})"
     )
     assert summary.verdicts(of, [], "paper") == ""
 

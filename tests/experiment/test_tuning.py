@@ -213,7 +213,6 @@ class TestCandidates:
             "Adam (attacked) + penalty + L1": "lr 0.03, L1 0.001, λ/ε 1",
             "Adam (N-FGSM) + L1": "lr 0.03, L1 0.001",
         }
-        assert tuning.default_adam().label == "Adam, lr 0.001"
 
 
 @pytest.mark.parametrize("recipe, row", [("paper", "L2L"), ("robust", "L2L-Transfer (clean)")])
