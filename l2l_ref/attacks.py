@@ -320,8 +320,8 @@ def _check(
 ) -> None:
     if not 0 <= eps < math.inf:
         raise InputError(f"eps is {eps}, but must be finite and >= 0; pixels are in [0, 1].")
-    if not steps >= 1:
-        raise InputError(f"steps is {steps}, but must be >= 1; Madry et al. take 7.")
+    if not steps >= 1 or steps % 1:
+        raise InputError(f"steps is {steps}, but must be a whole number >= 1; Madry et al. take 7.")
     if step_size is not None and not 0 < step_size < math.inf:
         raise InputError(
             f"step_size is {step_size}, but must be finite and > 0; "

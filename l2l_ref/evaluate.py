@@ -66,8 +66,8 @@ def robust_accuracy(
         no gradient: it was exactly zero. (Of a constant predictor it says nothing.)
     """
     for name, value in (("restarts", restarts), ("batch_size", batch_size)):
-        if not value >= 1:
-            raise InputError(f"{name} is {value}, but must be >= 1; leave it out for the default.")
+        if not value >= 1 or value % 1:
+            raise InputError(f"{name} is {value}, but must be a whole number >= 1.")
     several = [attack] if callable(attack) else list(attack)
     if not several:
         raise InputError("attack is an empty list: give at least attacks.none")

@@ -181,6 +181,7 @@ def test_numbers_out_of_range_are_named():
     for images, options, words in (
         (SEVEN, {"restarts": 0}, "restarts is 0"),
         (SEVEN, {"batch_size": -1}, "batch_size is -1"),
+        (SEVEN, {"restarts": 1.5}, "restarts is 1.5, but must be a whole number"),
         (empty, {}, "0 samples"),
     ):
         with pytest.raises(InputError, match=words):

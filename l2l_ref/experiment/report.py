@@ -117,7 +117,7 @@ def write(
     heading, footer = title(setting), footnote(config, environment, command)
     summary = summarise(results)
     text = curves_csv(results, setting.source)
-    replace_with(out / "metrics.csv", lambda partial: partial.write_text(text))
+    replace_with(out / "metrics.csv", lambda partial: partial.write_text(text, encoding="utf-8"))
     runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
             for run in results.runs]  # fmt: skip
     curves = {name: {k: v for k, v in history.items() if k not in ("loss", "norm")}  # by unroll
