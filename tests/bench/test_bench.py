@@ -1,7 +1,6 @@
 """The benchmarks in miniature: that they run, agree with the reference and write what they say."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from bench import bfloat16, measure, memory, operators, peers, pieces, resnet_step, transfer_step
+from bench import measure, memory, operators, peers, resnet_step, transfer_step
 from bench.case import flops, make_case
-from l2l_ref import drawing, equations
+from l2l_ref import drawing
 from l2l_ref.backend import built
 from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES, complete
-from l2l_ref.experiment.queue import Piece
 
 
 def report_of(command, folder: Path, *arguments: str) -> dict:
@@ -130,19 +128,6 @@ def test_transfer_step_in_miniature(tmp_path):
         assert all(method["median"] > 0 for method in row["methods"].values())
 
 
-def test_bfloat16_in_miniature(small_data, tmp_path, capsys):
-    w, x = torch.randn(2, 80, 80, generator=torch.Generator().manual_seed(0)).double()
-    products = [torch.matmul(*bfloat16.factors(w, x, pairs)) for _, pairs, _ in bfloat16.ROWS[1:]]
-    errors = [(product - w @ x).norm() / (w @ x).norm() for product in products]
-    assert 1e-3 < errors[0] < 4e-3 and errors[1] < errors[0] and errors[2] < 2e-5
-    before = equations.lstm_cell
-    arguments = f"--steps 2 --seeds 1 --data-dir {tmp_path}".split()
-    bfloat16.main(arguments)
-    rows = capsys.readouterr().out.splitlines()
-    same = [float(row.split()[-3]) for row in rows if row.split()[:1] in (["float32"], ["weights"])]
-    assert len(same) == 8 and same[0] < same[1] and equations.lstm_cell is before
-
-
 @pytest.fixture
 def small_net(monkeypatch):
     """The "ResNet" has 1,005 parameters."""
@@ -220,14 +205,3 @@ def test_profile(tmp_path):
     assert "LSTM" not in seconds["tuning"]  # where the baselines are
     last = done.stdout.split("\nall")[1].splitlines()[0]
     assert last.split()[-2:] == ["100.0", "100.0"]
-
-
-def test_pieces_dealt_out_by_hand(capsys):
-    several = [Piece(name, None, "", cost, tuple(needs))
-               for name, cost, needs in (("a", 4, ""), ("b", 3, ""), ("c", 2, "a"))]  # fmt: skip
-    # of two processes one has a and then c, while the other ends with b
-    assert [pieces.time_of(several, count) for count in (1, 2, 3)] == [9, 6, 6]
-    pieces.main(["--dataset", "quadratic", "--meta-seeds", "4"])
-    said = capsys.readouterr().out
-    assert "the longest, " in said and ": transfer-fold0-phi0-eps0.0" in said
-    assert re.search(r"\n   2 processes: 2\.0 times", said)
