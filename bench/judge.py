@@ -87,8 +87,8 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     keep_freed_memory()
     stronger = {
-        "judge_attack": options.attack,
-        "judge_steps": options.steps,
+        "eval_attack": options.attack,
+        "eval_steps": options.steps,
         "restarts": options.restarts,
     }
     experiment = experiment_of(options, **stronger)

@@ -126,11 +126,11 @@ class Config:
         "quick": 100})  # for the losses
     record_every: int = option(TRANSFER, "updates between points of a curve",
         exceptions={"cifar10 quick": 4}, said="steps/50")
-    judge_attack: str = option(TRANSFER, "what judges: pgd or MODULE:FUNCTION", "pgd",
-        metavar="NAME")
-    judge_steps: int = option(TRANSFER, "of the PGD that judges", 20)
-    restarts: int = option(TRANSFER, "of that PGD, for each of its two losses", 2, {"quick": 1})
-    judge: str = option(TRANSFER, "test, or validation: the meta half only", "test",
+    eval_attack: str = option(TRANSFER, "attack of the evaluation: pgd or MODULE:FUNCTION",
+        "pgd", metavar="NAME")
+    eval_steps: int = option(TRANSFER, "steps of that PGD", 20)
+    restarts: int = option(TRANSFER, "of that PGD, per loss", 2, {"quick": 1})
+    eval_on: str = option(TRANSFER, "test images, or validation: the meta half only", "test",
         choices=("test", "validation"), metavar="SET")
 
     quick: bool = option(RUN, "a miniature of all of it", False)
@@ -174,8 +174,8 @@ class Config:
         require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
         known = self.attack in ATTACKS or ":" in self.attack
         require("attack", known, self.attack, f"{', '.join(ATTACKS)}, or MODULE:FUNCTION")
-        known = self.judge_attack == "pgd" or ":" in self.judge_attack
-        require("judge_attack", known, self.judge_attack, "pgd, or MODULE:FUNCTION")
+        known = self.eval_attack == "pgd" or ":" in self.eval_attack
+        require("eval_attack", known, self.eval_attack, "pgd, or MODULE:FUNCTION")
         for eps in self.eps:
             require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
@@ -239,7 +239,7 @@ def complete(given: dict[str, Any]) -> Config:
     settings = {name: option.value(words) for name, option in OPTIONS.items()}
     if recipe == "paper" and "alpha" in given:  # the paper has one α for all
         settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
-    if given.keys() & (names_of("φ") | {"grid", "meta_seeds", "folds", "judge"}):
+    if given.keys() & (names_of("φ") | {"grid", "meta_seeds", "folds", "eval_on"}):
         settings["load"] = None  # what comes with the package is not that φ
     settings |= given
     if settings["record_every"] is None:

@@ -18,7 +18,7 @@ from l2l_ref.meta_optimizer import phi_groups
 from l2l_ref.pretrained import build, list_pretrained, read
 from l2l_ref.transfer import Method
 
-NEEDED = names_of("φ") | {"dataset", "attack", "eps", "seed", "judge"}  # of a φ file's settings
+NEEDED = names_of("φ") | {"dataset", "attack", "eps", "seed", "eval_on"}  # of a φ file's settings
 
 # The row of each recipe that its φ are meant for.
 OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": "L2L-Transfer (clean)"}
@@ -80,9 +80,9 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
         raise InputError(f"--load {path} does not say what its φ come from: name that of a run")
     c, before, saved = setting.config, value["config"], value["phis"]
     if before["dataset"] == c.dataset and setting.checksum:  # images, cut into halves
-        if c.judge == "validation" != before["judge"]:
+        if c.eval_on == "validation" != before["eval_on"]:
             raise InputError(
-                f"--load {path} holds φ meta-trained on what --judge validation judges by: load "
+                f"--load {path} holds φ meta-trained on what --eval-on validation judges by: load "
                 "one that was trained with it, or judge by the test set"
             )
         data, here = (value["data"], value["data_sha256"]), setting.data

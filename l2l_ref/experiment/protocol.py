@@ -243,10 +243,10 @@ def run_method(
         result["last"] = trial.judge(last, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
         losses, restarts = list(attacks.LOSSES), c.restarts
-        if c.judge_attack != "pgd":  # it has a loss and restarts of its own
+        if c.eval_attack != "pgd":  # it has a loss and restarts of its own
             losses, restarts = ["cross_entropy"], 1
-        make = partial(attacks.make, eps=eps, steps=c.judge_steps, generator=generator)
-        judges = [make(c.judge_attack, loss=loss) for loss in losses]
+        make = partial(attacks.make, eps=eps, steps=c.eval_steps, generator=generator)
+        judges = [make(c.eval_attack, loss=loss) for loss in losses]
         fgsm = attacks.make("fgsm", eps=eps)
         result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
         result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, judges, restarts=restarts)

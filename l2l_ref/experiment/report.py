@@ -39,7 +39,7 @@ def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str
     names = [name for name in SHOWN if any(name in row for row in summary)]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
-    judge = config.judge_attack.partition(":")[2] or f"PGD-{config.judge_steps}"
+    judge = config.eval_attack.partition(":")[2] or f"PGD-{config.eval_steps}"
     labels = [METRICS[name].format(judge=judge) for name in names]
     several = len({row["eps"] for row in summary}) > 1
     head = ["ε"] * several + ["method", "trains on", *labels]
@@ -81,7 +81,7 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
     """Seeds, hardware, versions and command, for the foot of a table or figure."""
     e = environment
     commit = e["git_commit"]
-    loss = f"on {config.judge} images" + (" under attack" if config.attack != "none" else "")
+    loss = f"on {config.eval_on} images" + (" under attack" if config.attack != "none" else "")
     if config.dataset == "quadratic":
         loss = "of the function it minimises"
     return (

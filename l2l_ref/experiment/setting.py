@@ -57,8 +57,8 @@ class Fold:
 def folds(setting: Setting) -> list[Fold]:
     """Cut the training set into halves by the seed, once, or twice with the halves swapped.
 
-    With `--judge validation` all is of the meta-training half: what the parts of it that train and
-    choose have in a run that touches the test set, they have here in place of the halves and test.
+    With `--eval-on validation` all is of the meta-training half: what the parts of it that train
+    and choose have in a run that touches the test set, they have here in place of halves and test.
     """
     config, result = setting.config, []
     halves = setting.train.halves(config.seed)
@@ -68,7 +68,7 @@ def folds(setting: Setting) -> list[Fold]:
         meta, transfer = halves if number == 0 else halves[::-1]
         count = len(meta) // VALIDATION
         fit, validation = meta.rest(count), meta.first(count)
-        if config.judge == "validation":
+        if config.eval_on == "validation":
             meta, transfer, test = fit, fit, validation
         result.append(Fold(number, meta, fit, validation, transfer, test))
     return result
@@ -106,7 +106,7 @@ def prepare(config: Config, number: int = 0) -> Setting:
         name = f"cuda:{number % torch.cuda.device_count()}"
     device = available_device(name)
     resolve(config.backend, device)
-    for name in (config.attack, config.judge_attack):
+    for name in (config.attack, config.eval_attack):
         attacks.make(name, eps=config.eps[0])  # a name that is nowhere is wrong now
     for name in config.compare:
         imported(name, "compare")

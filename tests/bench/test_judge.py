@@ -124,5 +124,5 @@ def test_another_attack_judges(finished, capsys):
     assert found["loss_difference"] == 0
     (row,) = found["table"]
     assert row["pgd_accuracy"]["mean"] == clean["Adam"] and "never %" in capsys.readouterr().out
-    with pytest.raises(InputError, match="--judge-attack is fgsm: it must be pgd, or MODULE"):
+    with pytest.raises(InputError, match="--eval-attack is fgsm: it must be pgd, or MODULE"):
         judge.main([str(finished), "Adam", "--attack", "fgsm"])

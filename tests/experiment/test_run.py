@@ -104,7 +104,7 @@ class TestWhatARunLeaves:
     def test_cifar_has_two_phi_and_as_many_folds_as_are_asked_for(self, workdir, small_data):
         run.main(["--dataset", "cifar10", "--attack", "pgd", "--eps", "0.03", *TINY, "--out", "r",
                   "--attack-steps", "2", "--seeds", "1", "--steps", "2", "--episode-steps", "2",
-                  "--judge-steps", "1",
+                  "--eval-steps", "1",
                   "--folds", "2"])  # fmt: skip
         summary, rows = read("r")
         assert {row["fold"] for row in rows} == {"0", "1"}
@@ -216,12 +216,16 @@ class TestResumeAndLoad:
             ("q/metrics.csv", [], "metrics.csv cannot be read"),
             ("a/meta_optimizer.pt", ["--seed", "1"], "give --seed 0"),
             ("a/meta_optimizer.pt", ["--folds", "2"], "this run needs .*fold1"),
-            ("a/meta_optimizer.pt", ["--judge", "validation"], "on what --judge validation judges"),
+            (
+                "a/meta_optimizer.pt",
+                ["--eval-on", "validation"],
+                "on what --eval-on validation judges",
+            ),
         ):
             with pytest.raises(InputError, match=words):
                 run.main([*LOADING, "--load", file, *arguments, "--out", "x"])
             assert not (workdir / "x").exists()
-        run.main([*self.arguments[:-1], "c", "--judge", "validation"])  # sees a part of the half
+        run.main([*self.arguments[:-1], "c", "--eval-on", "validation"])  # sees a part of the half
         run.main([*LOADING, "--load", "c/meta_optimizer.pt", "--out", "x"])
 
     def test_other_data_are_refused(self, workdir, small_digits, monkeypatch):
@@ -333,7 +337,7 @@ class TestGivenUp:
 def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
     workdir, small_data, small_digits, seen_pictures, more
 ):
-    run.main([*TINY, "--seeds", "1", "--judge", "validation", *more, "--out", "r"])
+    run.main([*TINY, "--seeds", "1", "--eval-on", "validation", *more, "--out", "r"])
     meta, transfer = small_digits.train.halves(0)
     assert not seen_pictures & (pictures(small_digits.test) | pictures(transfer))
     assert seen_pictures <= pictures(meta) and len(seen_pictures) > 100
@@ -394,7 +398,7 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
         (["--images", "501"], "--images is 501 but a candidate trains on 500 images of stand-in"),
         (["--dataset", "quadratic", "--images", "500"], "quadratics have none"),
-        (["--judge", "me"], "invalid choice: 'me'"),
+        (["--eval-on", "me"], "invalid choice: 'me'"),
         (["--eps-warmup", "0.5"], "unrecognized arguments: --eps-warmup"),
         (["--device", "tpu9"], "--device tpu9 is not available"),
         (["--backend", "gpu"], "invalid choice: 'gpu'"),
