@@ -45,8 +45,8 @@ class Config:
         "one panel each", (0.1,), {"cifar10": (0.03,), "cifar10 quick fgsm": (2 / 255,),
          "quadratic": (0.0,)})
     recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
-        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: the same "
-        "without θ, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
+        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: that term "
+        "alone, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
     optimizee: str = option(WHAT, "network to train", "mlp",
         {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
     attack_steps: int = option(WHAT, "PGD steps", 7)
@@ -92,8 +92,7 @@ class Config:
         {"robust": True, "quadratic": False}, of="φ", said="robust", opposite=True)
     # θ of a quadratic travels much farther than a network's.
     output_scale: float = option(default=0.01, exceptions={"robust": 0.1, "quadratic": 0.1}, of="φ")
-    # What shrinks weights is in the penalised gradient; a φ that sees them learns to let them grow.
-    theta_input: bool = option(default=False, exceptions={"robust": True, "penalty": False}, of="φ")
+    theta_input: bool = option(default=False, exceptions={"robust": True}, of="φ")
     odd: bool = option(default=False, exceptions={"robust": True}, of="φ")
     hidden_size: int = option(default=20, of="φ")
     num_layers: int = option(default=2, of="φ")

@@ -21,7 +21,7 @@ from l2l_ref.transfer import Method
 NEEDED = names_of("φ") | {"dataset", "attack", "eps", "seed", "eval_on"}  # of a φ file's settings
 
 # The row of each recipe that its φ are meant for.
-OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": "L2L-Transfer (clean)"}
+OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": "Nominal alone"}
 
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
@@ -40,7 +40,10 @@ def phis_of(config: Config) -> dict[str, tuple[str, int, int, float]]:
 
 
 def kinds_of_phi(config: Config) -> tuple[str, ...]:
-    """Without an attack, that under attack and that on clean batches are one."""
+    """Without an attack, that under attack and that on clean batches are one. With the penalty the
+    LSTM adds nothing (docs/trials)."""
+    if config.recipe == "penalty":
+        return (NOMINAL,)
     return (UNDER_ATTACK, NOMINAL) if config.attack == "none" else (UNDER_ATTACK, CLEAN, NOMINAL)
 
 
@@ -101,8 +104,9 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 f"--load {path} holds φ meta-trained on {describe(data)}, whose halves are not "
                 f"those of {describe(here)}: give the same --data-dir"
             )
+    config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
     phis, given_up, needed = {}, {}, phi_groups(setting.problem.build())
-    for name, (kind, fold, meta_seed, _) in phis_of(c).items():
+    for name, (kind, fold, meta_seed, _) in phis_of(config).items():
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
         if name not in saved and len(alike) != 1:
             raise InputError(
@@ -121,6 +125,4 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 )
         phis[name] = build({group: groups[group] for group in needed}, path, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
-    settings = {name: before[name] for name in names_of("φ")}
-    config = replace(c, **tuples(settings))
     return replace(setting, config=config, origin=origin, given_up=given_up), phis

@@ -73,10 +73,10 @@ def test_meta_training_has_three_hundred_unrolls():
 
 def test_penalty_is_robust_but_for_what_it_reads():
     robust, penalty = (cli.parse(["--recipe", name]) for name in ("robust", "penalty"))
-    assert penalty.penalty == 1.5 and not penalty.theta_input
+    assert penalty.penalty == 1.5
     assert penalty.episodes == 60 and penalty.episode_steps == (100, 300)
     episodes = {"episodes": robust.episodes, "episode_steps": robust.episode_steps}
-    assert replace(penalty, recipe="robust", penalty=0.0, theta_input=True, **episodes) == robust
+    assert replace(penalty, recipe="robust", penalty=0.0, **episodes) == robust
 
 
 @pytest.mark.parametrize("flag", ["--no-quick", "--no-resume", "--no-strict-data"])

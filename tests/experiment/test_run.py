@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import call_script, pictures
 
+import l2l_ref
 import run
 from l2l_ref import data
 from l2l_ref.backend import resolve
@@ -99,6 +100,17 @@ class TestWhatARunLeaves:
         assert environment["data"] == "stand-in" and len(environment["data_sha256"]) == 64
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(folder.rglob("*.partial"))
+
+    @pytest.mark.usefixtures("few_candidates")
+    def test_with_the_penalty_a_rate_is_all_that_is_learned(self, workdir, small_data, capsys):
+        run.main(["--recipe", "penalty", *TINY, "--out", "a"])
+        run.main(["--load", "a/meta_optimizer.pt", *LOADING, "--out", "b"])
+        for folder in "ab":
+            summary, _ = read(folder)
+            rows = {row["method"] for row in summary["table"] if row["runs"]}
+            assert "Nominal alone" in rows and not any("L2L" in row for row in rows)
+        assert "loss of Nominal alone less that of Adam" in capsys.readouterr().out
+        assert l2l_ref.load("a/meta_optimizer.pt")["linear"].nominal
 
     @pytest.mark.usefixtures("few_candidates")
     def test_cifar_has_two_phi_and_as_many_folds_as_are_asked_for(self, workdir, small_data):

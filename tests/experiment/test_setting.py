@@ -96,12 +96,15 @@ def test_curves_are_those_of_the_paper():
         "Nominal alone": ("nominal", 1.0, 0.0, "transfer"),
     }
     # the penalty is in units of ε, and Transfer-NOT, which knows of no attack, has none
-    assert curves("--recipe", "penalty", "--penalty", "1.5") == {
+    assert curves("--recipe", "robust", "--penalty", "1.5") == {
         "L2L": ("transfer", 1.0, pytest.approx(0.3), "meta"),
         "L2L-Transfer (clean)": ("transfer", 1.0, pytest.approx(0.3), "transfer"),
         "L2L-Transfer (mixed)": ("transfer", 0.5, pytest.approx(0.3), "transfer"),
         "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
         "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
+        "Nominal alone": ("nominal", 1.0, pytest.approx(0.3), "transfer"),
+    }
+    assert curves("--recipe", "penalty") == {
         "Nominal alone": ("nominal", 1.0, pytest.approx(0.3), "transfer"),
     }
     assert curves("--dataset", "quadratic") == {
