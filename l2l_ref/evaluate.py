@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -102,6 +103,7 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
         batches = (images.batch(i) for i in torch.arange(len(images)).split(size) if len(i))
     elif isinstance(images, (tuple, list)) and images and isinstance(images[0], Tensor):
         x, y = images
+        check_samples(x, y)
         batches = zip(x.split(size), y.split(size), strict=True)
     elif hasattr(images, "__getitem__") and not isinstance(images, (tuple, list)):
         batches = DataLoader(images, batch_size=size)
@@ -121,10 +123,10 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
 def judged(model: Callable) -> Iterator[None]:
     """`untouched`, and in eval mode if it is an `nn.Module`; a warning if a function hides one
     that is not."""
-    training = []
+    training, own = [], get_ident()
 
     def hear(module: nn.Module, _: Any) -> None:
-        if module.training and isinstance(module, MODAL):
+        if module.training and isinstance(module, MODAL) and get_ident() == own:
             training.append(module)
 
     with untouched(model):

@@ -35,6 +35,7 @@ def untouched(model: Callable) -> Iterator[None]:
 
 
 def given_back(model: nn.Module) -> Iterator[None]:
+    """The same, without the lock."""
     modules = list(model.modules())
     modes = [(m, m.training) for m in modules]
     buffers = [(m._buffers, k, b) for m in modules for k, b in m._buffers.items() if b is not None]

@@ -176,11 +176,10 @@ def test_a_model_that_a_function_hides_is_heard(layer):
 )
 def test_what_are_no_samples_is_one_sentence(spoil, words):
     model, (x, y) = net(), spoil(*batch())
-    images = [(x, y)]  # a loader's batches; a pair is cut, which takes as many of each
     for use in (
         lambda: fgsm(model, x, y, eps=0.1), lambda: n_fgsm(model, x, y, eps=0.1),
         lambda: pgd(model, x, y, eps=0.1, norm="l2"), lambda: losses(model, x, y, ONE),
-        lambda: robust_accuracy(model, images, none), lambda: review(model, images, eps=0.1),
+        lambda: robust_accuracy(model, (x, y), none), lambda: review(model, [(x, y)], eps=0.1),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             use()
