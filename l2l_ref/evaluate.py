@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,6 @@ from l2l_ref.guard import check_samples, leaves_no_trace, untouched
 MODAL = _NormBase, _DropoutNd  # compute otherwise in training mode
 
 
-class Images(Protocol):
-    """Labelled images, such as `l2l_ref.data.ImageSet`."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples at `index`, int64 [b]: x, float [b, ...] in [0, 1], and y, int64 [b]."""
-        ...
-
-
 def robust_accuracy(
     model: Callable,
     images: Any,
@@ -53,9 +43,9 @@ def robust_accuracy(
     Args (InputError for a number out of range, or no images):
         model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; a sample with a
             NaN logit counts as wrong.
-        images: the samples, judged in order, at least one: `Images`, a pair of tensors (x, y), a
-            map-style Dataset of (x, y), or an iterable of batches (x, y) such as a DataLoader. They
-            are moved to the model.
+        images: the samples, judged in order, at least one: a pair of tensors (x, y), a map-style
+            Dataset of (x, y), an iterable of batches (x, y) such as a DataLoader, or what has a
+            length and `batch(index)`, such as `data.ImageSet`. They are moved to the model.
         attack: any callable (model, x, y) -> x_adv, or several, of which a sample must survive all;
             `attacks.none` gives the clean accuracy.
         restarts: of each attack, per sample, >= 1; a sample that one of them breaks is not attacked

@@ -83,7 +83,7 @@ def meta_train(
                 "start afresh with another --out"
             )
         load_weights(meta_optimizers, saved["meta_optimizers"], f"checkpoint {checkpoint}")
-        load_adam(adam, saved["adam"], f"checkpoint {checkpoint}")
+        adam.load_state_dict(saved["adam"])
         history, done, best = History(**saved["history"]), saved["episodes"], saved["best"]
         if len(history.episodes) != done or done > settings.episodes:
             raise InputError(
@@ -171,17 +171,6 @@ def meta_adam(meta_optimizers: nn.ModuleDict, settings: MetaSettings) -> torch.o
     groups = [{"params": weights, "lr": settings.meta_lr}]
     groups += [{"params": etas, "lr": settings.eta_lr}] * bool(etas)
     return torch.optim.Adam(groups)
-
-
-def load_adam(adam: torch.optim.Adam, saved: dict[str, Any], where: str) -> None:
-    """Load a state dict of `meta_adam`; InputError for one that is not its."""
-    try:
-        adam.load_state_dict(saved)
-        for param, state in adam.state.items():
-            if state["exp_avg"].shape != param.shape or state["exp_avg_sq"].shape != param.shape:
-                raise ValueError
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-        raise InputError(f"{where} holds a state of Adam that is not φ's: delete it") from None
 
 
 def parameter_groups(meta_optimizers: nn.ModuleDict) -> tuple[list[Tensor], list[Tensor]]:

