@@ -41,8 +41,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             an lr of about 1e-3; with an lr of 1 the same decay is about 1e-5.
         maximize: climb: φ reads -∇.
         state_dtype: of the LSTM states; None is φ's. They take 320 bytes a parameter for two layers
-            of 20 units, 640 in the odd form; half of it in `torch.bfloat16`, which puts θ off by
-            about 2 % of its way in 100 steps.
+            of 20 units, 640 in the odd form; half of it in `torch.bfloat16`, whose rounding
+            puts θ off by under 1 % of its way in 10 steps.
         backend: "auto", "reference" or "fused".
 
     Raises:

@@ -496,13 +496,14 @@ class TestDtypes:
 
     @pytest.mark.parametrize("name", ["mnist-fgsm-0.1-robust"])
     def test_half_a_state(self, name, small_digits):
-        """Of 100 steps: half the bytes, and θ off by less than 5 % of its way."""
+        """Half the bytes, and after 10 steps θ is off by less than 1 % of its way. Later it is off by
+        as much as any rounding: training with large steps is chaotic."""
         ways, sizes = [], []
         for dtype in (None, torch.bfloat16):
             model = problems.make("mnist").draw(generator())
             start, batches = weights(model), small_digits.train.batches(128, generator(3))
             optimizer = LearnedOptimizer.for_model(model, load(name), state_dtype=dtype)
-            for _ in range(100):
+            for _ in range(10):
                 x, y = next(batches)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x), y).backward()
@@ -511,7 +512,7 @@ class TestDtypes:
             sizes.append(sum(s["lstm"].nbytes for s in optimizer.state.values()))
         signs = 1 + load(name)["linear"].form["odd"]
         assert sizes[0] == 2 * sizes[1] == signs * 320 * len(start)
-        assert 0 < (ways[1] - ways[0]).norm() < 0.05 * ways[0].norm()
+        assert 0 < (ways[1] - ways[0]).norm() < 0.01 * ways[0].norm()
 
     def test_autocast_does_not_reach_phi(self, backend):
         def trained(autocast):
