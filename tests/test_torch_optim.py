@@ -496,8 +496,8 @@ class TestDtypes:
 
     @pytest.mark.parametrize("name", ["mnist-fgsm-0.1-robust"])
     def test_half_a_state(self, name, small_digits):
-        """Half the bytes, and after 10 steps θ is off by less than 1 % of its way. Later it is off by
-        as much as any rounding: training with large steps is chaotic."""
+        """Half the bytes, and after 10 steps θ is off by less than 1 % of its way. Later it is off
+        by as much as any rounding takes it: training with large steps is chaotic."""
         ways, sizes = [], []
         for dtype in (None, torch.bfloat16):
             model = problems.make("mnist").draw(generator())
