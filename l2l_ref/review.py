@@ -139,11 +139,10 @@ def find_alarms(
     by_eps: dict[float, float],
     by_steps: dict[int, float],
     by_attack: dict[str, float],
-    unseen: float,
+    unseen: float,  # share that survives without a gradient
     n: int,
 ) -> list[str]:
-    """What should not be, beyond two standard errors of an accuracy on n samples, at least 0.02;
-    `unseen` is the share that survives without a gradient."""
+    """What should not be, beyond two standard errors of an accuracy on n samples, at least 0.02."""
     slack = max(0.02, n**-0.5)
     ce, margin = by_attack["PGD, cross-entropy"], by_attack["PGD, margin"]
     best = min(ce, margin)

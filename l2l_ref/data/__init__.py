@@ -41,10 +41,6 @@ class Data:
     test: ImageSet
     checksum: str
 
-    @property
-    def stand_in(self) -> bool:
-        return self.source == "stand-in"
-
 
 def load(
     name: str,

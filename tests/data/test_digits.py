@@ -28,14 +28,14 @@ def installed(tmp_path, monkeypatch):
 
 def test_they_stand_for_what_is_not_there(installed, tmp_path, capsys):
     loaded = data.load("mnist", tmp_path / "data", download=False, strict=True)
-    assert loaded.source == "MNIST (20 training images)" and not loaded.stand_in
+    assert loaded.source == "MNIST (20 training images)"
     assert "stand for it" in capsys.readouterr().err and not (tmp_path / "data").exists()
     assert (len(loaded.train), len(loaded.test)) == (16, 4)
 
 
 def test_in_colour_they_stand_for_cifar10(installed, tmp_path, capsys):
     loaded = data.load("cifar10", tmp_path / "data", download=False)
-    assert loaded.stand_in and loaded.train.images.shape == (16, 3, 32, 32)
+    assert loaded.source == "stand-in" and loaded.train.images.shape == (16, 3, 32, 32)
     assert "NOT CIFAR-10 results" in capsys.readouterr().err
     with pytest.raises(InputError, match="there is no CIFAR-10"):
         data.load("cifar10", tmp_path / "data", download=False, strict=True)

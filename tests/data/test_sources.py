@@ -133,7 +133,7 @@ def test_torchvision_layout(tmp_path, monkeypatch, name, source):
     else:
         write_cifar(tmp_path, *written, monkeypatch)
     loaded = find(name, str(tmp_path))
-    assert (loaded.name, loaded.source, loaded.stand_in) == (name, source, False)
+    assert (loaded.name, loaded.source) == (name, source)
     for part, expected in zip((loaded.train, loaded.test), written, strict=True):
         assert part.images.dtype == torch.uint8 and part.labels.dtype == torch.int64
         assert part.images.is_contiguous()
@@ -356,7 +356,7 @@ def test_bad_arguments(tmp_path, must_fail, monkeypatch):
 @pytest.mark.parametrize("name, title", [("mnist", "MNIST"), ("cifar10", "CIFAR-10")])
 def test_the_stand_in_says_what_it_is(tmp_path, capsys, name, title):
     loaded = data.load(name, tmp_path, download=False)
-    assert (loaded.source, loaded.stand_in) == ("stand-in", True)
+    assert loaded.source == "stand-in"
     assert len(loaded.train) == 50 and loaded.train.images.shape[1:] == SHAPE[name]
     assert len(loaded.test) == 20 and loaded.test.labels.dtype == torch.int64
     out, err = capsys.readouterr()
@@ -415,7 +415,7 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path, capsys, online, e
     (tmp_path / "mine").write_text("")
     before, interrupted = socket.getdefaulttimeout(), isinstance(error, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
-        assert data.load("mnist", tmp_path).stand_in
+        assert data.load("mnist", tmp_path).source == "stand-in"
     assert files_below(tmp_path) == ["mine"] and socket.getdefaulttimeout() == before
     out, err = capsys.readouterr()
     assert "chatter" not in out + err
