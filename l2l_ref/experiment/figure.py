@@ -116,11 +116,13 @@ def draw_meta_training(
 
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
     panel = figure.subplots()
-    for number, (name, history) in enumerate(histories.items()):
+    for name, history in histories.items():
+        kind, _, phi, *_ = name.split("-")
+        style, colour = {"not": ":", "nominal": "--"}.get(kind, "-"), f"C{phi.removeprefix('phi')}"
         episodes = range(1, len(history["episodes"]) + 1)
-        panel.plot(episodes, history["episodes"], color=f"C{number}", lw=0.8, label=name)
+        panel.plot(episodes, history["episodes"], style, color=colour, lw=0.8, label=name)
         if history["checks"]:
-            panel.plot(*zip(*history["checks"], strict=True), "o", color=f"C{number}", ms=4)
+            panel.plot(*zip(*history["checks"], strict=True), "o", color=colour, ms=4)
     panel.set(xlabel="episode", ylabel="loss of its last unroll; circles: of a check")
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,

@@ -99,8 +99,7 @@ def processor() -> str:
 
 
 def torchrun() -> dict[str, int]:
-    """RANK, LOCAL_RANK and WORLD_SIZE, where torchrun, or who sets them all as it does, starts the
-    processes of a run; nothing where something else has set one of them."""
+    """RANK, LOCAL_RANK and WORLD_SIZE, where all are numbers, as torchrun sets them; else nothing."""
     values = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     numbers = all(value.isdecimal() for value in values.values())
     return {name: int(value) for name, value in values.items()} if numbers else {}
