@@ -35,8 +35,7 @@ def keep_freed_memory() -> bool:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: those that it may run on, within the quota of its
-    container (Linux cgroups)."""
+    """CPU cores that this process may run on, within the quota of its container (cgroups)."""
     known = hasattr(os, "sched_getaffinity")
     count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
@@ -99,7 +98,7 @@ def processor() -> str:
 
 
 def torchrun() -> dict[str, int]:
-    """RANK, LOCAL_RANK and WORLD_SIZE, where all are numbers, as torchrun sets them; else nothing."""
+    """RANK, LOCAL_RANK and WORLD_SIZE, if all are numbers, as torchrun sets them; else none."""
     values = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     numbers = all(value.isdecimal() for value in values.values())
     return {name: int(value) for name, value in values.items()} if numbers else {}
