@@ -13,7 +13,7 @@ import torch
 import l2l_ref
 from l2l_ref import data, evaluate, problems
 from l2l_ref.attacks import none
-from l2l_ref.experiment.summary import interval
+from l2l_ref.experiment.summary import interval, signed
 from l2l_ref.transfer import Method, train
 
 ATTACK = partial(l2l_ref.pgd, eps=0.1)
@@ -51,13 +51,13 @@ def main(
         [ends(method, images, judge, seed, steps) for method in methods] for seed in range(seeds)
     ]
     gaps = [ours - theirs for ours, theirs in pairs]
-    half = interval(gaps)["half_width"]  # 95 %, Student's t
+    difference = interval(gaps)  # 95 %, Student's t
     print(
         f"loss under PGD-7, {mnist.source}: φ {statistics.mean(p[0] for p in pairs):.3f}, "
         f"Adam at {best:g} {statistics.mean(p[1] for p in pairs):.3f}, "
-        f"difference {statistics.mean(gaps):+.3f} ± {half:.3f}"
+        f"difference {signed(difference)}"
     )
-    return statistics.mean(gaps), half
+    return difference["mean"], difference["half_width"]
 
 
 if __name__ == "__main__":
