@@ -16,6 +16,7 @@ import torch
 
 from bench import measure
 from l2l_ref import attacks, data, problems
+from l2l_ref.data import sources
 from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES, complete
@@ -27,7 +28,6 @@ from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
-SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
 FORM = ("output_scale", "theta_input", "odd", "nominal")  # what recipes set of `MetaOptimizer`
 
@@ -84,7 +84,7 @@ def runner(
 def measured(dataset: str, options: Any) -> dict[str, Any]:
     """One model: milliseconds a step of every method, and OPPONENT's time over each."""
     problem, eps, size = problems.make(dataset), EPS[dataset], options.batch_size
-    pixels = torch.randint(256, (20 * size, *SHAPES[dataset]), dtype=torch.uint8)
+    pixels = torch.randint(256, (20 * size, *sources.KINDS[dataset].shape), dtype=torch.uint8)
     images = data.ImageSet(pixels, torch.arange(20 * size) % problem.classes)
     methods = [learned(problem, recipe, options.backend, eps) for recipe in RECIPES]
     methods.append(Method("Adam (clean)", partial(adam, 1e-3)))

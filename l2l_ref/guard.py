@@ -58,6 +58,12 @@ def given_back(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(requires_grad).grad = grad
 
 
+def traceless(attack: Callable) -> Callable:
+    """Mark an attack that changes nothing and returns what it should: it is called as it is."""
+    attack.__dict__["leaves_no_trace"] = True
+    return attack
+
+
 def undone(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An attack that changes nothing, even when it raises; what it returns is taken as it is.
 
@@ -71,8 +77,7 @@ def undone(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with torch.inference_mode(False), untouched(model), torch.enable_grad():
             return attack(model, x.detach().clone(), y.clone(), **options)
 
-    wrapped.__dict__["leaves_no_trace"] = True  # it is called as it is
-    return wrapped
+    return traceless(wrapped)
 
 
 def leaves_no_trace(
@@ -123,8 +128,7 @@ def leaves_no_trace(
                 )
         return x_adv
 
-    wrapped.__dict__["leaves_no_trace"] = True
-    return wrapped
+    return traceless(wrapped)
 
 
 def check_samples(x: Tensor, y: Tensor) -> None:

@@ -146,8 +146,9 @@ def _from_folders(name: str, folder: Path) -> Found:
             ranked.append((ranks[label], label, path))
             ranks[label] += 1
             lossy |= not path.lower().endswith(".png")
-        pixels = np.stack([_decode(path, kind) for *_, path in sorted(ranked)])
-        labels = torch.tensor([label for _, label, _ in sorted(ranked)])
+        ranked.sort()
+        pixels = np.stack([_decode(path, kind) for *_, path in ranked])
+        labels = torch.tensor([label for _, label, _ in ranked])
         tensors += [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels]
         classes.append(found.classes)
     if classes[0] != classes[1] or len(classes[0]) != CLASSES:
