@@ -14,19 +14,13 @@ from l2l_ref.errors import InputError
 
 
 def named(name: str, *, eps: float, generator: Generator | None = None) -> Callable[..., Tensor]:
-    """The attack that MODULE:FUNCTION names, such as "mine:attack" or "torchattacks:APGD".
+    """The attack `(model, x, y) -> x_adv` that MODULE:FUNCTION names, such as "torchattacks:APGD".
 
-    Args:
-        name: of a function (model, x, y, eps=...) -> x_adv, or of what `adapted` takes.
+    Args (InputError for a module that cannot be imported, or nothing in it of that name to call):
+        name: of what `adapted` takes.
         eps: its radius.
         generator: seeds torch's global generators at each call, so that what the attack draws from
             them depends on nothing else; None leaves them alone.
-
-    Returns:
-        A callable (model, x, y) -> x_adv.
-
-    Raises:
-        InputError: a module that cannot be imported, or nothing in it of that name to call.
     """
     attack = adapted(imported(name, "attack"), eps=eps)
     return attack if generator is None else partial(seeded, attack, generator)
@@ -37,35 +31,31 @@ def imported(name: str, option: str) -> Callable:
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"--{option} {name}: the module '{module}' cannot be imported ({error}): install it, "
-            "or put its folder on PYTHONPATH"
+            f"--{option} {name} cannot be imported ({error}): name a function of a module that is "
+            "installed, or whose folder is on PYTHONPATH"
         ) from None
-    except AttributeError:
-        found = None
     if not callable(found):
-        raise InputError(f"--{option} {name}: the module '{module}' has no function '{function}'")
+        raise InputError(f"--{option} {name} is no function: name one")
     return found
 
 
 def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
-    """An attack of radius eps: a function as above, a foolbox attack (an object, or its class), or
-    a class of torchattacks."""
+    """An attack of radius eps: a function (model, x, y, eps=...) -> x_adv, an attack of foolbox (an
+    object, or its class), or a class of torchattacks."""
     is_class = isinstance(attack, type)
     kinds = (attack if is_class else type(attack)).__mro__
     libraries = {kind.__module__.partition(".")[0] for kind in kinds}
     if "foolbox" in libraries:
         return partial(foolbox, attack() if is_class else attack, eps=eps)
     of_torchattacks = "torchattacks" in libraries
-    if of_torchattacks and is_class and takes(attack, "eps"):
-        return partial(torchattacks, attack, eps=eps)
-    if of_torchattacks or not takes(attack, "eps"):
+    if not takes(attack, "eps") or (of_torchattacks and not is_class):
         raise InputError(
             f"the attack {attack!r} has no argument eps: give a function (model, x, y, eps) -> "
             "x_adv, an attack of foolbox, or a class of torchattacks that has a radius"
         )
-    return partial(attack, eps=eps)
+    return partial(torchattacks, attack, eps=eps) if of_torchattacks else partial(attack, eps=eps)
 
 
 def takes(function: Any, name: str) -> bool:
@@ -82,8 +72,7 @@ def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -
 
     with warnings.catch_warnings(record=True):  # of a model in training mode, as it is to be
         theirs = PyTorchModel(model, bounds=(0, 1), device=x.device)
-        _, clipped, _ = attack(theirs, x, y, epsilons=eps)
-    return clipped
+        return attack(theirs, x, y, epsilons=eps)[1]
 
 
 def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
@@ -101,6 +90,5 @@ def seeded(
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.default_generator.manual_seed(int(seed))
         if x.is_cuda:
-            with torch.cuda.device(x.device):
-                torch.cuda.manual_seed(int(seed))
+            torch.cuda.default_generators[x.device.index].manual_seed(int(seed))
         return attack(model, x, y)
