@@ -49,10 +49,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """The samples at `index` (int64 [b]): x of `dtype` [b, c, h, w] in [0, 1], y int64 [b]."""
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples at `index` (int64 [b]): x float32 [b, c, h, w] in [0, 1], y int64 [b]."""
         index = index.to(self.labels.device)
-        x = self.images.index_select(0, index).to(dtype).div_(255)  # bytes travel, floats stay
+        x = self.images.index_select(0, index).float().div_(255)  # bytes travel, floats stay
         return x, self.labels.index_select(0, index)
 
     def subset(self, index: Tensor) -> "ImageSet":
