@@ -134,7 +134,8 @@ def make(
     """The attack of that name, its options bound; those it does not have are checked and dropped.
 
     Args (InputError for an unknown name or a number out of range):
-        name: one of ATTACKS, or MODULE:FUNCTION (`foreign.named`). The others are those of `pgd`.
+        name: one of ATTACKS, or MODULE:FUNCTION, of what `foreign.adapted` takes.
+        generator: what it draws depends on that alone. The others are those of `pgd`.
 
     Returns:
         A callable (model, x, y) -> x_adv.
@@ -150,7 +151,9 @@ def make(
         options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
     if ":" in name:
-        attack = foreign.named(name, eps=eps, generator=generator)
+        attack = foreign.adapted(foreign.imported(name, "attack"), eps=eps)
+        if generator is not None:
+            attack = partial(foreign.seeded, attack, generator)
         return guarded(attack, eps=eps, name=name)
     raise InputError(
         f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}, or "

@@ -1,4 +1,4 @@
-"""Attacks by name, and those of other libraries as they are."""
+"""Attacks of other libraries as they are, and what MODULE:FUNCTION names."""
 
 import inspect
 import warnings
@@ -11,19 +11,6 @@ import torch
 from torch import Generator, Tensor
 
 from l2l_ref.errors import InputError
-
-
-def named(name: str, *, eps: float, generator: Generator | None = None) -> Callable[..., Tensor]:
-    """The attack `(model, x, y) -> x_adv` that MODULE:FUNCTION names, such as "torchattacks:APGD".
-
-    Args (InputError for a module that cannot be imported, or nothing in it of that name to call):
-        name: of what `adapted` takes.
-        eps: its radius.
-        generator: seeds torch's global generators at each call, so that what the attack draws from
-            them depends on nothing else; None leaves them alone.
-    """
-    attack = adapted(imported(name, "attack"), eps=eps)
-    return attack if generator is None else partial(seeded, attack, generator)
 
 
 def imported(name: str, option: str) -> Callable:
@@ -86,6 +73,7 @@ def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: flo
 def seeded(
     attack: Callable[..., Tensor], generator: Generator, model: Callable, x: Tensor, y: Tensor
 ) -> Tensor:
+    """`attack`, whose draws from torch's global generators depend on `generator` alone."""
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.default_generator.manual_seed(int(seed))

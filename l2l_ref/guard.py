@@ -29,9 +29,11 @@ def untouched(model: Callable) -> Iterator[None]:
         yield
         return
     with LOCKS.setdefault(model, RLock()):
-        modes = [(m, m.training) for m in model.modules()]
-        buffers = [(m._buffers, dict(m._buffers)) for m in model.modules()]
-        leaves = [p for p in model.parameters() if p.is_leaf and not p.is_inference()]
+        modules = list(model.modules())
+        modes = [(m, m.training) for m in modules]
+        buffers = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+        params = [p for m in modules for p in m._parameters.values() if p is not None]
+        leaves = [p for p in params if p.is_leaf and not p.is_inference()]
         grads = [(p, p.requires_grad, p.grad) for p in leaves]
         try:
             # Batch-norm writes into copies. To switch `track_running_stats` off would change what

@@ -221,8 +221,8 @@ def test_what_is_broken_is_named(write, must_fail, monkeypatch, layout, damage, 
     name = "mnist" if layout in (IDX, "mnist") else "cifar10"
     folder = write(layout, sets(name))
     damage(folder)
-    if words.startswith(("it is", "in mode")):
-        monkeypatch.setattr(Image.Image, "convert", None)  # refused by its header alone
+    if words:  # seen before anything is decoded
+        monkeypatch.setattr(Image.Image, "convert", None)
     must_fail(name, folder / where, words)
 
 
