@@ -42,7 +42,7 @@ def test_what_is_saved_is_loaded(file, asked, name):
 
 def test_it_is_that_of_the_file_whatever_the_default_dtype():
     prints = []
-    for default in (torch.float32, torch.float64):
+    for default in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(default)
         try:
             phi = l2l_ref.load("mnist-fgsm-0.1-robust")
