@@ -369,7 +369,7 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--eps", "0.1", "0.1"], "free of repeats"),
         (["--alpha", "2"], "--alpha is 2.0: it must be between 0 and 1"),
         (["--average", "1"], "--average is 1.0"),
-        (["--compare", "mine"], "--compare mine: the module 'mine' cannot be imported"),
+        (["--compare", "mine"], "--compare mine cannot be imported"),
         (["--p", "0"], "--p is 0.0: it must be above 0 and at most 80"),
         (["--p", "1000"], "--p is 1000.0"),
         (["--grid", "unroll=2.5"], "--unroll is 2.5: it must be a whole number"),

@@ -185,7 +185,7 @@ class TestCandidates:
         (method,) = found["own_optimizers:Adam"].values()
         assert isinstance(method.optimizer(model), torch.optim.Adam) and method.alpha == 1
         with pytest.raises(
-            InputError, match="--compare own_optimizers:gone: .* no function 'gone'"
+            InputError, match="--compare own_optimizers:gone cannot .* no attribute 'gone'"
         ):
             prepare(cli.parse([*TINY, "--compare", "own_optimizers:gone"]))
 
