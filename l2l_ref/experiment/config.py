@@ -1,31 +1,18 @@
 """The configuration: one frozen dataclass, whose fields are the options, and how it is stored."""
 
-import argparse
-import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option, path
+from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, option, path
+from l2l_ref.meta_settings import MetaSettings
 
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
 RECIPES = ("paper", "robust", "penalty")
-GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
-
-
-def grid_axis(text: str) -> tuple[str, tuple[float, ...]]:
-    """`name=value,value` -> (name, values)."""
-    name, _, values = text.partition("=")
-    if name not in GRID_NAMES or not values:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not name=value,value with a name among {', '.join(GRID_NAMES)}"
-        )
-    return name, tuple(number(value) for value in values.split(","))
 
 
 # fmt: off
@@ -97,10 +84,9 @@ class Config:
     hidden_size: int = option(default=20, of="φ")
     num_layers: int = option(default=2, of="φ")
     meta_seeds: int = option(META, "φ meta-trained", 1)
-    grid: dict[str, tuple[float, ...]] = option(META, "search, such as p=5,10; also "
-        + ", ".join(GRID_NAMES[1:]), {}, metavar="NAME=X,X", said="none", kind=grid_axis)
     # A miniature of CIFAR-10's meta-training learns nothing.
-    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead",
+    load: str | None = option(META, "use the φ of this meta_optimizer.pt, or of the package by its "
+        "name (l2l_ref.list_pretrained())",
         exceptions={"cifar10 quick paper fgsm": "cifar10-fgsm-2-255",
          "cifar10 quick paper pgd": "cifar10-pgd-0.03"}, metavar="FILE", kind=path)
 
@@ -155,20 +141,12 @@ class Config:
         require("jobs", self.jobs is None or self.jobs >= 1, self.jobs, "at least 1")
         few = self.images is not None and self.images < self.batch_size
         require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
-        require("average", 0 <= self.average < 1, self.average, "at least 0 and below 1")
-        for name in ("alpha", "read_alpha", "transfer_alpha", "attacked_alpha", "average_over"):
-            require(name, 0 <= getattr(self, name) <= 1, getattr(self, name), "between 0 and 1")
-        penalty, shares, lengths = self.penalty, self.curriculum, self.episode_steps
-        require("penalty", 0 <= penalty < math.inf, penalty, "at least 0, in units of eps")
-        ordered = len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1
-        require("curriculum", ordered, list(shares), "two shares from 0 to 1, the smaller first")
+        lengths = self.episode_steps
         ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
         require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
-        for name in ("output_scale", "clip"):
-            value = getattr(self, name)
-            require(name, 0 < value < math.inf, value, "positive and finite")
         require("meta_lr", 0 < self.meta_lr <= 1, self.meta_lr, "above 0 and at most 1")
+        self.meta_settings()  # raises for the others of meta-training
         size = self.attack_step_size
         require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
         known = self.attack in ATTACKS or ":" in self.attack
@@ -192,29 +170,28 @@ class Config:
                 "pixels to attack: use --attack none"
             )
 
+    def meta_settings(self, eps: float = 1.0, *, clean: bool = False) -> MetaSettings:
+        """How a φ is meta-trained; `clean`: on clean batches alone, and for them."""
+        return MetaSettings(
+            episodes=self.episodes,
+            steps=self.episode_steps[-1],
+            unroll=self.unroll,
+            meta_lr=self.meta_lr,
+            schedule=self.meta_schedule,
+            clip=self.clip,
+            read_alpha=1.0 if clean else self.read_alpha,
+            penalty=0.0 if clean else self.penalty * eps,
+            alpha=1.0 if clean else self.alpha,
+            curriculum=self.curriculum,
+            average=self.average,
+            stride=self.stride,
+        )
+
 
 def require(name: str, ok: bool, value: Any, allowed: str) -> None:
     """InputError unless `ok`, in the words of the command line."""
     if not ok:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
-
-
-MOST_PIECES, MOST_GRADIENTS = 10**5, 10**10
-
-
-def must_end(c: Config) -> None:
-    """InputError for a run of more pieces, or gradients of a batch, than anyone waits for."""
-    phis = c.folds * len(c.eps) * c.meta_seeds
-    points = c.folds * math.prod(map(len, c.grid.values())) if c.grid else 0
-    pieces = points + phis * (1 + 2 * c.seeds)
-    episodes = (points * len(c.eps) + phis) * c.episodes
-    gradients = episodes * c.episode_steps[0] + phis * 2 * c.seeds * c.steps
-    for count, what, most in (
-        (pieces, "pieces (--seeds, --meta-seeds, --eps and --grid)", MOST_PIECES),
-        (gradients, "gradients (--episodes, --steps and pieces)", MOST_GRADIENTS),
-    ):
-        if count > most:
-            raise InputError(f"this run has at least {count:,} {what}: ask for {most:,} at most")
 
 
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
@@ -238,39 +215,12 @@ def complete(given: dict[str, Any]) -> Config:
     settings = {name: option.value(words) for name, option in OPTIONS.items()}
     if recipe == "paper" and "alpha" in given:  # the paper has one α for all
         settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
-    if given.keys() & (names_of("φ") | {"grid", "meta_seeds", "folds", "eval_on"}):
+    if given.keys() & (names_of("φ") | {"meta_seeds", "folds", "eval_on"}):
         settings["load"] = None  # what comes with the package is not that φ
     settings |= given
     if settings["record_every"] is None:
         settings["record_every"] = math.ceil(settings["steps"] / POINTS)
-    config = Config(**settings)
-    must_end(config)
-    for point in combinations(config.grid):
-        with_grid(config, point)  # raises where a candidate is out of range
-    return config
-
-
-def combinations(axes: Mapping[str, Iterable[float]]) -> list[dict[str, float]]:
-    """Every point {name: value} of a grid, the last axis the fastest."""
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
-
-
-def with_grid(config: Config, chosen: dict[str, float]) -> Config:
-    """The configuration with a point of its grid in place.
-
-    φ reads and is judged by one α, so both move, unless the recipe separates them.
-
-    Raises:
-        InputError: a candidate out of range.
-    """
-    changes: dict[str, Any] = dict(chosen)
-    if "unroll" in changes:
-        whole = float(changes["unroll"]).is_integer()
-        require("unroll", whole, changes["unroll"], "a whole number")
-        changes["unroll"] = int(changes["unroll"])
-    if "alpha" in changes and config.read_alpha == config.alpha:
-        changes["read_alpha"] = changes["alpha"]
-    return replace(config, **changes)
+    return Config(**settings)
 
 
 def tuples(settings: dict[str, Any]) -> dict[str, Any]:

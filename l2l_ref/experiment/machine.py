@@ -97,13 +97,6 @@ def processor() -> str:
     return f"{name} (family {found['cpu family']}, model {found['model']}; {' '.join(sets)})"
 
 
-def torchrun() -> dict[str, int]:
-    """RANK, LOCAL_RANK and WORLD_SIZE, if all are numbers, as torchrun sets them; else none."""
-    values = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    numbers = all(value.isdecimal() for value in values.values())
-    return {name: int(value) for name, value in values.items()} if numbers else {}
-
-
 def git_commit() -> str | None:
     """The commit of this checkout, with "+" behind it if files differ; None outside git."""
     root = Path(__file__).resolve().parents[2]

@@ -130,12 +130,11 @@ def write(
         "table": summary,
         "differences": differences(results),
         "tuned": results.chosen,
-        "grid": results.grid,
         "runs": runs,
         "meta_training": curves,
     }
     write_json(out / "summary.json", value)
-    learned = verdicts(results, value["differences"], config.recipe)
+    learned = verdicts(value["differences"], config.recipe)
     return "\n\n".join([table(summary, config, heading, footer), *filter(None, [learned])])
 
 
