@@ -40,7 +40,7 @@ class Config:
     attack_step_size: float | None = option(WHAT, "pixel values", said="2.5·eps/steps")
 
     # On CIFAR-10 φ takes some 100 unrolls of clean episodes until it begins to learn. Under FGSM
-    # 50 episodes are too few (docs/results), under PGD one of 100-step episodes collapses. With
+    # 50 episodes are too few (docs/answers), under PGD one of 100-step episodes collapses. With
     # its lengths the robust φ holds to 3,000 steps; that of the penalty holds anyway, and with
     # long ones is slower (docs/trials).
     episodes: int = option(META, "each trains fresh optimizees", 280,
