@@ -29,7 +29,7 @@ def parser() -> Parser:
         prog="run.py",
         usage="run.py [options]",
         description="Meta-train an LSTM optimizer under attack, transfer it to new models that see "
-        "clean data only, and judge those under attack.",
+        "clean data only, and evaluate those under attack.",
         epilog="Figure 1 of the paper: run.py --dataset mnist --attack fgsm --eps 0.05 0.1 0.2 0.3",
         argument_default=argparse.SUPPRESS,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=96),

@@ -31,9 +31,9 @@ class Config:
     eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
         "one panel each", (0.1,), {"cifar10": (0.03,), "cifar10 quick fgsm": (2 / 255,),
          "quadratic": (0.0,)})
-    recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
-        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: that term "
-        "alone, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
+    recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ takes clean "
+        "gradients and θ as input, its loss is attacked, it is odd, with a nominal term; penalty: "
+        "that term alone, on l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
     optimizee: str = option(WHAT, "network to train", "mlp",
         {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
     attack_steps: int = option(WHAT, "PGD steps", 7)
@@ -43,7 +43,7 @@ class Config:
     # 50 episodes are too few (docs/answers), under PGD one of 100-step episodes collapses. With
     # its lengths the robust φ holds to 3,000 steps; that of the penalty holds anyway, and with
     # long ones is slower (docs/trials).
-    episodes: int = option(META, "each trains fresh optimizees", 280,
+    episodes: int = option(META, "each trains a fresh optimizee", 280,
         {"cifar10": 50, "cifar10 fgsm paper": 100, "robust": 90, "penalty": 60,
          "cifar10 robust": 30, "quadratic": 100, "mnist quick": 15, "cifar10 quick": 1,
          "quadratic quick": 10}, of="φ")
@@ -51,7 +51,7 @@ class Config:
         (100,), {"cifar10": (100, 300), "robust": (100, 1000), "penalty": (100, 300),
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
-    average: float = option(META, "decay d of the average of θ that is judged", 0.0,
+    average: float = option(META, "decay d of the average of θ at which the meta-loss is taken", 0.0,
         {"robust": 0.95, "quadratic": 0.0}, of="φ", said="robust: 0.95")
     # A meta-gradient is of one coordinate in so many (docs/trials).
     stride: int = option(default=1, exceptions={"mnist paper": 4, "robust": 4, "quadratic": 1},
@@ -63,11 +63,11 @@ class Config:
     clip: float = option(default=1.0, of="φ")  # of the meta-gradient's norm
     # The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that φ
     # collapses, so some of the clean one stays.
-    alpha: float = option(META, "the clean share α", 0.5,
+    alpha: float = option(META, "α of Eq. 6, the share of the clean loss", 0.5,
         {"pgd": 0.2, "none": 1.0, "robust": 0.0, "robust none": 1.0}, of="φ")
     read_alpha: float = option(  # that of the loss whose gradient φ reads
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
-    penalty: float = option(META, "λ/eps of the loss that φ reads", 0.0,
+    penalty: float = option(META, "λ/eps of the loss whose gradient φ takes as input", 0.0,
         {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ",
         said="penalty: 1.5, on CIFAR-10 1")
     # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
@@ -92,7 +92,7 @@ class Config:
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "quick": 40})
-    average_over: float = option(default=0.1)  # share of the steps in the average that is judged
+    average_over: float = option(default=0.1)  # share of the steps in the average that is evaluated
     images: int | None = option(TRANSFER, "that an optimizee trains on", said="all of its half")
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
@@ -131,7 +131,7 @@ class Config:
     strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
     out: str | None = option(RUN, "results", metavar="DIR", of="place", kind=path,
         said="runs/<dataset>-<attack>-<recipe>")
-    resume: bool = option(RUN, "continue or join what is in --out", False, of="place")
+    resume: bool = option(RUN, "continue or join the run in --out, or begin it", False, of="place")
     # fmt: on
 
     def __post_init__(self):
@@ -159,7 +159,7 @@ class Config:
         require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
         if self.penalty and self.read_alpha == 0:
             raise InputError(
-                f"--penalty is {self.penalty} but --alpha 0 reads no clean loss that it could be "
+                f"--penalty is {self.penalty} but --alpha 0 has no clean loss that it could be "
                 "added to: leave one of them out"
             )
         if self.dataset == "quadratic" and self.images:

@@ -49,7 +49,7 @@ class Fold:
     fit: data.Samples  # the part of it that trains candidates
     validation: data.Samples  # the part of it that chooses among them
     transfer: data.Samples  # trains what is compared
-    test: data.Samples  # judges it
+    test: data.Samples  # evaluates it
 
 
 def folds(setting: Setting) -> list[Fold]:

@@ -15,7 +15,7 @@ METRICS = {
     "fgsm_loss": "loss, FGSM",
     "accuracy": "clean %",
     "fgsm_accuracy": "FGSM %",
-    "pgd_accuracy": "{judge} %",
+    "pgd_accuracy": "{attack} %",
     "ms_per_step": "ms/step",
     "seconds": "s",
 }

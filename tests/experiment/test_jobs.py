@@ -158,8 +158,7 @@ class TestHowMany:
 @pytest.mark.parametrize(
     "files, count",
     [({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "max 100000"}, 6), ({}, 6),
-     ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
-     ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1)],
+     ({"cpu.max": "50000 100000"}, 1)],
 )  # fmt: skip
 def test_cores_of_a_container(files, count, tmp_path, monkeypatch):
     for name, text in files.items():
