@@ -51,7 +51,7 @@ class Config:
         (100,), {"cifar10": (100, 300), "robust": (100, 1000), "penalty": (100, 300),
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
-    average: float = option(META, "decay d of the average of θ at which the meta-loss is taken", 0.0,
+    average: float = option(META, "decay d of the average θ̄ that the meta-loss is of", 0.0,
         {"robust": 0.95, "quadratic": 0.0}, of="φ", said="robust: 0.95")
     # A meta-gradient is of one coordinate in so many (docs/trials).
     stride: int = option(default=1, exceptions={"mnist paper": 4, "robust": 4, "quadratic": 1},
