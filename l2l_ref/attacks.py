@@ -7,8 +7,8 @@ attack of another library needs no adapter class, only a lambda (`lib` is foolbo
 
 or, of the libraries that it knows, `foreign.adapted(linf, eps=0.1)`.
 
-Whoever calls an attack here, in training or in judging, does it by `leaves_no_trace`: whatever it
-does to modes, buffers, `.grad` or x is undone, and what it returns is checked.
+Whoever calls an attack here, in training or in judging, does it by `guarded`: whatever it does to
+modes, buffers, `.grad` or x is undone, and what it returns is checked.
 
 Throughout, `model` is any callable from x, float [b, ...] within the bounds, to logits
 [b, classes]; y holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and
@@ -26,20 +26,19 @@ from torch import Generator, Tensor, nn
 
 from l2l_ref import foreign
 from l2l_ref.errors import InputError
-from l2l_ref.guard import check_samples, leaves_no_trace, readable, traceless, undone
+from l2l_ref.guard import check_samples, guarded, readable
 
 Attack = Callable[[Callable, Tensor, Tensor], Tensor]
 ATTACKS = ("none", "fgsm", "n-fgsm", "pgd")
 NORMS = ("linf", "l2")
 
 
-@traceless
 def none(model: Callable, x: Tensor, y: Tensor) -> Tensor:
     """Returns x itself, so that clean data is one more case of attacked data."""
     return x
 
 
-@undone
+@partial(guarded, check=False)
 def fgsm(
     model: Callable,
     x: Tensor,
@@ -62,7 +61,7 @@ def fgsm(
     return _step(model, x, x, y, eps, eps, norm, loss, bounds)
 
 
-@undone
+@partial(guarded, check=False)
 def n_fgsm(
     model: Callable, x: Tensor, y: Tensor, *, eps: float, generator: Generator | None = None
 ) -> Tensor:
@@ -81,7 +80,7 @@ def n_fgsm(
     return start.add_(gradient.sign(), alpha=eps).clamp_(0, 1)
 
 
-@undone
+@partial(guarded, check=False)
 def pgd(
     model: Callable,
     x: Tensor,
@@ -135,7 +134,8 @@ def make(
     """The attack of that name, its options bound; those it does not have are checked and dropped.
 
     Args (InputError for an unknown name or a number out of range):
-        name: one of ATTACKS, or MODULE:FUNCTION (`foreign.named`). The others are those of `pgd`.
+        name: one of ATTACKS, or MODULE:FUNCTION, of what `foreign.adapted` takes.
+        generator: what it draws depends on that alone. The others are those of `pgd`.
 
     Returns:
         A callable (model, x, y) -> x_adv.
@@ -151,8 +151,10 @@ def make(
         options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
     if ":" in name:
-        attack = foreign.named(name, eps=eps, generator=generator)
-        return leaves_no_trace(attack, eps=eps, name=name)
+        attack = foreign.adapted(foreign.imported(name, "attack"), eps=eps)
+        if generator is not None:
+            attack = partial(foreign.seeded, attack, generator)
+        return guarded(attack, eps=eps, name=name)
     raise InputError(
         f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}, or "
         "MODULE:FUNCTION."
@@ -165,7 +167,7 @@ def generators(function: Callable) -> list[Generator]:
     A CUDA graph must know those that it draws from (`graphs.Graphed`).
     """
     found = []
-    while hasattr(function, "__wrapped__"):  # of `leaves_no_trace`
+    while hasattr(function, "__wrapped__"):  # of `guarded`
         function = function.__wrapped__
     bound = [*getattr(function, "args", ()), *getattr(function, "keywords", {}).values()]
     for value in [*bound, *[getattr(function, "func", None)] * bool(bound)]:
@@ -233,7 +235,7 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
             raise
         x.grad = torch.zeros_like(x)
         model(x).backward(slope)
-        gradient = x.grad  # alone, as `undone` has frozen the parameters
+        gradient = x.grad  # alone, as `guarded` has frozen the parameters
     if readable(x) and not gradient.sum().isfinite():
         lost = logits.isfinite().all(1) & ~gradient.isfinite().flatten(1).all(1)
         if count := int(lost.sum()):
@@ -252,7 +254,7 @@ def _slope(logits: Tensor, y: Tensor, loss: str) -> Tensor:
     return (slope * (largest.frexp().mantissa / largest)).to(logits.dtype)
 
 
-@undone
+@partial(guarded, check=False)
 def without_gradient(model: Callable, x: Tensor, y: Tensor, *, losses: Iterable[str]) -> Tensor:
     """Of each sample [b], whether its gradient is exactly zero, of all these losses: no attack that
     follows it has anything to go by."""

@@ -12,7 +12,7 @@ from l2l_ref.backend import operators
 from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangents
-from l2l_ref.guard import leaves_no_trace
+from l2l_ref.guard import guarded
 from l2l_ref.meta_optimizer import MetaOptimizer, no_autocast, with_phi
 from l2l_ref.meta_settings import MetaSettings
 
@@ -189,7 +189,7 @@ def truncated_unrolls(
         1 + episode.strength * (alpha - 1) for alpha in (settings.alpha, settings.read_alpha)
     )
     separate = read_alpha != alpha or settings.penalty > 0 or settings.average > 0
-    batches, attack = endless(episode.batches), leaves_no_trace(episode.attack)
+    batches, attack = endless(episode.batches), guarded(episode.attack)
     groups = {
         name: Coordinates(params, meta, settings, separate=separate, backend=backend)
         for name, (params, meta) in with_phi(episode.model, meta_optimizers).items()

@@ -25,7 +25,7 @@ from l2l_ref import attacks
 from l2l_ref.attacks import Attack
 from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
-from l2l_ref.guard import check_samples, leaves_no_trace, untouched
+from l2l_ref.guard import check_samples, guarded, untouched
 
 MODAL = _NormBase, _DropoutNd  # compute otherwise in training mode
 
@@ -62,7 +62,7 @@ def robust_accuracy(
     several = [attack] if callable(attack) else list(attack)
     if not several:
         raise InputError("attack is an empty list: give at least attacks.none")
-    tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
+    tries = [guarded(attack) for attack in several for _ in range(restarts)]
     losses = {loss for attack in several if (loss := attacks.loss_of(attack))}
     robust = count = unseen = 0
     with judged(model):
@@ -156,7 +156,7 @@ def losses(
     if not len(x):
         raise InputError("x has 0 samples, but a mean loss needs at least 1; add some.")
     with judged(model):
-        x_adv = leaves_no_trace(attack)(model, x, y)
+        x_adv = guarded(attack)(model, x, y)
         return loss(model, x, y), loss(model, x_adv, y)
 
 

@@ -1,4 +1,4 @@
-"""Attacks by name, and those of other libraries as they are."""
+"""Attacks of other libraries as they are, and what MODULE:FUNCTION names."""
 
 import inspect
 import warnings
@@ -13,59 +13,36 @@ from torch import Generator, Tensor
 from l2l_ref.errors import InputError
 
 
-def named(name: str, *, eps: float, generator: Generator | None = None) -> Callable[..., Tensor]:
-    """The attack that MODULE:FUNCTION names, such as "mine:attack" or "torchattacks:APGD".
-
-    Args:
-        name: of a function (model, x, y, eps=...) -> x_adv, or of what `adapted` takes.
-        eps: its radius.
-        generator: seeds torch's global generators at each call, so that what the attack draws from
-            them depends on nothing else; None leaves them alone.
-
-    Returns:
-        A callable (model, x, y) -> x_adv.
-
-    Raises:
-        InputError: a module that cannot be imported, or nothing in it of that name to call.
-    """
-    attack = adapted(imported(name, "attack"), eps=eps)
-    return attack if generator is None else partial(seeded, attack, generator)
-
-
 def imported(name: str, option: str) -> Callable:
     """What MODULE:FUNCTION names, for that option of `run.py`; InputError if there is none."""
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"--{option} {name}: the module '{module}' cannot be imported ({error}): install it, "
-            "or put its folder on PYTHONPATH"
+            f"--{option} {name} cannot be imported ({error}): name a function of a module that is "
+            "installed, or whose folder is on PYTHONPATH"
         ) from None
-    except AttributeError:
-        found = None
     if not callable(found):
-        raise InputError(f"--{option} {name}: the module '{module}' has no function '{function}'")
+        raise InputError(f"--{option} {name} is no function: name one")
     return found
 
 
 def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
-    """An attack of radius eps: a function as above, a foolbox attack (an object, or its class), or
-    a class of torchattacks."""
+    """An attack of radius eps: a function (model, x, y, eps=...) -> x_adv, an attack of foolbox (an
+    object, or its class), or a class of torchattacks."""
     is_class = isinstance(attack, type)
     kinds = (attack if is_class else type(attack)).__mro__
     libraries = {kind.__module__.partition(".")[0] for kind in kinds}
     if "foolbox" in libraries:
         return partial(foolbox, attack() if is_class else attack, eps=eps)
     of_torchattacks = "torchattacks" in libraries
-    if of_torchattacks and is_class and takes(attack, "eps"):
-        return partial(torchattacks, attack, eps=eps)
-    if of_torchattacks or not takes(attack, "eps"):
+    if not takes(attack, "eps") or (of_torchattacks and not is_class):
         raise InputError(
             f"the attack {attack!r} has no argument eps: give a function (model, x, y, eps) -> "
             "x_adv, an attack of foolbox, or a class of torchattacks that has a radius"
         )
-    return partial(attack, eps=eps)
+    return partial(torchattacks, attack, eps=eps) if of_torchattacks else partial(attack, eps=eps)
 
 
 def takes(function: Any, name: str) -> bool:
@@ -82,8 +59,7 @@ def foolbox(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -
 
     with warnings.catch_warnings(record=True):  # of a model in training mode, as it is to be
         theirs = PyTorchModel(model, bounds=(0, 1), device=x.device)
-        _, clipped, _ = attack(theirs, x, y, epsilons=eps)
-    return clipped
+        return attack(theirs, x, y, epsilons=eps)[1]
 
 
 def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
@@ -97,10 +73,10 @@ def torchattacks(attack: Any, model: Callable, x: Tensor, y: Tensor, *, eps: flo
 def seeded(
     attack: Callable[..., Tensor], generator: Generator, model: Callable, x: Tensor, y: Tensor
 ) -> Tensor:
+    """`attack`, whose draws from torch's global generators depend on `generator` alone."""
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.default_generator.manual_seed(int(seed))
         if x.is_cuda:
-            with torch.cuda.device(x.device):
-                torch.cuda.manual_seed(int(seed))
+            torch.cuda.default_generators[x.device.index].manual_seed(int(seed))
         return attack(model, x, y)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from threading import Lock, RLock
+from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 
 from l2l_ref.errors import InputError
 
-LOCKS: WeakKeyDictionary[Callable, RLock] = WeakKeyDictionary()  # of each model
-LOCKING = Lock()
+LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -28,107 +28,90 @@ def untouched(model: Callable) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    with LOCKING:
-        lock = LOCKS.setdefault(model, RLock())
-    with lock:
-        yield from given_back(model)
+    with LOCKS.setdefault(model, RLock()):
+        modules = list(model.modules())
+        modes = [(m, m.training) for m in modules]
+        buffers = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+        params = [p for m in modules for p in m._parameters.values() if p is not None]
+        leaves = [p for p in params if p.is_leaf and not p.is_inference()]
+        grads = [(p, p.requires_grad, p.grad) for p in leaves]
+        try:
+            # Batch-norm writes into copies. To switch `track_running_stats` off would change what
+            # instance-norm computes; old values written back would break a graph yet to run
+            # backward.
+            for own, kept in buffers:
+                own.update({name: b.clone() for name, b in kept.items() if b is not None})
+            for p in leaves:
+                p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
+            yield
+        finally:
+            for m, training in modes:
+                m.training = training
+            for own, kept in buffers:
+                own.update(kept)
+            for p, requires_grad, grad in grads:
+                p.requires_grad_(requires_grad).grad = grad
 
 
-def given_back(model: nn.Module) -> Iterator[None]:
-    """The same, without the lock."""
-    modules = list(model.modules())
-    modes = [(m, m.training) for m in modules]
-    buffers = [(m._buffers, k, b) for m in modules for k, b in m._buffers.items() if b is not None]
-    parameters = [p for m in modules for p in m._parameters.values() if p is not None and p.is_leaf]
-    grads = [(p, p.requires_grad, p.grad) for p in parameters if not p.is_inference()]
-    try:
-        # Batch-norm writes into copies. To switch `track_running_stats` off would change what
-        # instance-norm computes; to write old values back would break a graph yet to run backward.
-        for owner, name, buffer in buffers:
-            owner[name] = buffer.clone()
-        for p, *_ in grads:
-            p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for owner, name, buffer in buffers:
-            owner[name] = buffer
-        for p, requires_grad, grad in grads:
-            p.requires_grad_(requires_grad).grad = grad
-
-
-def traceless(attack: Callable) -> Callable:
-    """Mark an attack that changes nothing and returns what it should: it is called as it is."""
-    attack.__dict__["leaves_no_trace"] = True
-    return attack
-
-
-def undone(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An attack that changes nothing, even when it raises; what it returns is taken as it is.
+def guarded(
+    attack: Callable[..., Tensor],
+    *,
+    eps: float | None = None,
+    name: str | None = None,
+    check: bool = True,
+) -> Callable[..., Tensor]:
+    """Makes an attack change nothing, even when it raises, and checks what it returns.
 
     It meets the model in its current mode (in training mode batch-norm normalises by the batch, but
     its statistics stay), parameters frozen, copies of x and y, gradients enabled, and may call
     `backward`, `eval` or `requires_grad_` at will, also within `torch.inference_mode`.
+
+    Args:
+        attack: `(model, x, y, **options) -> x_adv`.
+        eps: radius of its l-infinity ball, where that is known.
+        name: what messages call it; its own, where that is None.
+        check: False takes what it returns as it is.
+
+    Returns:
+        The same callable, or `attack` itself if it is guarded. It raises an InputError for an x_adv
+        that is no tensor like x, is not finite where the model's logits are, or leaves the ball.
     """
+    inner: Any = attack
+    while isinstance(inner, partial):
+        inner = inner.func
+    if hasattr(inner, "is_guarded") and eps is None:
+        return attack
+    called = f"the attack '{name or getattr(inner, '__name__', type(inner).__name__)}'"
 
     @wraps(attack)
     def wrapped(model: Callable, x: Tensor, y: Tensor, **options) -> Tensor:
         with torch.inference_mode(False), untouched(model), torch.enable_grad():
-            return attack(model, x.detach().clone(), y.clone(), **options)
-
-    return traceless(wrapped)
-
-
-def leaves_no_trace(
-    attack: Callable[..., Tensor], *, eps: float | None = None, name: str | None = None
-) -> Callable[..., Tensor]:
-    """Makes another library's attack, or ours, change nothing, and checks what it returns.
-
-    Args:
-        attack: `(model, x, y, **options) -> x_adv`; of what it may do see `undone`.
-        eps: radius of its l-infinity ball, where that is known.
-        name: what messages call it; its own, where that is None.
-
-    Returns:
-        The same callable, that of this module itself. It raises an InputError for an x_adv that is
-        no tensor like x, is not finite where the model's logits are, or leaves the ball.
-    """
-    inner = attack
-    while isinstance(inner, partial):
-        inner = inner.func
-    if getattr(inner, "leaves_no_trace", False) and eps is None:
-        return attack
-    name, run = name or getattr(inner, "__name__", type(inner).__name__), undone(attack)
-
-    @wraps(attack)
-    def wrapped(model: Callable, x: Tensor, y: Tensor, **options) -> Tensor:
-        x_adv = run(model, x, y, **options)
-        if not isinstance(x_adv, Tensor):
+            x_adv = attack(model, x.detach().clone(), y.clone(), **options)
+        if not check:
+            return x_adv
+        if describe(x_adv) != describe(x):
             raise InputError(
-                f"the attack '{name}' returned a {type(x_adv).__name__}: it must return x_adv, a "
+                f"{called} returned {describe(x_adv)} for {describe(x)}: it must return x_adv, a "
                 "tensor like x"
-            )
-        if (x_adv.shape, x_adv.dtype, x_adv.device) != (x.shape, x.dtype, x.device):
-            raise InputError(
-                f"the attack '{name}' returned {describe(x_adv)} for {describe(x)}: it must return "
-                "a tensor like x"
             )
         x_adv = x_adv.detach()
         if not readable(x):
             return x_adv
-        if not x_adv.isfinite().all() and finite_logits(model, x):
-            raise InputError(f"the attack '{name}' returned NaN or infinity where x is finite")
+        if not x_adv.isfinite().all():
+            with torch.no_grad(), untouched(model):
+                if model(x).isfinite().all():  # else a θ that diverged is to blame
+                    raise InputError(f"{called} returned NaN or infinity where logits are finite")
         if eps is not None and x.numel():
             distance = (x_adv - x).abs().amax().item()
             if distance > 1.001 * eps + 2 * torch.finfo(x.dtype).eps:
                 raise InputError(
-                    f"the attack '{name}' moved a pixel by {distance:.4g} but eps is {eps:.4g}: "
-                    "give it that radius, and the l-infinity norm"
+                    f"{called} moved a pixel by {distance:.4g} but eps is {eps:.4g}: give it that "
+                    "radius, and the l-infinity norm"
                 )
         return x_adv
 
-    return traceless(wrapped)
+    wrapped.__dict__["is_guarded"] = True
+    return wrapped
 
 
 def check_samples(x: Tensor, y: Tensor) -> None:
@@ -142,8 +125,10 @@ def check_samples(x: Tensor, y: Tensor) -> None:
         )
 
 
-def describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+def describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} {list(value.shape)} on {value.device}"
 
 
 def readable(x: Tensor) -> bool:
@@ -154,9 +139,3 @@ def readable(x: Tensor) -> bool:
 def capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured, which cannot wait for the device."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def finite_logits(model: Callable, x: Tensor) -> bool:
-    """Whether what goes wrong is not the model's doing, such as a θ that diverged."""
-    with torch.no_grad(), untouched(model):
-        return bool(model(x).isfinite().all())

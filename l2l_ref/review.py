@@ -18,7 +18,7 @@ from l2l_ref import attacks
 from l2l_ref.drawing import own_style, save_png
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import batches_of, is_right, judged
-from l2l_ref.guard import leaves_no_trace
+from l2l_ref.guard import guarded
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -84,7 +84,7 @@ def review(
     def survivors(*tries: attacks.Attack) -> Tensor:
         alive = clean.clone()
         for attack in tries:
-            alive &= is_right(model, leaves_no_trace(attack)(model, x, y), y)
+            alive &= is_right(model, guarded(attack)(model, x, y), y)
         return alive
 
     with judged(model):

@@ -15,7 +15,7 @@ from l2l_ref import attacks
 from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, robust_loss
-from l2l_ref.guard import leaves_no_trace
+from l2l_ref.guard import guarded
 
 Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]
 
@@ -109,7 +109,7 @@ def train(
         InputError: batches that end; an attack that returns no such thing as x; what cannot be
             captured.
     """
-    batches, attack = endless(batches), leaves_no_trace(attack)
+    batches, attack = endless(batches), guarded(attack)
     optimizer = method.optimizer(model)
     device = next(model.parameters()).device
     rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]

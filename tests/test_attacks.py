@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l2l_ref import attacks
 from l2l_ref.attacks import fgsm, make, n_fgsm, none, pgd
 from l2l_ref.errors import InputError
-from l2l_ref.guard import leaves_no_trace, untouched
+from l2l_ref.guard import guarded, untouched
 
 EVERY = {"fgsm": fgsm, "pgd": pgd}
 every_attack = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY)
@@ -256,11 +256,11 @@ def mixed_modes(model: nn.Module) -> None:
 STATES = {"train": nn.Module.train, "eval": nn.Module.eval, "mixed": mixed_modes}
 
 
-@pytest.mark.parametrize("attack", [*EVERY.values(), leaves_no_trace(rude)], ids=[*EVERY, "rude"])
+@pytest.mark.parametrize("attack", [*EVERY.values(), guarded(rude)], ids=[*EVERY, "rude"])
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 @pytest.mark.parametrize("grads", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
-def test_leaves_no_trace(attack, state, grads, enabled):
+def test_guarded(attack, state, grads, enabled):
     """Under `no_grad` too."""
     model, (x, y) = norms_net(), images()
     state(model)
@@ -278,13 +278,13 @@ def test_leaves_no_trace(attack, state, grads, enabled):
 
 
 @pytest.mark.parametrize("grads", [False, True])
-def test_leaves_no_trace_when_it_raises(grads):
+def test_guarded_when_it_raises(grads):
     model, (x, y) = norms_net(), images()
     if grads:
         F.cross_entropy(model(x), y).backward()
     before = snapshot(model)
     with pytest.raises(KeyError, match="half way"):
-        leaves_no_trace(failing)(model, x, y, eps=0.1)
+        guarded(failing)(model, x, y, eps=0.1)
     with pytest.raises(IndexError):
         fgsm(model, x, y + 99, eps=0.1)
     assert snapshot(model) == before and torch.is_grad_enabled()
@@ -294,7 +294,7 @@ def test_crafting_differentiates_the_input_alone():
     model, (x, y) = norms_net(), images()
     seen = []
 
-    @leaves_no_trace
+    @guarded
     def attack(model, x, y):
         x.requires_grad_()
         F.cross_entropy(model(x), y).backward()

@@ -1,6 +1,5 @@
-"""A sound attack on an unsound occasion: rounding, threads, modes, types, batches of nothing."""
+"""A sound attack on an unsound occasion: rounding, modes, types, batches of nothing."""
 
-import threading
 import warnings
 from functools import partial
 
@@ -66,36 +65,6 @@ def test_who_has_no_gradient_is_counted():
         robust_accuracy(lambda x: 0 * x + torch.eye(3)[0], (x, y), partial(fgsm, eps=0.01))
     found = review(Rounded(), (x, y), eps=0.01, steps=1)
     assert "some that survive have a gradient of exactly zero" in found.alarms
-
-
-def test_threads_wait_for_one_another():
-    model, (x, y), met = net(), batch(), threading.Event()
-    inside, outside = threading.Event(), threading.Event()
-
-    def first(model, x, y):
-        inside.set()
-        met.wait(0.5)  # in vain, as the other waits
-        return x
-
-    def second(model, x, y):
-        met.set()
-        outside.wait(10)
-        return x
-
-    def one():
-        robust_accuracy(model, (x, y), first)
-        outside.set()
-
-    def other():
-        inside.wait(10)
-        robust_accuracy(model, (x, y), second)
-
-    threads = [threading.Thread(target=target) for target in (one, other)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert model.training and all(param.requires_grad for param in model.parameters())
 
 
 class Standardised(nn.Linear):

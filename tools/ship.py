@@ -1,20 +1,17 @@
-"""Puts a φ of a finished run into the package: weights as safetensors, and a card in JSON.
+"""Puts a φ of a finished run into the package: weights as a run writes them, and a card in JSON.
 
     python tools/ship.py runs/mnist-fgsm-paper mnist-fgsm-0.1 --eps 0.1 --horizon 100 \
         --for "mixed batches, as in the paper" --not-for "clean batches"
 
-It takes the meta-seed whose φ was the best of all on validation images (`pip install safetensors`).
+It takes the meta-seed whose φ was the best of all on validation images.
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
-from safetensors.torch import save
-
 from l2l_ref import pretrained
-from l2l_ref.files import replace_with, sealed
+from l2l_ref.files import plain, sealed, write_checkpoint, write_json
 
 METHODS = ("L2L", "Adam")  # what the rows that are kept begin with
 NUMBERS = ("pgd_loss", "accuracy", "pgd_accuracy")
@@ -38,7 +35,7 @@ def main() -> None:
         if name.startswith("attacked-fold0") and name.endswith(f"eps{given.eps}")
     }
     seed = min(best, key=best.__getitem__)
-    tensors, forms = {}, {}
+    phis = {}
     for kind in ("attacked", "clean", "ablation"):
         (chosen,) = [
             name
@@ -47,11 +44,7 @@ def main() -> None:
             and name.endswith((f"phi{seed}", f"eps{given.eps}"))
         ]
         phi = chosen.replace(f"-phi{seed}", "-phi0")  # as a run of one φ names it
-        for group, meta in saved["phis"][chosen].items():
-            forms.setdefault(phi, {})[group] = meta["settings"]
-            for key, weight in meta["state_dict"].items():
-                tensors[f"{phi}/{group}/{key}"] = weight.contiguous()
-    weights = save(tensors)
+        phis[phi] = saved["phis"][chosen]
     rows = [row for row in summary["table"] if abs(row["eps"] - given.eps) < 1e-9]
     results = {
         row["method"]: {"runs": row["runs"], **{name: row[name] for name in NUMBERS if name in row}}
@@ -72,14 +65,11 @@ def main() -> None:
         "results_of": f"all φ of that run; this is number {seed}, the best on validation images",
         "results": results,
         "config": {name: v for name, v in config.items() if name not in ("data_dir", "out")},
-        "phis": forms,
-        "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    text = json.dumps(sealed(card), indent=1, ensure_ascii=False) + "\n"
-    for kind, content in (("safetensors", weights), ("json", text.encode())):
-        path = pretrained.FOLDER / f"{given.name}.{kind}"
-        replace_with(path, lambda partial, content=content: partial.write_bytes(content))
-    print(f"{given.name}: {len(weights)} bytes, φ {', '.join(forms)}")
+    path = pretrained.FOLDER / f"{given.name}.pt"
+    write_checkpoint(path, {"format": pretrained.FORMAT, "phis": phis})
+    write_json(path.with_suffix(".json"), sealed(plain(card)))
+    print(f"{given.name}: φ {', '.join(phis)}")
 
 
 if __name__ == "__main__":

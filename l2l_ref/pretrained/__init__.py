@@ -1,20 +1,18 @@
 """φ on disk: settings and plain state dicts, several φ in a file, each by its name.
 
 Those that come with the package have a card, NAME.json, which says what they are and are not good
-for, and weights, NAME.safetensors, whose checksum the card holds.
+for, beside NAME.pt.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint, read_json, write_checkpoint
-from l2l_ref.meta_optimizer import MetaOptimizer, load_weights
+from l2l_ref.meta_optimizer import MetaOptimizer
 
 FORMAT = "l2l_ref φ 1"
 FOLDER = Path(__file__).parent  # of the φ that come with the package
@@ -50,7 +48,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
         InputError: no such file or name, or a file of another kind.
     """
     if str(path) in list_pretrained():
-        return shipped(str(path))
+        return {**card(str(path)), **read_checkpoint(FOLDER / f"{path}.pt", device)}
     value = read_checkpoint(Path(path), device)
     if value.get("format") != FORMAT:
         raise InputError(
@@ -59,69 +57,14 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     return value
 
 
-def shipped(name: str) -> dict[str, Any]:
-    """The same of a φ that comes with the package: card and weights.
-
-    Raises:
-        InputError: weights that are not those of the card.
-    """
-    about, raw = card(name), (FOLDER / f"{name}.safetensors").read_bytes()
-    if hashlib.sha256(raw).hexdigest() != about["sha256"]:
-        raise InputError(
-            f"the weights of {name} are not those that l2l_ref came with: install it again"
-        )
-    tensors = safetensors(raw)
-    phis: dict[str, dict[str, Any]] = {
-        phi: {group: {"settings": form, "state_dict": {}} for group, form in groups.items()}
-        for phi, groups in about["phis"].items()
-    }
-    for key, weight in tensors.items():
-        phi, group, parameter = key.split("/")
-        phis[phi][group]["state_dict"][parameter] = weight
-    return {**about, "format": FORMAT, "phis": phis}
-
-
-def safetensors(raw: bytes) -> dict[str, Tensor]:
-    """The tensors, float32, of a file in the format of the library safetensors: the length of a
-    header, the header in JSON, and numbers. Nothing in it executes."""
-    start = 8 + int.from_bytes(raw[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(raw[8:start]).items():
-        begin, end = (start + offset for offset in entry["data_offsets"])
-        assert entry["dtype"] == "F32", "no other dtype is shipped"
-        values = torch.frombuffer(bytearray(raw[begin:end]), dtype=torch.float32)
-        tensors[name] = values.view(entry["shape"])
-    return tensors
-
-
-def build(
-    groups: dict[str, dict[str, Any]], where: object, device: torch.device | str = "cpu"
-) -> nn.ModuleDict:
-    """A φ of a file: {φ-group: MetaOptimizer}, on `device`.
-
-    Args:
-        where: it comes from, for messages.
-
-    Raises:
-        InputError: settings that are none, or not those of the weights; what `load_weights` raises.
-    """
+def build(groups: dict[str, dict[str, Any]], device: torch.device | str = "cpu") -> nn.ModuleDict:
+    """A φ of a file: {φ-group: MetaOptimizer}, on `device`."""
     phi = nn.ModuleDict()
     for name, saved in groups.items():
-        settings, weights = saved["settings"], saved["state_dict"]
-        head, layers = weights.get("head.weight"), sum("weight_hh" in key for key in weights)
-        sizes = {"num_layers": layers, "hidden_size": head.numel() if head is not None else 0}
-        try:
-            if (
-                head is None or not sizes.items() <= settings.items()
-            ):  # before anything of that size is made
-                raise TypeError
-            meta = MetaOptimizer(**settings).to(head.dtype)  # whatever the default dtype
-        except (TypeError, InputError):
-            raise InputError(
-                f"{where} holds a φ whose settings, {settings}, are not those of its weights: take "
-                "a file that is whole"
-            ) from None
-        load_weights(meta, weights, f"{where}, {name},")
+        weights = saved["state_dict"]
+        meta = MetaOptimizer(**saved["settings"])
+        meta.to(weights["head.weight"].dtype)  # whatever the default dtype
+        meta.load_state_dict(weights)
         phi[name] = meta.to(device)
     return phi
 
@@ -140,7 +83,7 @@ def load(name: str | Path, phi: str | None = None) -> nn.ModuleDict:
     chosen = next(iter(saved)) if phi is None else phi
     if chosen not in saved:
         raise InputError(f"{name} has no φ {chosen}: choose one of {', '.join(saved)}")
-    return build(saved[chosen], name)
+    return build(saved[chosen])
 
 
 def list_pretrained() -> list[str]:

@@ -152,13 +152,13 @@ class TestFlippedBits:
 
     def test_in_the_package(self, tmp_path, monkeypatch):
         name = pretrained.list_pretrained()[0]
-        for kind in ("json", "safetensors"):
+        for kind in ("json", "pt"):
             (tmp_path / f"{name}.{kind}").write_bytes(
                 (pretrained.FOLDER / f"{name}.{kind}").read_bytes()
             )
         monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
         before, noise = pretrained.load(name).state_dict(), random.Random(1)
-        for kind in ("json", "safetensors"):
+        for kind in ("json", "pt"):
             path = tmp_path / f"{name}.{kind}"
             content = path.read_bytes()
             for _ in range(50):
@@ -191,27 +191,6 @@ def test_what_carries_no_checksum_is_refused(finished):
     torch.save(torch.load("r/meta_optimizer.pt", weights_only=True), "resaved.pt")
     with pytest.raises(InputError, match="resaved.pt cannot be read"):
         run.main([*SHORT[:3], "--load", "resaved.pt"])
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda phi: phi["settings"].update(hidden_size=10**9),
-        lambda phi: phi["settings"].update(num_layers=10**9),
-        lambda phi: phi["settings"].update(p=-1.0),
-        lambda phi: phi["settings"].update(theta_input=not phi["settings"]["theta_input"]),
-        lambda phi: phi["state_dict"].pop("lstm.weight_ih_l0"),
-        lambda phi: phi["state_dict"].update({"head.weight": torch.zeros(1, 21)}),
-        lambda phi: phi["state_dict"]["head.weight"].fill_(float("nan")),
-    ],
-)
-def test_a_phi_that_does_not_fit_its_settings_is_refused(finished, edit):
-    saved = read_checkpoint(Path("r/meta_optimizer.pt"))
-    edit(next(iter(saved["phis"]["attacked-fold0-phi0-eps0.0"].values())))
-    write_checkpoint(Path("edited.pt"), saved)
-    for use in (pretrained.load, lambda path: run.main([*SHORT[:3], "--load", path])):
-        with pytest.raises(InputError, match=r"edited\.pt"):
-            use("edited.pt")
 
 
 def test_a_phi_that_does_not_say_where_it_is_from_is_not_compared(finished):

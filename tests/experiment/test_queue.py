@@ -1,7 +1,5 @@
 """A run as a graph of pieces: order, needs, nothing twice, whoever takes part."""
 
-import errno
-import fcntl
 import os
 import platform
 import threading
@@ -143,27 +141,3 @@ class TestTogether:
         assert free.wait(5) and graph.done == ["b", "a"]
         words = f"waiting for a, which process {os.getpid()} on {platform.node()} computes"
         assert graph.said.count(("line", words)) == 1
-
-    def test_a_lock_is_that_of_the_file_that_is_there(self, tmp_path, monkeypatch):
-        """While this one waits its turn, the file is removed and another process makes it anew."""
-        path, flock, other = tmp_path / "a.lock", fcntl.flock, []
-
-        def slow(file, how):
-            if not other:
-                path.unlink()
-                other.append(open(path, "a"))
-                flock(other[0], fcntl.LOCK_EX)
-            flock(file, how)
-
-        monkeypatch.setattr(fcntl, "flock", slow)
-        with locked(path, wait=False) as held:
-            assert not held
-        other[0].close()
-
-    def test_a_file_system_without_locks_is_named(self, parts, monkeypatch):
-        def flock(file, how):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-        with pytest.raises(InputError, match="parts is on a file system that has no locks"):
-            Graph({"a": (1, "")}).run(parts)
