@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -71,9 +72,9 @@ def test_memory_of_a_peer():
 
 
 def test_interleaved_rounds():
-    calls = []
-    samples = measure.interleave({"a": lambda: calls.append("a"), "b": lambda: None}, seconds=0)
-    assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3} and calls
+    runs = {"a": lambda: None, "b": lambda: time.sleep(0.002)}  # the latter in samples of three
+    samples = measure.interleave(runs, seconds=0)
+    assert [*map(len, samples.values())] == [3, 3] and 0.002 <= min(samples["b"]) < 0.005
     assert measure.summary([1.0, 2.0, 4.0], 10)["median"] == 20
 
 
@@ -85,7 +86,7 @@ def test_transfer_step_in_miniature(tmp_path, monkeypatch):
     for row in report["rows"]:
         learned = {f"L2L-Transfer ({recipe})" for recipe in RECIPES}
         assert row["methods"].keys() == learned | {"Adam (clean)", "Adam (PGD-7)"}
-        assert row["ratios"]["Adam (PGD-7)"] == 1 < row["ratios"]["Adam (clean)"]
+        assert row["ratios"]["Adam (PGD-7)"] == 1 and row["ratios"]["Adam (clean)"] > 2
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,7 @@ def test_floors_of_an_h200():
 
 
 def test_operators_on_a_pretended_gpu(tmp_path, capsys, pretended, monkeypatch):
-    words = "CUDA out of memory. Tried to allocate 30 GiB. GPU 0 has 1."
-    too_large = Mock(side_effect=torch.OutOfMemoryError(words))
+    too_large = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. 30 GiB. GPU 0 has 1."))
     monkeypatch.setattr(peers, "step_lstm", too_large)
     monkeypatch.setattr(operators, "MEMORY_CASE", (50, 2))
     arguments = "--seconds 0 --no-compile --backend reference --sizes 50 200 --most 4000".split()
@@ -103,7 +102,7 @@ def test_operators_on_a_pretended_gpu(tmp_path, capsys, pretended, monkeypatch):
     assert rows == [(o, n, t) for o, t in (("step", 1), ("meta_gradient", 20)) for n in (50, 200)]
     why = {"ours in a CUDA graph": "fails here: no streams here",
            "ours on tensor cores": "needs the fused engine",
-           "nn.LSTM": "fails here: CUDA out of memory. Tried to allocate 30 GiB"}  # fmt: skip
+           "nn.LSTM": "fails here: CUDA out of memory. 30 GiB"}  # fmt: skip
     for row in report["rows"]:
         assert row["floors"].keys() == {"bytes", "FLOP"}
         assert row["unavailable"] == (why if row["operator"] == "step" else {})
