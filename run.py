@@ -21,8 +21,8 @@ from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.files import locked
 
 
-def main(arguments: list[str]) -> None:
-    """Parse, meta-train, transfer, compare, report."""
+def main(arguments: list[str]) -> Path:
+    """Parse, meta-train, transfer, compare, report; returns the folder of the results."""
     config = cli.parse(arguments)
     folder.choose(config)  # what is wrong with it is said before the data are read
     setting, phis = ready(config)
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
         folder.tidy(out)
     names = sorted(path.name for path in out.iterdir() if path.name != folder.LOCK)
     print(f"\n{out}: " + ", ".join(names), flush=True)
+    return out
 
 
 def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.ModuleDict]]:
