@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -108,22 +107,14 @@ struct First {
     check_contiguous(other, other_name);
   }
   void check(const Tensor& other, const Name& other_name, Sizes sizes) const {
-    const auto own = other.sizes();
-    const bool fits =
-        own.size() == sizes.size() && std::equal(own.begin(), own.end(), sizes.begin());
-    check(other, other_name, fits, sizes);
-  }
-  void check(const Tensor& other, const Name& other_name,
-             std::initializer_list<int64_t> sizes) const {
-    check(other, other_name, Sizes(sizes.begin(), sizes.size()));
+    check(other, other_name, other.sizes() == sizes, sizes);
   }
   // A state [L, 2, H, ...]: of a tensor with axes of its own, the state has them too.
   void check_state(const Tensor& state, const Name& state_name, const Shape& shape) const {
     const int64_t sizes[] = {shape.layers, 2, shape.hidden, shape.states()};
-    const auto own = state.sizes();
-    const bool fits = own.size() >= 4 && std::equal(sizes, sizes + 3, own.begin()) &&
+    const bool fits = state.dim() >= 4 && state.sizes().slice(0, 3) == Sizes(sizes, 3) &&
                       state.numel() == 2 * shape.layers * shape.hidden * shape.states();
-    check(state, state_name, fits, Sizes(sizes, 4));
+    check(state, state_name, fits, sizes);
   }
 };
 
@@ -148,7 +139,6 @@ inline Shape check(const First& first, const Tensor& state, const Name& state_na
 inline Shape check(const First& first, size_t axes, const Tensor& state, const Tensor& phi,
                    double p, double output_scale, bool theta_input, bool odd) {
   const auto sizes = first.tensor.sizes();
-  check_dtype(first.tensor, first.name);
   STD_TORCH_CHECK(sizes.size() == axes, first.name, " has shape ", text(sizes), ", expected ",
                   axes == 1 ? "[N]" : "[T, N]");
   const Shape shape =

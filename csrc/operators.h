@@ -37,9 +37,10 @@ T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls f(T()) with the dtype of a tensor.
-template <class F>
+// Calls f(T()) with the dtype of a tensor, on its device.
+template <class Device, class F>
 void with_dtype(const Tensor& tensor, F f) {
+  const typename Device::Guard guard(tensor);
   if (tensor.scalar_type() == ScalarType::Float)
     f(float());
   else
@@ -71,8 +72,7 @@ void theta_step_(const std::vector<Tensor>& thetas, const std::vector<Tensor>& g
         {{thetas[i], theta, true}, {gradients[i], gradient, false}, {states[i], state, true}});
   }
   check_apart(ranges);
-  const typename Device::Guard guard(phi);
-  with_dtype(phi, [&](auto zero) {
+  with_dtype<Device>(phi, [&](auto zero) {
     using T = decltype(zero);
     std::vector<Step<T>> calls;
     calls.reserve(count);
@@ -92,8 +92,7 @@ std::tuple<Tensor, Tensor> theta_step(const Tensor& theta, const Tensor& gradien
   first.check(gradient, {"gradient"}, {shape.coordinates});
   Tensor next_theta = torch::stable::empty_like(theta);
   Tensor next_state = torch::stable::empty_like(state);
-  const typename Device::Guard guard(theta);
-  with_dtype(theta, [&](auto zero) {
+  with_dtype<Device>(theta, [&](auto zero) {
     using T = decltype(zero);
     Device::step(shape,
                  std::vector<Step<T>>{{shape.coordinates, in<T>(theta), in<T>(gradient),
@@ -117,8 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
   Tensor d_gradient = torch::stable::empty_like(gradient);
   Tensor d_state = torch::stable::empty_like(state);
   Tensor d_phi = torch::stable::empty_like(phi);
-  const typename Device::Guard guard(theta);
-  with_dtype(theta, [&](auto zero) {
+  with_dtype<Device>(theta, [&](auto zero) {
     using T = decltype(zero);
     Device::backward(
         shape,
@@ -141,8 +139,7 @@ Tensor unroll_meta_gradient(const Tensor& gradients, const Tensor& state, const 
   STD_TORCH_CHECK(thetas || !theta_input,
                   "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw");
   Tensor d_phi = torch::stable::empty_like(phi);
-  const typename Device::Guard guard(gradients);
-  with_dtype(gradients, [&](auto zero) {
+  with_dtype<Device>(gradients, [&](auto zero) {
     using T = decltype(zero);
     Device::backward(
         shape,
@@ -162,8 +159,7 @@ Tensor preprocess(const Tensor& gradient, double p) {
   std::vector<int64_t> sizes = {2};
   sizes.insert(sizes.end(), gradient.sizes().begin(), gradient.sizes().end());
   Tensor result = torch::stable::new_empty(gradient, sizes);
-  const typename Device::Guard guard(gradient);
-  with_dtype(gradient, [&](auto zero) {
+  with_dtype<Device>(gradient, [&](auto zero) {
     using T = decltype(zero);
     Device::preprocess(
         gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient), nullptr, out<T>(result)});
@@ -184,8 +180,7 @@ Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, doubl
           d_result.is_contiguous(),
       "d_result must be contiguous like gradient, with a first dimension of 2");
   Tensor d_gradient = torch::stable::empty_like(gradient);
-  const typename Device::Guard guard(gradient);
-  with_dtype(gradient, [&](auto zero) {
+  with_dtype<Device>(gradient, [&](auto zero) {
     using T = decltype(zero);
     Device::preprocess(gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient),
                                                in<T>(d_result), out<T>(d_gradient)});

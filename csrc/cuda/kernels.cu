@@ -127,8 +127,8 @@ void launch(void (*kernel)(Arguments), const Plan& plan, const Machine& machine,
 void use_tensor_cores(bool on) { tensor_cores = on; }
 
 template <class T>
-bool step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi, int device,
-          void* stream) {
+bool Kernels<T>::step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi,
+                      int device, void* stream) {
   const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
   const Machine machine = machine_of(device);
   const auto one = [&](const StepArguments<T>& arguments, const Plan& plan) {
@@ -143,7 +143,7 @@ bool step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi, i
 }
 
 template <class T>
-bool serves(const Shape& shape, int device) {
+bool Kernels<T>::serves(const Shape& shape, int device) {
   const Machine machine = machine_of(device);
   const auto blocks = [&](int lanes) { return blocks_of(shape, lanes); };
   return plan<T>(shape, machine, step_width<T>, step_shared, blocks).shared &&
@@ -151,14 +151,14 @@ bool serves(const Shape& shape, int device) {
 }
 
 template <class T>
-Scratch backward_scratch(const Shape& shape, int64_t steps, int device) {
+Scratch Kernels<T>::backward_scratch(const Shape& shape, int64_t steps, int device) {
   const Plan plan = plan_backward<T>(shape, machine_of(device));
   return {plan.grid * layout_of<T>(shape, steps, plan).size, plan.grid * shape.phi()};
 }
 
 template <class T>
-bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi, T* elements,
-              double* doubles, int device, void* stream) {
+bool Kernels<T>::backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi,
+                          T* elements, double* doubles, int device, void* stream) {
   const Machine machine = machine_of(device);
   const Plan plan = plan_backward<T>(shape, machine);
   if (!plan.shared) return false;
@@ -177,7 +177,7 @@ bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_ph
 }
 
 template <class T>
-void preprocess(const Preprocess<T>& call, void* stream) {
+void Kernels<T>::preprocess(const Preprocess<T>& call, void* stream) {
   constexpr int threads = 256;
   constexpr int64_t most_blocks = 1 << 20;  // a thread then takes several elements
   if (!call.size) return;
@@ -187,17 +187,7 @@ void preprocess(const Preprocess<T>& call, void* stream) {
   check(cudaGetLastError());
 }
 
-template bool step(const Shape&, const std::vector<Step<float>>&, const float*, int, void*);
-template bool step(const Shape&, const std::vector<Step<double>>&, const double*, int, void*);
-template bool serves<float>(const Shape&, int);
-template bool serves<double>(const Shape&, int);
-template Scratch backward_scratch<float>(const Shape&, int64_t, int);
-template Scratch backward_scratch<double>(const Shape&, int64_t, int);
-template bool backward(const Shape&, const Backward<float>&, const float*, float*, float*, double*,
-                       int, void*);
-template bool backward(const Shape&, const Backward<double>&, const double*, double*, double*,
-                       double*, int, void*);
-template void preprocess(const Preprocess<float>&, void*);
-template void preprocess(const Preprocess<double>&, void*);
+template struct Kernels<float>;
+template struct Kernels<double>;
 
 }  // namespace l2l::cuda
