@@ -3,7 +3,7 @@
 //
 //                 tensors                                 checked (checks.h), results made here
 //                    |
-//     Shape, Step<T>, Backward<T>, Preprocess<T>          call.h, with T the tensors' dtype
+//     Shape, Step<T>, Backward<T>                         call.h, with T the tensors' dtype
 //        |           |             |
 //       Cpu         Cuda        Emulated                  a Device
 //   cpu/cpu.cpp  cuda/cuda.cpp  cuda/emulated.cpp
@@ -12,13 +12,11 @@
 //   Guard(const Tensor&)                                  makes the tensor's device the current one
 //   step(const Shape&, const std::vector<Step<T>>&, const Tensor& phi)     the shape's N is unused
 //   backward(const Shape&, const Backward<T>&, const Tensor& phi, T* d_phi)
-//   preprocess(const Tensor& gradient, const Preprocess<T>&)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -150,44 +148,6 @@ Tensor unroll_meta_gradient(const Tensor& gradients, const Tensor& state, const 
   return d_phi;
 }
 
-// Eq. 5 alone: [2, *gradient.shape].
-template <class Device>
-Tensor preprocess(const Tensor& gradient, double p) {
-  check_dtype(gradient, {"gradient"});
-  check_p(p);
-  check_contiguous(gradient, {"gradient"});
-  std::vector<int64_t> sizes = {2};
-  sizes.insert(sizes.end(), gradient.sizes().begin(), gradient.sizes().end());
-  Tensor result = torch::stable::new_empty(gradient, sizes);
-  with_dtype<Device>(gradient, [&](auto zero) {
-    using T = decltype(zero);
-    Device::preprocess(
-        gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient), nullptr, out<T>(result)});
-  });
-  return result;
-}
-
-template <class Device>
-Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, double p) {
-  check_dtype(gradient, {"gradient"});
-  check_p(p);
-  const auto sizes = d_result.sizes();
-  STD_TORCH_CHECK(
-      sizes.size() == gradient.sizes().size() + 1 && sizes[0] == 2 &&
-          std::equal(gradient.sizes().begin(), gradient.sizes().end(), sizes.begin() + 1) &&
-          d_result.scalar_type() == gradient.scalar_type() &&
-          d_result.device() == gradient.device() && gradient.is_contiguous() &&
-          d_result.is_contiguous(),
-      "d_result must be contiguous like gradient, with a first dimension of 2");
-  Tensor d_gradient = torch::stable::empty_like(gradient);
-  with_dtype<Device>(gradient, [&](auto zero) {
-    using T = decltype(zero);
-    Device::preprocess(gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient),
-                                               in<T>(d_result), out<T>(d_gradient)});
-  });
-  return d_gradient;
-}
-
 // The operators' names and signatures, for a namespace of PyTorch's.
 template <class Library>
 void define(Library& m) {
@@ -204,18 +164,14 @@ void define(Library& m) {
   m.def(
       "unroll_meta_gradient(Tensor gradients, Tensor state, Tensor cotangents, Tensor phi, "
       "Tensor? thetas, " L2L_FORM ") -> Tensor");
-  m.def("preprocess(Tensor gradient, *, float p) -> Tensor");
-  m.def("preprocess_backward(Tensor gradient, Tensor d_result, *, float p) -> Tensor");
 #undef L2L_FORM
 }
 
 }  // namespace l2l
 
 // Every operator for a device; `m` is of STABLE_TORCH_LIBRARY_IMPL.
-#define L2L_IMPLEMENT(m, Device)                                                 \
-  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                   \
-  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                     \
-  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>));   \
-  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>)); \
-  m.impl("preprocess", TORCH_BOX(&l2l::preprocess<Device>));                     \
-  m.impl("preprocess_backward", TORCH_BOX(&l2l::preprocess_backward<Device>))
+#define L2L_IMPLEMENT(m, Device)                                               \
+  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                 \
+  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                   \
+  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>)); \
+  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>))

@@ -173,14 +173,6 @@ struct Cpu {
       d_phi[i] = T(sum);
     }
   }
-
-  template <class T>
-  static void preprocess(const Tensor&, const Preprocess<T>& call) {
-    constexpr int64_t grain = 1 << 14;
-    parallel(call.size, grain, [&](int64_t begin, int64_t end) {
-      instruction_set().of<T>().preprocess(call, begin, end);
-    });
-  }
 };
 
 }  // namespace

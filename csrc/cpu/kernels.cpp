@@ -67,7 +67,6 @@ constexpr l2l::Kernels<T> kernels() {
             return size_t(BackwardScratch<T>(shape, steps, nullptr).arena.used);
           },
           backward<T>,
-          preprocess<T>,
           function<vec_t<T>>,
           multiply_adds<vec_t<T>, registers * 5 / 8>};
 }

@@ -2,7 +2,7 @@
 // is compiled for.
 //
 //                        avx512   avx2   baseline
-//   Kernels<float>       |      |      |        |      step, backward, preprocess, ...
+//   Kernels<float>       |      |      |        |      step, backward, ...
 //   Kernels<double>      |      |      |        |
 //                            ^ instruction_set(): the column in use, whose kernels cpu.cpp calls
 //
@@ -31,7 +31,6 @@ struct Kernels {
   size_t (*backward_scratch)(const Shape&, int64_t steps);
   void (*backward)(const Shape&, const Backward<T>&, const T* packed, T* scratch, int64_t begin,
                    int64_t end);
-  void (*preprocess)(const Preprocess<T>&, int64_t begin, int64_t end);
   // The functions of cell.h, for tests: y [n] = name(x [n]); false for a name it does not know.
   bool (*function)(const char* name, const T* x, T* y, int64_t n);
   int64_t (*multiply_adds)(int64_t rounds);  // of this type, for benchmarks; how many they were

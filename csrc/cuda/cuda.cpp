@@ -43,11 +43,6 @@ struct Cuda {
                                           out<double>(doubles), device, current_stream(phi)),
                shape);
   }
-
-  template <class T>
-  static void preprocess(const Tensor& gradient, const Preprocess<T>& call) {
-    cuda::Kernels<T>::preprocess(call, current_stream(gradient));
-  }
 };
 
 }  // namespace

@@ -99,12 +99,6 @@ struct Emulated {
     });
     for (int64_t e = 0; e < size; ++e) reduce(sums.data(), plan.grid, size, e, d_phi);
   }
-
-  template <class T>
-  static void preprocess(const l2l::Tensor&, const l2l::Preprocess<T>& call) {
-    const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
-    for (int64_t at = 0; at < call.size; ++at) emulated::preprocess(arguments, at);
-  }
 };
 
 // The GPU that the kernels imagine: see Machine.

@@ -3,7 +3,6 @@
 //   step         step_kernel         a block of threads for each block of coordinates of a tensor
 //   backward     backward_kernel     at most two blocks a processor, each a run of coordinates
 //                reduce_kernel       then a thread for each element of d_phi, from [grid][P]
-//   preprocess   preprocess_kernel   a thread for an element, or for several
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -90,14 +89,6 @@ __global__ void reduce_kernel(const double* sums, int64_t grid, int64_t size, T*
   if (e < size) reduce(sums, grid, size, e, to);
 }
 
-template <class T>
-__global__ void preprocess_kernel(const __grid_constant__ PreprocessArguments<T> arguments) {
-  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < arguments.call.size;
-       at += threads)
-    L2L_NAMESPACE::preprocess(arguments, at);
-}
-
 // A kernel's limit on shared memory is all that the device has, whatever this launch takes: it
 // belongs to the kernel, and another thread may be about to launch the same. Set once for each
 // device.
@@ -174,17 +165,6 @@ bool Kernels<T>::backward(const Shape& shape, const Backward<T>& call, const T* 
                   static_cast<cudaStream_t>(stream)>>>(doubles, plan.grid, shape.phi(), d_phi);
   check(cudaGetLastError());
   return true;
-}
-
-template <class T>
-void Kernels<T>::preprocess(const Preprocess<T>& call, void* stream) {
-  constexpr int threads = 256;
-  constexpr int64_t most_blocks = 1 << 20;  // a thread then takes several elements
-  if (!call.size) return;
-  const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
-  const int64_t blocks = least(ceil_div<int64_t>(call.size, threads), most_blocks);
-  preprocess_kernel<<<unsigned(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError());
 }
 
 template struct Kernels<float>;

@@ -31,7 +31,6 @@ struct Kernels {
   static Scratch backward_scratch(const Shape&, int64_t steps, int device);
   static bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements,
                        double* doubles, int device, void* stream);
-  static void preprocess(const Preprocess<T>&, void* stream);
 };
 
 }  // namespace l2l::cuda
