@@ -73,10 +73,10 @@ class TestLaunches:
         emulate("little shared memory")
         case = Case(9, 2, 5)
         expect_close(run(fused, case, arguments(case)), expected(run, case), 1e-10)
-        case = Case(9, 2, 64)
+        case = Case(9, 2, 32)
         given = arguments(case)
         before = given["theta"].clone(), given["state"].clone()
-        with pytest.raises(RuntimeError, match="64 units need more shared memory than"):
+        with pytest.raises(RuntimeError, match="32 units need more shared memory than"):
             run(fused, case, given)
         assert torch.equal(given["theta"], before[0]) and torch.equal(given["state"], before[1])
 

@@ -172,20 +172,6 @@ def test_a_list_is_one_after_the_other_to_the_bit(level, fused, dtype, theta_inp
     assert not torch.equal(alone[0][5], given[5]["theta"])
 
 
-def test_a_coordinate_does_not_know_its_neighbours(level, fused):
-    """The same bits alone as among others, wherever it lies in a block."""
-    case = Case(100, 2, 5, True, True)
-    given = arguments(case, torch.float32)
-    u, h, c = run_update(fused, case, given)
-    for at in (0, 1, 31, 32, 63, 99):
-        some = {name: given[name][at : at + 1] for name in ("theta", "gradient")}
-        some |= {"state": given["state"][..., [at, at + 100]].contiguous(), "phi": given["phi"]}
-        alone = run_update(fused, case._replace(n=1), some)
-        assert torch.equal(alone[0], u[at : at + 1])
-        assert torch.equal(alone[1], h[..., [at, at + 100]])
-        assert torch.equal(alone[2], c[..., [at, at + 100]])
-
-
 def test_the_inputs_are_left_alone(level, fused):
     """theta_step_ writes theta and state and nothing else; the others write nothing."""
     case = Case(70, 2, 5, True, True, steps=3)
