@@ -199,7 +199,7 @@ def step_in_graph(theta_step_: Callable, case: Case) -> Peer:
 
 def step_on_tensor_cores(theta_step_: Callable, case: Case) -> Peer:
     """T steps whose products are three of TF32 each (`use_tensor_cores`)."""
-    if operators("auto", case.state).theta_step_ is not theta_step_:
+    if theta_step_ is equations.theta_step_:
         raise Unavailable("needs the fused engine")
     if torch.cuda.get_device_capability()[0] < 8:
         raise Unavailable("needs an Ampere GPU or a later one")
