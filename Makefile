@@ -32,7 +32,7 @@ runtimes   = $(foreach lib,$(1),$(shell $(CC) -print-file-name=$(lib)))
 EVERY_CORE := -n logical --dist worksteal
 MEMORY    := address,undefined
 SANITIZED  = build/sanitized-$(1)
-SANITIZABLE = $(patsubst %,tests/backend/test_%.py,operators autograd extremes functions preprocess refusals gpu fuzz)
+SANITIZABLE = $(patsubst %,tests/backend/test_%.py,operators autograd extremes functions refusals gpu fuzz)
 # The second line fails where nothing was built, or every test would skip.
 define sanitized
 	L2L_SANITIZE=$(1) USE_CUDA=0 "$(PY)" setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
@@ -82,7 +82,7 @@ dist: $(SETUP) ## a wheel for this Python and an sdist for the others, in dist/
 setup: $(SETUP) ## only set up; PYTHON=python3.12 chooses the interpreter of a new .venv
 
 clean: ## remove what was built and cached; keeps .venv, runs/ and data/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis l2l_ref/backend/*.so .venv/.ready-*
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache l2l_ref/backend/*.so .venv/.ready-*
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Meta-train an optimizer under attack, transfer it to new models on clean data, judge those.
+"""Meta-train an optimizer under attack, transfer it to new models on clean data, evaluate those.
 
 python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
-import os
 import shlex
 from pathlib import Path
 
@@ -24,49 +23,37 @@ from l2l_ref.files import locked
 
 def main(arguments: list[str]) -> Path:
     """Parse, meta-train, transfer, compare, report; returns the folder of the results."""
-    started = machine.torchrun()
-    first = started.get("RANK", 0) == 0
-    with cli.said_once(first):
-        config = cli.parse(arguments)
-        folder.choose(config)  # what is wrong with it is said before the data are read
-    setting, phis = ready(config, started.get("LOCAL_RANK", 0))
+    config = cli.parse(arguments)
+    folder.choose(config)  # what is wrong with it is said before the data are read
+    setting, phis = ready(config)
     backend = resolve(setting.config.backend, setting.device)
     environment = machine.environment(setting.device, backend, setting.data)
-    launcher = ["python"]
-    if started:
-        launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    command = shlex.join([*launcher, "run.py", *(a for a in arguments if a != "--resume")])
+    command = shlex.join(["python", "run.py", *(a for a in arguments if a != "--resume")])
     out, environment = folder.join(setting.config, setting.data, environment, command)
-    before, display = folder.report_of(out), Display(first)
-    experiment = Experiment(setting, out, display.progress(), phis)
+    experiment = Experiment(setting, out, phis)
     pieces, parts = experiment.pieces(), experiment.parts
-    there = dict(parts)  # raises for one that is broken
-    pending = any(piece.name not in there for piece in pieces)
+    dict(parts)  # raises for one that is broken
     number = jobs.number(config.jobs, pieces, parts, setting.device)
-    if first:
-        print(report.title(setting))
-        processes = f"{number} process" + "es" * (number > 1)
-        print(f"{environment['device']}, {processes}, backend {backend}, results in {out}",
-              flush=True)  # fmt: skip
-    with display.of(pieces, parts, number):
+    print(report.title(setting))
+    print(f"{environment['device']}, {number} process" + "es" * (number > 1)
+          + f", backend {backend}, results in {out}", flush=True)  # fmt: skip
+    display = Display(pieces, parts)
+    with display.of(number):
         if number > 1:
             jobs.share_out(work, (config, out), number, display)
         else:
             compute_all(pieces, parts, display.progress())
     with locked(out / folder.LOCK):
-        # Else another process has written it: meanwhile, or before this one came.
-        if folder.report_of(out) == before and (pending or not before or config.resume):
-            left = experiment.results(), setting, environment, command
-            print("\n" + report.write(out, *left), flush=True)
-            report.draw(out, *left)
+        left = experiment.results(), setting, environment, command
+        print("\n" + report.write(out, *left), flush=True)
+        report.draw(out, *left)
         folder.tidy(out)
-    if first:
-        names = sorted(path.name for path in out.iterdir() if path.name != folder.LOCK)
-        print(f"\n{out}: " + ", ".join(names))
+    names = sorted(path.name for path in out.iterdir() if path.name != folder.LOCK)
+    print(f"\n{out}: " + ", ".join(names), flush=True)
     return out
 
 
-def ready(config: Config, number: int) -> tuple[Setting, dict[str, nn.ModuleDict]]:
+def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.ModuleDict]]:
     """What each process of a run needs: the setting, and the φ that are loaded. It has one thread,
     so that the bits depend on no number of cores or processes."""
     torch.set_num_threads(1)
@@ -78,7 +65,7 @@ def ready(config: Config, number: int) -> tuple[Setting, dict[str, nn.ModuleDict
 def work(config: Config, out: Path, number: int, progress: Progress) -> None:
     """One of several processes of a run."""
     setting, phis = ready(config, number)
-    experiment = Experiment(setting, out, progress, phis)
+    experiment = Experiment(setting, out, phis)
     compute_all(experiment.pieces(), experiment.parts, progress)
 
 

@@ -6,12 +6,12 @@ in the odd form.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from bench import measure
-from bench.measure import CPU
+from bench.measure import CPU, free_bytes
 from l2l_ref import equations
 from l2l_ref.meta_optimizer import MetaOptimizer
 
@@ -50,14 +50,28 @@ class Case:
     state: Tensor
     thetas: Tensor | None
 
-    def part(self, start: int, stop: int) -> "Case":
-        """The case of the coordinates from `start` to before `stop`."""
+    @property
+    def ns(self) -> float:
+        """ns per coordinate-step of a peer that takes a second for the case."""
+        return 1e9 / self.gradients.numel()
+
+    @property
+    def unroll(self) -> tuple[Tensor | None, ...]:
+        """What `equations.unroll_meta_gradient` takes."""
+        return self.gradients, self.state, self.cotangents, self.phi, self.thetas
+
+    @cached_property
+    def meta_gradient(self) -> Tensor:
+        """The reference's dφ [P], which runs whatever memory there is."""
+        return equations.unroll_meta_gradient(*self.unroll, **self.meta.form)
+
+    def first(self, count: int) -> "Case":
+        """The case of the first `count` coordinates."""
         by_sign = self.state.unflatten(-1, (-1, len(self.theta)))  # [L, 2, H, 1 or 2, N]
-        cut = slice(start, stop)
-        steps = (self.gradients[:, cut], self.cotangents[:, cut])
-        state = by_sign[..., cut].flatten(3)
-        thetas = None if self.thetas is None else self.thetas[:, cut]
-        return Case(self.meta, self.phi, self.theta[cut], *steps, state, thetas)
+        steps = (self.gradients[:, :count], self.cotangents[:, :count])
+        state = by_sign[..., :count].flatten(3)
+        thetas = None if self.thetas is None else self.thetas[:, :count]
+        return Case(self.meta, self.phi, self.theta[:count], *steps, state, thetas)
 
 
 def make_case(
@@ -97,32 +111,8 @@ def flops(meta: MetaOptimizer) -> int:
     return 2 * weights * (2 if meta.form["odd"] else 1)
 
 
-def ns(case: Case) -> float:
-    """ns per coordinate-step of a peer that takes a second for the case."""
-    return 1e9 / case.gradients.numel()
-
-
-def need(needed: float, device: torch.device, share: float = 1.0) -> None:
-    """Raise Unavailable where so many bytes are more than this share of what is free."""
-    free = measure.free_bytes(device)
-    if needed > share * free:
+def must_fit(case: Case, column_bytes: int) -> None:
+    """Raise Unavailable where so many bytes for each column of the state would overfill memory."""
+    needed, free = column_bytes * case.state.shape[-1], free_bytes(case.theta.device)
+    if needed > SHARE * free:
         raise Unavailable(f"needs about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
-
-
-def must_fit(case: Case) -> None:
-    """Raise Unavailable where a step on all coordinates at once would overfill memory."""
-    need(STEP_BYTES * case.state.shape[-1], case.theta.device, SHARE)
-
-
-def step_with(theta_step_: Callable, case: Case) -> Peer:
-    """T calls of an operator with the signature of `equations.theta_step_`."""
-    if theta_step_ is equations.theta_step_:
-        must_fit(case)
-    theta, state = case.theta.clone(), case.state.clone()
-
-    def run() -> Tensor:
-        for gradient in case.gradients:
-            theta_step_([theta], [gradient], [state], case.phi, **case.meta.form)
-        return theta
-
-    return Peer(run, ns(case))

@@ -10,7 +10,7 @@ shape of φ, sizes beside those of warps and blocks, and the differentiable step
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -24,32 +24,16 @@ from l2l_ref.backend import operators, use_tensor_cores
 from l2l_ref.experiment.cli import run_as_script
 
 OPERATORS = ("step", "meta_gradient", "differentiable_step")
+UNROLL = 20  # steps of a meta-gradient
 SMALL = (1, 31, 33, 257, 1000)  # coordinates of --every-form
 SHAPES = ((1, 20), (2, 20), (3, 20), (2, 1), (2, 33))  # layers and units, at SMALL[2] coordinates
-
-
-def parse(arguments: list[str]) -> Any:
-    """The options; raises InputError for any that are wrong."""
-    top = measure.parser("kernels", __doc__, device="cuda", backend="fused")
-    top.add_argument("--operators", choices=OPERATORS, nargs="+",
-                     help="(step and meta_gradient; with --every-form all)")  # fmt: skip
-    top.add_argument("--sizes", type=count, nargs="+", default=[1_000_000], metavar="N")
-    top.add_argument("--unroll", type=count, default=20, metavar="T",
-                     help="steps of a meta-gradient (20)")  # fmt: skip
-    top.add_argument("--every-form", action="store_true", help="small cases of every kind")
-    top.add_argument("--times", action="store_true", help="print what PyTorch's profiler sees")
-    top.add_argument("--tensor-cores", action="store_true", help="in the steps that they serve")
-    options = measure.parse(top, arguments)
-    if options.tensor_cores:
-        use_tensor_cores(True)
-    return options
 
 
 def cases(options: Any) -> Iterator[Case]:
     """The paper's φ at `--sizes`, or small cases of every kind."""
     if not options.every_form:
         for n in options.sizes:
-            yield make_case(n, options.unroll, device=options.device)
+            yield make_case(n, UNROLL, device=options.device)
         return
     for odd, theta_input in product((False, True), repeat=2):
         common = {"device": options.device, "odd": odd, "theta_input": theta_input}
@@ -65,8 +49,7 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
     ours, form = operators(backend, case.state), case.meta.form
     theta, state, gradient = case.theta.clone(), case.state.clone(), case.gradients[0]
     if operator == "meta_gradient":
-        data = (case.gradients, state, case.cotangents, case.phi, case.thetas)
-        return lambda: (ours.unroll_meta_gradient(*data, **form),)
+        return lambda: (ours.unroll_meta_gradient(*case.unroll, **form),)
     if operator == "differentiable_step":
         inputs = [x.clone().requires_grad_() for x in (theta, gradient, state, case.phi)]
         ones = [torch.ones_like(theta), torch.ones_like(state)]
@@ -82,28 +65,33 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
 @contextmanager
 def watched(options: Any) -> Iterator[None]:
     """Where the profilers look: a CUDA profiler's range, and PyTorch's for `--times`."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu := measure.kind(options.device) == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        kinds = [torch.profiler.ProfilerActivity.CUDA]
-    if not options.times:
+    kind = measure.kind(options.device)
+    wait = torch.cuda.synchronize if kind == "cuda" else lambda: None
+    activity = getattr(torch.profiler.ProfilerActivity, kind.upper())
+    times = torch.profiler.profile(activities=[activity]) if options.times else nullcontext()
+    wait()
+    with torch.cuda.profiler.profile() if kind == "cuda" else nullcontext(), times:
         yield
-    else:
-        with torch.profiler.profile(activities=kinds) as profiler:
-            yield
-            if on_gpu:
-                torch.cuda.synchronize()
-        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=100))
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+        wait()
+    if options.times:
+        key = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+        print(times.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=100))
 
 
 def main(arguments: list[str]) -> None:
     """Parse and run: twice, of which the second time is watched; every form once."""
-    options, done = parse(arguments), 0
+    top = measure.parser("kernels", __doc__)
+    top.set_defaults(backend="fused")
+    top.add_argument("--device", default="cuda", metavar="D", help="cuda, cuda:1, … (cuda)")
+    top.add_argument("--operators", choices=OPERATORS, nargs="+",
+                     help="(step and meta_gradient; with --every-form all)")  # fmt: skip
+    top.add_argument("--sizes", type=count, nargs="+", default=[1_000_000], metavar="N")
+    top.add_argument("--every-form", action="store_true", help="small cases of every kind")
+    top.add_argument("--times", action="store_true", help="print what PyTorch's profiler sees")
+    top.add_argument("--tensor-cores", action="store_true", help="in the steps that they serve")
+    options, done = measure.parse(top, arguments), 0
+    if options.tensor_cores:
+        use_tensor_cores(True)
     chosen = options.operators or (OPERATORS if options.every_form else OPERATORS[:2])
     for case in cases(options):
         calls = {name: prepared(name, case, options.backend) for name in chosen}

@@ -1,10 +1,11 @@
-"""Peak memory of one peer: what it takes beyond what it is given.
+"""Peak memory of one way to a meta-gradient: what it takes beyond what it is given.
 
-The peer has run once before, so that libraries are loaded and graphs compiled.
+It has run once before, so that libraries are loaded and graphs compiled.
 """
 
 import ctypes
 import gc
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,46 +15,47 @@ import torch
 
 from bench import measure, peers
 from bench.case import Unavailable, make_case
-from bench.measure import CPU, said_by_linux
+from bench.measure import said_by_linux
 
 
-def peak_extra(request: dict[str, Any], device: torch.device = CPU) -> dict[str, Any]:
+def peak_extra(
+    name: str, n: int, steps: int, form: dict[str, bool], backend: str, device: torch.device
+) -> dict[str, Any]:
     """Bytes that a peer takes at its peak, of a CPU's in a new process, on one thread.
 
     Args:
-        request: "name" of the peer, "operator", "n", "steps", "backend", and "form": `odd` and
-            `theta_input`.
+        name: of the peer.
+        form: `odd` and `theta_input`.
 
     Returns:
         {"bytes": x, "method": how it was measured}, or {"unavailable": why not}.
     """
+    request = name, n, steps, form, backend, device
     if measure.kind(device) == "cuda":  # its allocator knows the peak
-        return measured(request, device)
-    fresh = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads}
-    with ProcessPoolExecutor(1, **fresh, initargs=(1,)) as pool:
-        try:
-            return pool.submit(measured, request).result()
-        except Exception as error:  # whatever ended the process
-            return {"unavailable": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return measured(*request)
+    one = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(1, get_context("spawn"), **one) as pool:
+        return pool.submit(measured, *request).result()
 
 
-def measured(request: dict[str, Any], device: torch.device = CPU) -> dict[str, Any]:
+def measured(
+    name: str, n: int, steps: int, form: dict[str, bool], backend: str, device: torch.device
+) -> dict[str, Any]:
     """What `peak_extra` returns, of this process."""
-    case = make_case(request["n"], request["steps"], device=device, **request["form"])
+    case = make_case(n, steps, device=device, **form)
     try:
-        table = peers.builders(request["operator"], request["backend"], device=device)
-        peer = table[request["name"]](case)
-        peer.run()
+        run = peers.builders("meta_gradient", backend, device)[name](case).run
+        run()
         if measure.kind(device) == "cuda":
             size, before = "peak of PyTorch's allocator", torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            peer.run()
+            run()
             extra = torch.cuda.max_memory_allocated(device) - before
         else:
             size, before = "peak resident size", forget_peak()
-            peer.run()
+            run()
             extra = max(0, said_by_linux("self/status", "VmHWM") - before)
-    except (Unavailable, torch.OutOfMemoryError) as error:
+    except (Unavailable, RuntimeError) as error:
         return {"unavailable": str(error).splitlines()[0]}
     return {"bytes": extra, "method": f"{size} of a warm run"}
 
@@ -65,13 +67,9 @@ def forget_peak() -> int:
     Raises:
         Unavailable: the system cannot forget a peak: anything but Linux.
     """
+    if sys.platform != "linux":
+        raise Unavailable("this system does not forget the peak of a process")
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass  # another C library
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        raise Unavailable("this system does not forget the peak of a process") from None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
     return said_by_linux("self/status", "VmRSS")

@@ -10,27 +10,25 @@ The YARDSTICKS do something else, whose time tells how much theirs is.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from bench import gpu, measure, xla
-from bench.case import SHARE, UNROLL_BYTES, Case, Peer, Unavailable, flops, must_fit, ns, step_with
+from bench import measure
+from bench.case import STEP_BYTES, UNROLL_BYTES, Case, Peer, Unavailable, flops, must_fit
 from bench.measure import CPU
 from l2l_ref import equations
-from l2l_ref.backend import operators
+from l2l_ref.backend import operators, use_tensor_cores
 from l2l_ref.equations import THETA_CLAMP, THETA_SCALE, preprocess
 from l2l_ref.optimizer import LearnedOptimizer
 
 OPERATORS = ("step", "meta_gradient")
-OURS, CLASS, XLA, FLOOR = "ours", "LearnedOptimizer", "XLA", "sgemm floor"
-GRAPH, TENSOR = "ours in a CUDA graph", "ours on tensor cores"
-ADAM, COPY = "fused Adam", "copy"
-YARDSTICKS = (FLOOR, ADAM, COPY)
+OURS, FLOOR, ADAM = "ours", "sgemm floor", "fused Adam"
+YARDSTICKS = (FLOOR, ADAM)
 SIDE, COLUMNS = 2048, 512  # of the floor's product: 4.3 GFLOP, tens of milliseconds on a CPU
 WIDER = 16  # as many columns on a GPU, or half of it would have nothing to do
+GRAPH_MOST = 1_000_000  # coordinates; beyond, a launch takes no time beside the step
 TOLERANCE = 1e-3  # relative difference, in the 2-norm
 
 
@@ -41,26 +39,23 @@ def builders(
 
     Args:
         device: where the cases are.
-        compiled: with `torch.compile`, and on a CPU XLA.
+        compiled: with `torch.compile`.
     """
     ours = operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
     on_gpu = measure.kind(device) == "cuda"
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),
-            CLASS: partial(step_by_class, backend),
+            "LearnedOptimizer": partial(step_by_class, backend),
             "nn.LSTM": step_lstm,
             "torch.compile": step_compiled,
             "reference": partial(step_with, equations.theta_step_),
             FLOOR: partial(floor, factor=1),
+            ADAM: adam,
         }
         if on_gpu:
-            table |= {
-                GRAPH: partial(gpu.step_in_graph, ours.theta_step_),
-                TENSOR: partial(gpu.step_on_tensor_cores, ours.theta_step_),
-                ADAM: gpu.adam,
-                COPY: gpu.copy,
-            }
+            table["ours in a CUDA graph"] = partial(step_in_graph, ours.theta_step_)
+            table["ours on tensor cores"] = partial(step_on_tensor_cores, ours.theta_step_)
     else:
         eager = partial(meta_gradient_with, equations.unroll_meta_gradient)
         if on_gpu:  # its blocks suit the cache of a CPU
@@ -74,26 +69,22 @@ def builders(
         }
     if not compiled:
         del table["torch.compile"]
-    elif not on_gpu:
-        table[XLA] = xla.step if operator == "step" else xla.meta_gradient
     return table
 
 
-def check(operator: str, case: Case, name: str, peer: Peer, expected: Tensor | None) -> None:
-    """Raise unless `peer` does what the reference does; runs it, twice for a step.
-
-    Args:
-        expected: the reference's dφ [P]. None for a step, which follows the reference along 2T
-            steps of up to 5,000 coordinates.
-    """
+def check(operator: str, case: Case, name: str, peer: Peer) -> None:
+    """Raise unless `peer` does what the reference does; runs it, twice for a step, which follows
+    the reference along 2T steps of up to 5,000 coordinates."""
     actual = peer.run()
     if name in YARDSTICKS:  # only made warm
         return
     if operator == "step":
-        few = case.part(0, min(len(case.theta), 5000))
+        few = case.first(5000)
         reference, actual = step_with(equations.theta_step_, few), peer.run()
         reference.run()
         expected, actual = (t[: len(few.theta)] - few.theta for t in (reference.run(), actual))
+    else:
+        expected = case.meta_gradient
     difference = ((actual - expected).norm() / expected.norm()).item()
     if not difference < TOLERANCE:
         raise AssertionError(f"{name} differs from the reference's {operator} by {difference:.1e}")
@@ -135,6 +126,20 @@ def lstm_state(case: Case) -> tuple[Tensor, Tensor]:
     return h.contiguous(), c.contiguous()
 
 
+def step_with(theta_step_: Callable, case: Case) -> Peer:
+    """T calls of an operator with the signature of `equations.theta_step_`."""
+    if theta_step_ is equations.theta_step_:
+        must_fit(case, STEP_BYTES)
+    theta, state = case.theta.clone(), case.state.clone()
+
+    def run() -> Tensor:
+        for gradient in case.gradients:
+            theta_step_([theta], [gradient], [state], case.phi, **case.meta.form)
+        return theta
+
+    return Peer(run, case.ns)
+
+
 def step_by_class(backend: str, case: Case) -> Peer:
     """T steps of the `torch.optim.Optimizer`, with all coordinates in one parameter."""
     theta, meta = torch.nn.Parameter(case.theta.clone()), case.meta
@@ -147,12 +152,12 @@ def step_by_class(backend: str, case: Case) -> Peer:
             optimizer.step()
         return theta.detach()
 
-    return Peer(run, ns(case))
+    return Peer(run, case.ns)
 
 
 def step_lstm(case: Case) -> Peer:
     """`nn.LSTM` over sequences of one step, with the coordinates as batch."""
-    must_fit(case)
+    must_fit(case, STEP_BYTES)
     theta, state = case.theta.clone(), lstm_state(case)
 
     @torch.no_grad()
@@ -163,45 +168,88 @@ def step_lstm(case: Case) -> Peer:
             theta.add_(head(case, h[0]))
         return theta
 
-    return Peer(run, ns(case))
+    return Peer(run, case.ns)
 
 
 def step_compiled(case: Case) -> Peer:
     """`torch.compile` of the reference, for static shapes."""
-    must_fit(case)
-    step_ = fresh_compile(equations.theta_step_)
-    attempt(step_with(step_, case).run)
-    return step_with(step_, case)
+    must_fit(case, STEP_BYTES)
+    return step_with(fresh_compile(equations.theta_step_), case)
+
+
+def step_in_graph(theta_step_: Callable, case: Case) -> Peer:
+    """T steps recorded in one CUDA graph: without Python, and with one launch."""
+    if len(case.theta) > GRAPH_MOST:
+        raise Unavailable(f"is for small N, up to {GRAPH_MOST:.0e}")
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # what is loaded or allocated at a first call is not recorded
+        step_with(theta_step_, case).run()
+    torch.cuda.current_stream().wait_stream(beside)
+    steps, graph = step_with(theta_step_, case).run, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        theta = steps()
+
+    def run(recorded: Callable = steps) -> Tensor:  # the graph knows addresses; this keeps tensors
+        graph.replay()
+        return theta
+
+    return Peer(run, case.ns)
+
+
+def step_on_tensor_cores(theta_step_: Callable, case: Case) -> Peer:
+    """T steps whose products are three of TF32 each (`use_tensor_cores`)."""
+    if theta_step_ is equations.theta_step_:
+        raise Unavailable("needs the fused engine")
+    if torch.cuda.get_device_capability()[0] < 8:
+        raise Unavailable("needs an Ampere GPU or a later one")
+    steps = step_with(theta_step_, case).run
+
+    def run() -> Tensor:
+        use_tensor_cores(True)
+        theta = steps()
+        use_tensor_cores(False)
+        return theta
+
+    return Peer(run, case.ns)
+
+
+def adam(case: Case) -> Peer:
+    """One step of `torch.optim.Adam(fused=True)` on as many parameters."""
+    theta = case.theta.clone()
+    theta.grad = case.gradients[0].clone()
+    return Peer(torch.optim.Adam([theta], fused=True).step, 1e9 / len(theta))
 
 
 def meta_gradient_with(unroll_meta_gradient: Callable, case: Case) -> Peer:
     """One call of an operator with the signature of `equations.unroll_meta_gradient`."""
-    data = (case.gradients, case.state, case.cotangents, case.phi, case.thetas)
-    return Peer(lambda: unroll_meta_gradient(*data, **case.meta.form), ns(case))
+    return Peer(lambda: unroll_meta_gradient(*case.unroll, **case.meta.form), case.ns)
 
 
 def meta_gradient_lstm(case: Case) -> Peer:
     """Autograd through `nn.LSTM`, all T steps in one call."""
+    must_fit(case, UNROLL_BYTES * len(case.gradients))
     weights = list(case.meta.parameters())
 
-    def gradient(part: Case) -> Tensor:
-        x = inputs(part, part.thetas, part.gradients)
-        u = head(part, part.meta.lstm(x, lstm_state(part))[0])
-        grads = torch.autograd.grad((u * part.cotangents).sum(), weights)
+    def run() -> Tensor:
+        x = inputs(case, case.thetas, case.gradients)
+        u = head(case, case.meta.lstm(x, lstm_state(case))[0])
+        grads = torch.autograd.grad((u * case.cotangents).sum(), weights)
         return torch.cat([grad.reshape(-1) for grad in grads])
 
-    return in_blocks(case, gradient)
+    return Peer(run, case.ns)
 
 
 def meta_gradient_autograd(unroll: Callable, case: Case, note: str = "") -> Peer:
     """Autograd through a function with the signature of `equations.unroll`."""
+    must_fit(case, UNROLL_BYTES * len(case.gradients))
 
-    def gradient(part: Case) -> Tensor:
-        phi = part.phi.clone().requires_grad_()
-        u, _ = unroll(part.gradients, part.state, phi, part.thetas, **part.meta.form)
-        return torch.autograd.grad(u, phi, part.cotangents)[0]
+    def run() -> Tensor:
+        phi = case.phi.clone().requires_grad_()
+        u, _ = unroll(case.gradients, case.state, phi, case.thetas, **case.meta.form)
+        return torch.autograd.grad(u, phi, case.cotangents)[0]
 
-    return in_blocks(case, gradient, note)
+    return Peer(run, case.ns, note)
 
 
 def meta_gradient_compiled(case: Case) -> Peer:
@@ -213,36 +261,10 @@ def meta_gradient_compiled(case: Case) -> Peer:
         with patch.object(equations, "update", update):
             return equations.unroll(*data, **form)
 
-    peer = meta_gradient_autograd(unroll, case, "one step a graph")
-    attempt(peer.run)
-    return peer
-
-
-def in_blocks(case: Case, gradient: Callable[[Case], Tensor], note: str = "") -> Peer:
-    """Sum `gradient` over blocks of coordinates: all N at once, unless that overfills memory."""
-    n, count = len(case.theta), 1
-    needed = UNROLL_BYTES * len(case.gradients) * case.state.shape[-1]
-    while needed / count > SHARE * measure.free_bytes(case.theta.device):
-        count *= 2
-    bounds = [n * i // count for i in range(count + 1)]
-
-    def run() -> Tensor:
-        return sum(gradient(case.part(*pair)) for pair in pairwise(bounds))
-
-    notes = [note] * bool(note) + [f"in {count} blocks, for memory"] * (count > 1)
-    return Peer(run, ns(case), ", ".join(notes))
+    return meta_gradient_autograd(unroll, case, "one step a graph")
 
 
 def fresh_compile(function: Callable) -> Callable:
     """`function` compiled for static shapes; what was compiled before is forgotten."""
     torch._dynamo.reset()  # else its limit on recompilations is soon reached
     return torch.compile(function, dynamic=False)
-
-
-def attempt(run: Callable[[], object]) -> None:
-    """Run once, to compile; raises Unavailable where that fails."""
-    try:
-        run()
-    except Exception as error:  # whatever a compiler or its absence may raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"fails here: {reason[0]}") from error

@@ -9,10 +9,9 @@ are tried on it. Writes review-METHOD.json and .png into the run's folder.
 import re
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
-from bench import judge
-from bench.measure import machine
+from bench import reevaluate
+from bench.measure import origin
 from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.machine import keep_freed_memory
@@ -25,33 +24,27 @@ from l2l_ref.transfer import Method
 
 def main(arguments: list[str]) -> None:
     """Parse, train, review, draw, write."""
-    options = judge.parser("review.py", __doc__).parse_args(arguments)
+    options = reevaluate.parser("review.py", __doc__).parse_args(arguments)
     keep_freed_memory()
-    experiment = judge.experiment_of(options)
+    experiment = reevaluate.experiment_of(options)
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
-    about: dict[str, Any] = machine("review", arguments, setting.config.backend)
-    surrogate, *_ = Trial(setting, ("surrogate",)).train(
-        Method("surrogate", partial(tuning.adam, 1e-3)),
-        fold.transfer.first(setting.config.images),
-        fold.test,
-        eps,
-    )
-    images, seen = fold.test.first(options.samples), set()
-    for contender in experiment.contenders(fold, eps):
-        label = contender.method.label
-        if label in seen or label not in options.methods:
-            continue
-        seen.add(label)
-        method = contender.make(experiment.parts)
+    about = origin("review", arguments, setting.device, setting.config.backend, setting.data)
+    train = fold.transfer.first(setting.config.images)
+    adam = Method("surrogate", partial(tuning.adam, 1e-3))
+    surrogate, *_ = Trial(setting, ("surrogate",)).train(adam, train, fold.test, eps)
+    images = fold.test.first(options.samples)
+    # A label stands there once for each φ: the last one read is the first.
+    first = {x.method.label: x for x in reversed(experiment.contenders(fold, eps))}
+    for label in dict.fromkeys(options.methods):
+        method = first[label].make(experiment.parts)
         trial, model, *_ = train_method(setting, method, fold, eps, seed=0)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
         )
         name = "review-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-        title = f"{report.title(setting)} · {label}"
-        draw(options.folder / f"{name}.png", found, title, about["command"])
-        kept = {"method": label, "data": setting.source, **asdict(found)}
-        write_json(options.folder / f"{name}.json", {**about, **kept})
+        draw(options.folder / f"{name}.png", found, f"{report.title(setting)} · {label}",
+             about["command"])  # fmt: skip
+        write_json(options.folder / f"{name}.json", {**about, "method": label, **asdict(found)})
         attacks = ", ".join(f"{name} {value:.3f}" for name, value in found.by_attack.items())
         print(f"{label}: {attacks}\nalarms: {'; '.join(found.alarms) or 'none'}")
 

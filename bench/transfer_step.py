@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import limits, measure
 from l2l_ref import attacks, data, problems
 from l2l_ref.data import sources
 from l2l_ref.experiment import folder
@@ -29,38 +29,21 @@ from l2l_ref.transfer import Method, train
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
 OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
+BATCH = 128  # samples
 FORM = ("output_scale", "theta_input", "odd", "nominal")  # what recipes set of `MetaOptimizer`
-
-
-def parse(arguments: list[str]) -> Any:
-    """The options; raises InputError for any that are wrong."""
-    quick = "--quick" in arguments
-    top = measure.parser("transfer_step", __doc__, seconds=0.1 if quick else 20.0)
-    top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="threads (1)")
-    top.add_argument("--steps", type=measure.count, default=3 if quick else 100, metavar="N",
-                     help="a call of `train` (100)")  # fmt: skip
-    top.add_argument("--batch-size", type=measure.count, default=128, metavar="N",
-                     help="samples (128)")  # fmt: skip
-    top.add_argument("--quick", action="store_true", help="few steps, few rounds")
-    return measure.parse(top, arguments)
-
-
-def form_of(recipe: str) -> dict[str, Any]:
-    """How φ is built in a recipe."""
-    return {name: getattr(complete({"recipe": recipe}), name) for name in FORM}
 
 
 def learned(problem: problems.Problem, recipe: str, backend: str, eps: float) -> Method:
     """Clean transfer of φ in the form of a recipe."""
-    generator = torch.Generator().manual_seed(0)
-    phi = new_phi(problem.build(), generator=generator, **form_of(recipe))
+    config = complete({"recipe": recipe})
+    form = {name: getattr(config, name) for name in FORM}
+    phi = new_phi(problem.build(), generator=torch.Generator().manual_seed(0), **form)
     optimizer = partial(LearnedOptimizer.for_model, phi=phi, backend=backend)
-    penalty = complete({"recipe": recipe}).penalty * eps
-    return Method(f"L2L-Transfer ({recipe})", optimizer, penalty=penalty)
+    return Method(f"L2L-Transfer ({recipe})", optimizer, penalty=config.penalty * eps)
 
 
 def runner(
-    problem: problems.Problem, method: Method, images: data.ImageSet, eps: float, options: Any
+    problem: problems.Problem, method: Method, images: data.ImageSet, eps: float, steps: int
 ) -> Callable[[], None]:
     """A call of `transfer.train`, always from the same θ₀.
 
@@ -68,38 +51,37 @@ def runner(
     would slow it down. Giving θ₀ back is clocked too, and takes microseconds.
     """
     model = problem.draw(torch.Generator().manual_seed(0))
-    batches = images.batches(options.batch_size, torch.Generator().manual_seed(0))
+    batches = images.batches(BATCH, torch.Generator().manual_seed(0))
     attack = attacks.make("pgd", eps=eps, steps=7, generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(()), torch.zeros(())
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run() -> None:
         model.load_state_dict(start)
-        train(model, method, batches, loss=problem.loss, attack=attack, steps=options.steps,
-              record=lambda model: nothing, every=options.steps)  # fmt: skip
+        train(model, method, batches, loss=problem.loss, attack=attack, steps=steps,
+              record=lambda model: nothing, every=steps)  # fmt: skip
 
     return run
 
 
 def measured(dataset: str, options: Any) -> dict[str, Any]:
     """One model: milliseconds a step of every method, and OPPONENT's time over each."""
-    problem, eps, size = problems.make(dataset), EPS[dataset], options.batch_size
-    pixels = torch.randint(256, (20 * size, *sources.KINDS[dataset].shape), dtype=torch.uint8)
-    images = data.ImageSet(pixels, torch.arange(20 * size) % problem.classes)
+    problem, eps, samples = problems.make(dataset), EPS[dataset], 20 * BATCH
+    pixels = torch.randint(256, (samples, *sources.KINDS[dataset].shape), dtype=torch.uint8)
+    images = data.ImageSet(pixels, torch.arange(samples) % problem.classes)
     methods = [learned(problem, recipe, options.backend, eps) for recipe in RECIPES]
     methods.append(Method("Adam (clean)", partial(adam, 1e-3)))
     methods.append(Method(OPPONENT, partial(adam, 1e-3), alpha=0.0))
-    runs = {method.label: runner(problem, method, images, eps, options) for method in methods}
+    runs = {m.label: runner(problem, m, images, eps, options.steps) for m in methods}
     for run in runs.values():
         run()
-    samples = measure.interleave(runs, options.seconds)
-    times = {name: measure.summary(s, 1e3 / options.steps) for name, s in samples.items()}
+    clocked = measure.interleave(runs, options.seconds)
+    times = {name: measure.summary(s, 1e3 / options.steps) for name, s in clocked.items()}
     opponent = times[OPPONENT]["median"]
     return {
         "dataset": dataset,
-        "data": "noise",
         "optimizee": problem.name,
-        "parameters": sum(p.numel() for p in problem.build().parameters()),
+        "eps": eps,
         "methods": times,
         "ratios": {name: opponent / row["median"] for name, row in times.items()},
     }
@@ -107,16 +89,18 @@ def measured(dataset: str, options: Any) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
-    options = parse(arguments)
+    top = measure.parser("transfer_step", __doc__, seconds=20.0)
+    top.add_argument("--threads", type=measure.count, default=1, metavar="K", help="(1)")
+    top.add_argument("--steps", type=measure.count, default=100, metavar="N",
+                     help="a call of `train` (100)")  # fmt: skip
+    options = measure.parse(top, arguments)
     folder.make(options.out)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
-    report = measure.machine("transfer_step", arguments, options.backend)
-    print(f"{measure.where(report)}, threads: {options.threads}, "
-          f"batches of {options.batch_size}\n")  # fmt: skip
+    report = limits.machine("transfer_step", arguments, options.backend)
+    report |= {"steps": options.steps, "batch_size": BATCH, "rows": []}
+    print(f"{limits.where(report)}, threads: {options.threads}, batches of {BATCH}\n")
     print(f"{'model':<20}{'method':<24}{f'{OPPONENT} / it':>18}   ms per step [quartiles]")
-    report |= {name: getattr(options, name) for name in ("threads", "steps", "batch_size")}
-    report |= {"eps": EPS, "rows": []}
     for dataset in EPS:
         row = measured(dataset, options)
         report["rows"].append(row)

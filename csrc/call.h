@@ -4,7 +4,6 @@
 //            |                    |               |
 //            +--------------------+---------------+---> Step        next theta, next state; a list
 //                                                 +---> Backward    d_phi; of one step all the rest
-//   gradient [size] ----------------------------------> Preprocess  Eq. 5 alone
 //
 // Arrays are contiguous, in the layouts of l2l_ref/equations.py.
 #pragma once
@@ -61,16 +60,6 @@ struct Backward {
   // Of a single step only (steps = 1); null otherwise.
   const T* d_next_state;              // [L, 2, H, M]
   T *d_theta, *d_gradient, *d_state;  // [N], [N], [L, 2, H, M]
-};
-
-// Eq. 5 alone: result [2, size] of gradient [size], or if d_result [2, size] is there the
-// derivative [size] with respect to gradient.
-template <class T>
-struct Preprocess {
-  double p;
-  int64_t size;
-  const T *gradient, *d_result;
-  T* result;
 };
 
 }  // namespace l2l

@@ -8,10 +8,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -63,30 +61,14 @@ struct Range {
         name(name_),
         written(written_) {}
 };
-inline void check_apart(std::vector<Range>& ranges) {
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *last = nullptr, *last_written = nullptr;  // of those before, which end last
-  for (const Range& range : ranges) {
-    if (range.begin == range.end) continue;
-    const Range* other = range.written ? last : last_written;
-    if (other && other->end > range.begin) {
-      const Range &a = range.written ? range : *other, &b = range.written ? *other : range;
-      STD_TORCH_CHECK(false, a.name, " and ", b.name, " share memory: pass ", b.name, ".clone()");
+inline void check_apart(const std::vector<Range>& ranges) {
+  for (const Range& a : ranges) {
+    if (!a.written || a.begin == a.end) continue;
+    for (const Range& b : ranges) {
+      const bool apart = &a == &b || b.begin == b.end || a.end <= b.begin || b.end <= a.begin;
+      STD_TORCH_CHECK(apart, a.name, " and ", b.name, " share memory: pass ", b.name, ".clone()");
     }
-    if (!last || range.end > last->end) last = &range;
-    if (range.written && (!last_written || range.end > last_written->end)) last_written = &range;
   }
-}
-
-inline void check_p(double p) {
-  STD_TORCH_CHECK(p > 0 && p <= max_p, "p is ", p, ": it must be above 0 and at most ", max_p);
-}
-
-inline void check_dtype(const Tensor& tensor, const Name& name) {
-  const auto dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name,
-                  " must be float32 or float64");
 }
 
 inline void check_contiguous(const Tensor& tensor, const Name& name) {
@@ -108,35 +90,29 @@ struct First {
     check_contiguous(other, other_name);
   }
   void check(const Tensor& other, const Name& other_name, Sizes sizes) const {
-    const auto own = other.sizes();
-    const bool fits =
-        own.size() == sizes.size() && std::equal(own.begin(), own.end(), sizes.begin());
-    check(other, other_name, fits, sizes);
-  }
-  void check(const Tensor& other, const Name& other_name,
-             std::initializer_list<int64_t> sizes) const {
-    check(other, other_name, Sizes(sizes.begin(), sizes.size()));
+    check(other, other_name, other.sizes() == sizes, sizes);
   }
   // A state [L, 2, H, ...]: of a tensor with axes of its own, the state has them too.
   void check_state(const Tensor& state, const Name& state_name, const Shape& shape) const {
     const int64_t sizes[] = {shape.layers, 2, shape.hidden, shape.states()};
-    const auto own = state.sizes();
-    const bool fits = own.size() >= 4 && std::equal(sizes, sizes + 3, own.begin()) &&
+    const bool fits = state.dim() >= 4 && state.sizes().slice(0, 3) == Sizes(sizes, 3) &&
                       state.numel() == 2 * shape.layers * shape.hidden * shape.states();
-    check(state, state_name, fits, Sizes(sizes, 4));
+    check(state, state_name, fits, sizes);
   }
 };
 
 // Checks what every operator takes, and says what shape of problem it is, but for N.
 inline Shape check(const First& first, const Tensor& state, const Name& state_name,
                    const Tensor& phi, double p, double output_scale, bool theta_input, bool odd) {
-  check_dtype(first.tensor, first.name);
+  const auto dtype = first.tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, first.name,
+                  " must be float32 or float64");
   STD_TORCH_CHECK(state.sizes().size() >= 4 && state.size(0) >= 1 && state.size(2) >= 1, state_name,
                   " has shape ", text(state.sizes()), ", expected [L, 2, H, M]");
   const Shape shape{0, state.size(0), state.size(2), {p, output_scale, theta_input, odd}};
   STD_TORCH_CHECK(shape.hidden <= max_hidden, state_name, " has ", shape.hidden,
                   " units, the fused kernels take at most ", max_hidden);
-  check_p(p);
+  STD_TORCH_CHECK(p > 0 && p <= max_p, "p is ", p, ": it must be above 0 and at most ", max_p);
   STD_TORCH_CHECK(std::isfinite(output_scale), "output_scale is ", output_scale,
                   ": it must be finite");
   check_contiguous(first.tensor, first.name);
@@ -148,7 +124,6 @@ inline Shape check(const First& first, const Tensor& state, const Name& state_na
 inline Shape check(const First& first, size_t axes, const Tensor& state, const Tensor& phi,
                    double p, double output_scale, bool theta_input, bool odd) {
   const auto sizes = first.tensor.sizes();
-  check_dtype(first.tensor, first.name);
   STD_TORCH_CHECK(sizes.size() == axes, first.name, " has shape ", text(sizes), ", expected ",
                   axes == 1 ? "[N]" : "[T, N]");
   const Shape shape =

@@ -3,7 +3,7 @@
 //
 //                 tensors                                 checked (checks.h), results made here
 //                    |
-//     Shape, Step<T>, Backward<T>, Preprocess<T>          call.h, with T the tensors' dtype
+//     Shape, Step<T>, Backward<T>                         call.h, with T the tensors' dtype
 //        |           |             |
 //       Cpu         Cuda        Emulated                  a Device
 //   cpu/cpu.cpp  cuda/cuda.cpp  cuda/emulated.cpp
@@ -12,13 +12,11 @@
 //   Guard(const Tensor&)                                  makes the tensor's device the current one
 //   step(const Shape&, const std::vector<Step<T>>&, const Tensor& phi)     the shape's N is unused
 //   backward(const Shape&, const Backward<T>&, const Tensor& phi, T* d_phi)
-//   preprocess(const Tensor& gradient, const Preprocess<T>&)
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -37,9 +35,10 @@ T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls f(T()) with the dtype of a tensor.
-template <class F>
+// Calls f(T()) with the dtype of a tensor, on its device.
+template <class Device, class F>
 void with_dtype(const Tensor& tensor, F f) {
+  const typename Device::Guard guard(tensor);
   if (tensor.scalar_type() == ScalarType::Float)
     f(float());
   else
@@ -71,8 +70,7 @@ void theta_step_(const std::vector<Tensor>& thetas, const std::vector<Tensor>& g
         {{thetas[i], theta, true}, {gradients[i], gradient, false}, {states[i], state, true}});
   }
   check_apart(ranges);
-  const typename Device::Guard guard(phi);
-  with_dtype(phi, [&](auto zero) {
+  with_dtype<Device>(phi, [&](auto zero) {
     using T = decltype(zero);
     std::vector<Step<T>> calls;
     calls.reserve(count);
@@ -92,8 +90,7 @@ std::tuple<Tensor, Tensor> theta_step(const Tensor& theta, const Tensor& gradien
   first.check(gradient, {"gradient"}, {shape.coordinates});
   Tensor next_theta = torch::stable::empty_like(theta);
   Tensor next_state = torch::stable::empty_like(state);
-  const typename Device::Guard guard(theta);
-  with_dtype(theta, [&](auto zero) {
+  with_dtype<Device>(theta, [&](auto zero) {
     using T = decltype(zero);
     Device::step(shape,
                  std::vector<Step<T>>{{shape.coordinates, in<T>(theta), in<T>(gradient),
@@ -117,8 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> theta_step_backward(
   Tensor d_gradient = torch::stable::empty_like(gradient);
   Tensor d_state = torch::stable::empty_like(state);
   Tensor d_phi = torch::stable::empty_like(phi);
-  const typename Device::Guard guard(theta);
-  with_dtype(theta, [&](auto zero) {
+  with_dtype<Device>(theta, [&](auto zero) {
     using T = decltype(zero);
     Device::backward(
         shape,
@@ -141,8 +137,7 @@ Tensor unroll_meta_gradient(const Tensor& gradients, const Tensor& state, const 
   STD_TORCH_CHECK(thetas || !theta_input,
                   "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw");
   Tensor d_phi = torch::stable::empty_like(phi);
-  const typename Device::Guard guard(gradients);
-  with_dtype(gradients, [&](auto zero) {
+  with_dtype<Device>(gradients, [&](auto zero) {
     using T = decltype(zero);
     Device::backward(
         shape,
@@ -151,46 +146,6 @@ Tensor unroll_meta_gradient(const Tensor& gradients, const Tensor& state, const 
         phi, out<T>(d_phi));
   });
   return d_phi;
-}
-
-// Eq. 5 alone: [2, *gradient.shape].
-template <class Device>
-Tensor preprocess(const Tensor& gradient, double p) {
-  check_dtype(gradient, {"gradient"});
-  check_p(p);
-  check_contiguous(gradient, {"gradient"});
-  std::vector<int64_t> sizes = {2};
-  sizes.insert(sizes.end(), gradient.sizes().begin(), gradient.sizes().end());
-  Tensor result = torch::stable::new_empty(gradient, sizes);
-  const typename Device::Guard guard(gradient);
-  with_dtype(gradient, [&](auto zero) {
-    using T = decltype(zero);
-    Device::preprocess(
-        gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient), nullptr, out<T>(result)});
-  });
-  return result;
-}
-
-template <class Device>
-Tensor preprocess_backward(const Tensor& gradient, const Tensor& d_result, double p) {
-  check_dtype(gradient, {"gradient"});
-  check_p(p);
-  const auto sizes = d_result.sizes();
-  STD_TORCH_CHECK(
-      sizes.size() == gradient.sizes().size() + 1 && sizes[0] == 2 &&
-          std::equal(gradient.sizes().begin(), gradient.sizes().end(), sizes.begin() + 1) &&
-          d_result.scalar_type() == gradient.scalar_type() &&
-          d_result.device() == gradient.device() && gradient.is_contiguous() &&
-          d_result.is_contiguous(),
-      "d_result must be contiguous like gradient, with a first dimension of 2");
-  Tensor d_gradient = torch::stable::empty_like(gradient);
-  const typename Device::Guard guard(gradient);
-  with_dtype(gradient, [&](auto zero) {
-    using T = decltype(zero);
-    Device::preprocess(gradient, Preprocess<T>{p, gradient.numel(), in<T>(gradient),
-                                               in<T>(d_result), out<T>(d_gradient)});
-  });
-  return d_gradient;
 }
 
 // The operators' names and signatures, for a namespace of PyTorch's.
@@ -209,18 +164,14 @@ void define(Library& m) {
   m.def(
       "unroll_meta_gradient(Tensor gradients, Tensor state, Tensor cotangents, Tensor phi, "
       "Tensor? thetas, " L2L_FORM ") -> Tensor");
-  m.def("preprocess(Tensor gradient, *, float p) -> Tensor");
-  m.def("preprocess_backward(Tensor gradient, Tensor d_result, *, float p) -> Tensor");
 #undef L2L_FORM
 }
 
 }  // namespace l2l
 
 // Every operator for a device; `m` is of STABLE_TORCH_LIBRARY_IMPL.
-#define L2L_IMPLEMENT(m, Device)                                                 \
-  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                   \
-  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                     \
-  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>));   \
-  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>)); \
-  m.impl("preprocess", TORCH_BOX(&l2l::preprocess<Device>));                     \
-  m.impl("preprocess_backward", TORCH_BOX(&l2l::preprocess_backward<Device>))
+#define L2L_IMPLEMENT(m, Device)                                               \
+  m.impl("theta_step_", TORCH_BOX(&l2l::theta_step_<Device>));                 \
+  m.impl("theta_step", TORCH_BOX(&l2l::theta_step<Device>));                   \
+  m.impl("theta_step_backward", TORCH_BOX(&l2l::theta_step_backward<Device>)); \
+  m.impl("unroll_meta_gradient", TORCH_BOX(&l2l::unroll_meta_gradient<Device>))

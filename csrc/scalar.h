@@ -18,17 +18,7 @@ namespace L2L_NAMESPACE {
 template <class V>
 using scalar_t = V;
 template <class V>
-struct Integers;
-template <>
-struct Integers<float> {
-  using type = int32_t;
-};
-template <>
-struct Integers<double> {
-  using type = int64_t;
-};
-template <class V>
-using integers_t = typename Integers<V>::type;
+using integers_t = std::conditional_t<sizeof(V) == sizeof(float), int32_t, int64_t>;
 
 template <class V>
 L2L_INLINE V broadcast(scalar_t<V> x) {

@@ -32,42 +32,10 @@ struct Vec {
   typedef T type __attribute__((vector_size(W * sizeof(T))));
 };
 
-// The integer of a float's size.
-template <class T>
-struct Bits;
-template <>
-struct Bits<float> {
-  using type = int32_t;
-};
-template <>
-struct Bits<double> {
-  using type = int64_t;
-};
-
 template <class V>
-struct Traits;  // the scalar type, and integers as wide as V
-template <class T, int W>
-struct TraitsOf {
-  using scalar = T;
-  using integers = typename Vec<typename Bits<T>::type, W>::type;
-};
-template <>
-struct Traits<Vec<float, 4>::type> : TraitsOf<float, 4> {};
-template <>
-struct Traits<Vec<float, 8>::type> : TraitsOf<float, 8> {};
-template <>
-struct Traits<Vec<float, 16>::type> : TraitsOf<float, 16> {};
-template <>
-struct Traits<Vec<double, 2>::type> : TraitsOf<double, 2> {};
-template <>
-struct Traits<Vec<double, 4>::type> : TraitsOf<double, 4> {};
-template <>
-struct Traits<Vec<double, 8>::type> : TraitsOf<double, 8> {};
-
+using scalar_t = std::decay_t<decltype(std::declval<V&>()[0])>;
 template <class V>
-using scalar_t = typename Traits<V>::scalar;
-template <class V>
-using integers_t = typename Traits<V>::integers;
+using integers_t = decltype(V{} < V{});  // as wide as V
 
 template <class V>
 inline V load(const scalar_t<V>* from) {
@@ -114,12 +82,7 @@ inline Split<V> split_any(V y) {
   return split(minimum(broadcast<V>(exponent_bias<V> + 1), y));
 }
 
-#if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
-#define L2L_SHUFFLE 1
-#endif
-#endif
-#ifdef L2L_SHUFFLE
 template <class V, int... i>
 inline void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, i...>) {
   constexpr int W = sizeof...(i);
@@ -130,7 +93,7 @@ inline void interleave(V a, V b, V& low, V& high, std::integer_sequence<int, i..
 // Rows and columns of a square of W vectors change places.
 template <class V, int W>
 inline void transpose_square(V (&m)[W]) {
-#ifdef L2L_SHUFFLE
+#if __has_builtin(__builtin_shufflevector)
   // log2(W) perfect shuffles of the rows: each interleaves row i with row i + W/2.
   for (int stage = 1; stage < W; stage *= 2) {
     V next[W];

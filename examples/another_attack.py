@@ -1,4 +1,4 @@
-"""Somebody else's attack: a φ meta-trained under Foolbox's PGD (pip install foolbox).
+"""A φ meta-trained under the attack of another library, foolbox's PGD (pip install foolbox).
 
 python examples/another_attack.py [DATA_DIR]
 """

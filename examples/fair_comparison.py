@@ -1,5 +1,5 @@
-"""φ and Adam, fairly: Adam's rate is tuned on validation images, both meet the same θ₀ and batches,
-several times, and the difference has an interval.
+"""A fair comparison of φ and Adam. Adam's rate is tuned on validation images. For each of several
+seeds both start from the same θ₀ and see the same batches. The difference has an interval.
 
 python examples/fair_comparison.py [PHI] [DATA_DIR]
 """
@@ -20,13 +20,13 @@ ATTACK = partial(l2l_ref.pgd, eps=0.1)
 
 
 def ends(
-    method: Method, images: data.ImageSet, judge: data.ImageSet, seed: int, steps: int
+    method: Method, images: data.ImageSet, held_out: data.ImageSet, seed: int, steps: int
 ) -> float:
     """The loss under attack after training on clean images."""
     noise = torch.Generator().manual_seed(seed)
     problem = problems.make("mnist")
     model = problem.draw(noise)
-    x, y = judge.all()
+    x, y = held_out.all()
     curve = train(
         model, method, images.batches(128, noise), loss=problem.loss, attack=none, steps=steps,
         record=partial(evaluate.losses, x=x, y=y, attack=ATTACK), every=steps,
@@ -46,9 +46,9 @@ def main(
     rates = (3e-4, 1e-3, 3e-3, 1e-2)
     best = min(rates, key=lambda lr: ends(adam(lr), images, validation, 1000, steps))
     learned = Method("φ", partial(l2l_ref.LearnedOptimizer.for_model, phi=l2l_ref.load(phi)))
-    methods, judge = (learned, adam(best)), mnist.test.first(1000)
+    methods, test = (learned, adam(best)), mnist.test.first(1000)
     pairs = [
-        [ends(method, images, judge, seed, steps) for method in methods] for seed in range(seeds)
+        [ends(method, images, test, seed, steps) for method in methods] for seed in range(seeds)
     ]
     gaps = [ours - theirs for ours, theirs in pairs]
     difference = interval(gaps)  # 95 %, Student's t

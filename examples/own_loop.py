@@ -1,4 +1,6 @@
-"""Your own model and your own loop, on clean batches, with a φ off the shelf.
+"""Your own model and your own loop, on clean batches, with a φ of the package.
+
+`fair_comparison.py` has Adam beside it.
 
 python examples/own_loop.py [PHI] [DATA_DIR]
 """
@@ -24,7 +26,7 @@ def main(
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.ReLU(), nn.Linear(40, 10))
 
     optimizer = l2l_ref.LearnedOptimizer.for_model(model, l2l_ref.load(phi))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # of the last tenth
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # the last tenth
     for _ in range(steps):
         x, y = next(batches)
         optimizer.zero_grad()
@@ -32,13 +34,13 @@ def main(
         optimizer.step()
         average.update_parameters(model)
 
-    judge = mnist.test.first(1000)
+    test = mnist.test.first(1000)
     attacks = {"clean": none, "PGD-20 at 0.1": partial(l2l_ref.pgd, eps=0.1, steps=20)}
     accuracy = {
-        name: l2l_ref.robust_accuracy(average, judge, attack) for name, attack in attacks.items()
+        name: l2l_ref.robust_accuracy(average, test, attack) for name, attack in attacks.items()
     }
     for name, value in accuracy.items():
-        print(f"{name}: {value:.3f} of {mnist.source}")
+        print(f"{name}: accuracy {value:.3f} (1,000 test images of {mnist.source})")
     return accuracy
 
 

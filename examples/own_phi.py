@@ -1,4 +1,4 @@
-"""A φ for your own model and your own data, meta-trained under PGD; what is needed is in `main`.
+"""A φ for your own model and your own data, meta-trained under PGD. `main` has all that it takes.
 
 python examples/own_phi.py
 """
@@ -19,8 +19,8 @@ from l2l_ref.data.images import endless
 def blobs(seed: int, count: int = 2048) -> Dataset:
     """Your data: points in [0, 1]^64 around one of four centres.
 
-    They are far apart in 8 features. In the other 56 they are so close that the attack moves a
-    point from one to another, and yet Adam relies on those too.
+    The centres are far apart in 8 features. In the other 56 they are so close that the attack moves
+    a point from one to another. Adam relies on those too.
     """
     fixed, noise = (torch.Generator().manual_seed(number) for number in (0, seed))
     far, close = torch.rand(4, 8, generator=fixed), 0.5 + 0.1 * torch.randn(4, 56, generator=fixed)

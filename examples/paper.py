@@ -81,7 +81,7 @@ def input_gradient(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def episode(phi: MetaOptimizer, schedule, theta: Tensor, batches, alpha: float, eps: float):
-    """Train a θ with φ, and φ after each unroll. First order: what φ reads is a constant."""
+    """Train a θ with φ, and φ after each unroll. First order: its inputs are constants."""
     theta, state = theta.requires_grad_(), None
     gradient = torch.autograd.grad(robust_loss(theta, *next(batches), alpha, eps), theta)[0]
     for _ in range(STEPS // UNROLL):

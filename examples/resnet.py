@@ -1,4 +1,4 @@
-"""torchvision's ResNet-18 on CIFAR-10, with a φ off the shelf, a schedule of PyTorch's, and Adam.
+"""torchvision's ResNet-18 on CIFAR-10, with a φ of the package, a PyTorch schedule, and Adam.
 
 python examples/resnet.py [PHI] [DATA_DIR]     # 4.6 GB of memory: φ has 80 numbers for each weight
 """

@@ -1,7 +1,7 @@
 """A Transformer, with a φ for each kind of its layers: attention, the linear layers, the rest.
 
-It learns to say which of its tokens is the largest. The φ are Adam at a learned rate until they are
-meta-trained (`own_phi.py`), which is enough to show how layers find theirs.
+The model learns which of its tokens is the largest. Until they are meta-trained (`own_phi.py`),
+these φ are Adam at a rate of 1e-3, which is enough to show how each layer gets its φ.
 
 python examples/transformer.py
 """
@@ -22,7 +22,7 @@ class Largest(nn.Module):
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(WIDTH, 1)
-        for module in self.modules():  # all that is not linear would be "convolutional"
+        for module in self.modules():  # else these would be "convolutional", not being linear
             if isinstance(module, nn.MultiheadAttention):
                 module.phi_group = module.out_proj.phi_group = "attention"
             elif isinstance(module, (nn.LayerNorm, nn.Embedding)):

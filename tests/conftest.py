@@ -288,14 +288,15 @@ def using(name, fused, monkeypatch):
         yield name
         return
     if name == "cuda":
-        for operator in ("preprocess", "theta_step_", "theta_step", "unroll_meta_gradient"):
+        for operator in ("theta_step_", "theta_step", "unroll_meta_gradient"):
             monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
         yield name
         return
-    info, module = fused.build_info(), import_module("l2l_ref.backend._C")
+    module = import_module("l2l_ref.backend._C")
+    before = module.build_info()["kernel"]
     module.use_instruction_set(name)
     yield name
-    module.use_instruction_set(info["kernel"])
+    module.use_instruction_set(before)
 
 
 def use_emulated(fused, monkeypatch):
@@ -307,9 +308,8 @@ def use_emulated(fused, monkeypatch):
 @cache
 def register_emulated(fused):
     """An operator is told of its derivative once."""
-    for name in ("theta_step", "preprocess"):
-        operator, rule = f"l2l_ref_emulated::{name}", partial(fused._backward, name)
-        torch.library.register_autograd(operator, rule, setup_context=fused._setup)
+    name = "l2l_ref_emulated::theta_step"
+    torch.library.register_autograd(name, fused._backward, setup_context=fused._setup)
 
 
 def on_gpu(operator):

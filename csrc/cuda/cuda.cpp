@@ -28,24 +28,20 @@ struct Cuda {
 
   template <class T>
   static void step(const Shape& shape, const std::vector<Step<T>>& calls, const Tensor& phi) {
-    check_fits(cuda::step(shape, calls, in<T>(phi), phi.get_device_index(), current_stream(phi)),
+    check_fits(cuda::Kernels<T>::step(shape, calls, in<T>(phi), phi.get_device_index(),
+                                      current_stream(phi)),
                shape);
   }
 
   template <class T>
   static void backward(const Shape& shape, const Backward<T>& call, const Tensor& phi, T* d_phi) {
     const int device = phi.get_device_index();
-    const cuda::Scratch sizes = cuda::backward_scratch<T>(shape, call.steps, device);
+    const cuda::Scratch sizes = cuda::Kernels<T>::backward_scratch(shape, call.steps, device);
     const Tensor elements = torch::stable::new_empty(phi, {sizes.elements});
     const Tensor doubles = torch::stable::new_empty(phi, {sizes.doubles}, ScalarType::Double);
-    check_fits(cuda::backward(shape, call, in<T>(phi), d_phi, out<T>(elements),
-                              out<double>(doubles), device, current_stream(phi)),
+    check_fits(cuda::Kernels<T>::backward(shape, call, in<T>(phi), d_phi, out<T>(elements),
+                                          out<double>(doubles), device, current_stream(phi)),
                shape);
-  }
-
-  template <class T>
-  static void preprocess(const Tensor& gradient, const Preprocess<T>& call) {
-    cuda::preprocess(call, current_stream(gradient));
   }
 };
 
@@ -73,8 +69,8 @@ PYBIND11_MODULE(_C_cuda, m) {
       [](int layers, int units, bool float64, int device) {
         const l2l::Shape shape = {
             1, layers, units, {1, 1, true, true}};  // the form that takes most
-        return float64 ? l2l::cuda::serves<double>(shape, device)
-                       : l2l::cuda::serves<float>(shape, device);
+        return float64 ? l2l::cuda::Kernels<double>::serves(shape, device)
+                       : l2l::cuda::Kernels<float>::serves(shape, device);
       },
       py::arg("layers"), py::arg("units"), py::arg("float64"), py::arg("device"),
       "Whether a GPU has shared memory enough for an LSTM.");

@@ -10,12 +10,9 @@
 // threads of a phase run in an order that changes from phase to phase, and memory starts as NaN.
 #define L2L_SCALAR
 #define L2L_NAMESPACE emulated
-#include "emulated.h"
-
 #include <limits>
 #include <vector>
 
-#include "../functions.h"
 #include "../operators.h"
 #include "backward.h"
 #include "plan.h"
@@ -102,31 +99,26 @@ struct Emulated {
     });
     for (int64_t e = 0; e < size; ++e) reduce(sums.data(), plan.grid, size, e, d_phi);
   }
-
-  template <class T>
-  static void preprocess(const l2l::Tensor&, const l2l::Preprocess<T>& call) {
-    const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
-    for (int64_t at = 0; at < call.size; ++at) emulated::preprocess(arguments, at);
-  }
 };
 
-}  // namespace
-
-void use_machine(int processors, int64_t shared_block, int64_t shared_processor,
+// The GPU that the kernels imagine: see Machine.
+void use_machine(int64_t processors, int64_t shared_block, int64_t shared_processor,
                  bool use_tensor_cores) {
-  machine = {processors, shared_block, shared_processor};
+  machine = {int(processors), shared_block, shared_processor};
   tensor_cores = use_tensor_cores;
 }
 
-bool compute(const char* name, const float* x, float* y, int64_t n) {
-  return function<float>(name, x, y, n);
-}
-bool compute(const char* name, const double* x, double* y, int64_t n) {
-  return function<double>(name, x, y, n);
-}
-
+}  // namespace
 }  // namespace emulated
 
 // A namespace of its own: l2l_ref's operators on the CPU are cpu.cpp's.
-STABLE_TORCH_LIBRARY(l2l_ref_emulated, m) { l2l::define(m); }
+STABLE_TORCH_LIBRARY(l2l_ref_emulated, m) {
+  l2l::define(m);
+  m.def(
+      "use_machine(int processors, int shared_block, int shared_processor, bool tensor_cores) "
+      "-> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(l2l_ref_emulated, CPU, m) { L2L_IMPLEMENT(m, emulated::Emulated); }
+STABLE_TORCH_LIBRARY_IMPL(l2l_ref_emulated, CompositeExplicitAutograd, m) {
+  m.impl("use_machine", TORCH_BOX(&emulated::use_machine));
+}

@@ -1,4 +1,4 @@
-// A step of φ, and Eq. 5 alone, as one block of threads runs them.
+// A step of φ, as one block of threads runs it.
 //
 //   global memory                   shared memory                   registers of a thread
 //   gradient, theta --Eq. 5------>  x: below [F][lanes]   --+
@@ -227,22 +227,6 @@ L2L_INLINE void step(const Team& team, const StepArguments<T>& a, int64_t block,
     add_update(thread, team.threads, shape, head_of(shape, a.phi), h, lanes.count,
                call.theta + lanes.start, call.next_theta + lanes.start);
   });
-}
-
-// Eq. 5 alone, for an element.
-template <class T>
-struct PreprocessArguments {
-  l2l::Preprocess<T> call;
-  Eq5<T> eq5;
-};
-template <class T>
-L2L_INLINE void preprocess(const PreprocessArguments<T>& a, int64_t at) {
-  const auto& call = a.call;
-  const T g = call.gradient[at];
-  if (call.d_result)
-    call.result[at] = a.eq5.backward(g, call.d_result[at], call.d_result[call.size + at]);
-  else
-    a.eq5.forward(g, call.result[at], call.result[call.size + at]);
 }
 
 }  // namespace L2L_NAMESPACE

@@ -3,7 +3,6 @@
 //   step         step_kernel         a block of threads for each block of coordinates of a tensor
 //   backward     backward_kernel     at most two blocks a processor, each a run of coordinates
 //                reduce_kernel       then a thread for each element of d_phi, from [grid][P]
-//   preprocess   preprocess_kernel   a thread for an element, or for several
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -90,14 +89,6 @@ __global__ void reduce_kernel(const double* sums, int64_t grid, int64_t size, T*
   if (e < size) reduce(sums, grid, size, e, to);
 }
 
-template <class T>
-__global__ void preprocess_kernel(const __grid_constant__ PreprocessArguments<T> arguments) {
-  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < arguments.call.size;
-       at += threads)
-    L2L_NAMESPACE::preprocess(arguments, at);
-}
-
 // A kernel's limit on shared memory is all that the device has, whatever this launch takes: it
 // belongs to the kernel, and another thread may be about to launch the same. Set once for each
 // device.
@@ -127,8 +118,8 @@ void launch(void (*kernel)(Arguments), const Plan& plan, const Machine& machine,
 void use_tensor_cores(bool on) { tensor_cores = on; }
 
 template <class T>
-bool step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi, int device,
-          void* stream) {
+bool Kernels<T>::step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi,
+                      int device, void* stream) {
   const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
   const Machine machine = machine_of(device);
   const auto one = [&](const StepArguments<T>& arguments, const Plan& plan) {
@@ -143,7 +134,7 @@ bool step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi, i
 }
 
 template <class T>
-bool serves(const Shape& shape, int device) {
+bool Kernels<T>::serves(const Shape& shape, int device) {
   const Machine machine = machine_of(device);
   const auto blocks = [&](int lanes) { return blocks_of(shape, lanes); };
   return plan<T>(shape, machine, step_width<T>, step_shared, blocks).shared &&
@@ -151,14 +142,14 @@ bool serves(const Shape& shape, int device) {
 }
 
 template <class T>
-Scratch backward_scratch(const Shape& shape, int64_t steps, int device) {
+Scratch Kernels<T>::backward_scratch(const Shape& shape, int64_t steps, int device) {
   const Plan plan = plan_backward<T>(shape, machine_of(device));
   return {plan.grid * layout_of<T>(shape, steps, plan).size, plan.grid * shape.phi()};
 }
 
 template <class T>
-bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi, T* elements,
-              double* doubles, int device, void* stream) {
+bool Kernels<T>::backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_phi,
+                          T* elements, double* doubles, int device, void* stream) {
   const Machine machine = machine_of(device);
   const Plan plan = plan_backward<T>(shape, machine);
   if (!plan.shared) return false;
@@ -176,28 +167,7 @@ bool backward(const Shape& shape, const Backward<T>& call, const T* phi, T* d_ph
   return true;
 }
 
-template <class T>
-void preprocess(const Preprocess<T>& call, void* stream) {
-  constexpr int threads = 256;
-  constexpr int64_t most_blocks = 1 << 20;  // a thread then takes several elements
-  if (!call.size) return;
-  const PreprocessArguments<T> arguments = {call, Eq5<T>(call.p)};
-  const int64_t blocks = least(ceil_div<int64_t>(call.size, threads), most_blocks);
-  preprocess_kernel<<<unsigned(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError());
-}
-
-template bool step(const Shape&, const std::vector<Step<float>>&, const float*, int, void*);
-template bool step(const Shape&, const std::vector<Step<double>>&, const double*, int, void*);
-template bool serves<float>(const Shape&, int);
-template bool serves<double>(const Shape&, int);
-template Scratch backward_scratch<float>(const Shape&, int64_t, int);
-template Scratch backward_scratch<double>(const Shape&, int64_t, int);
-template bool backward(const Shape&, const Backward<float>&, const float*, float*, float*, double*,
-                       int, void*);
-template bool backward(const Shape&, const Backward<double>&, const double*, double*, double*,
-                       double*, int, void*);
-template void preprocess(const Preprocess<float>&, void*);
-template void preprocess(const Preprocess<double>&, void*);
+template struct Kernels<float>;
+template struct Kernels<double>;
 
 }  // namespace l2l::cuda

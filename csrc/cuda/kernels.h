@@ -16,26 +16,21 @@ namespace l2l::cuda {
 // Whether `step` may take the tensor cores (tensor_cores.h), where it has them; off at first.
 void use_tensor_cores(bool on);
 
-// Whether both `step` and `backward` have shared memory enough on the device.
-template <class T>
-bool serves(const Shape&, int device);
-
-// float and double. False where the shape needs more shared memory than the device has. One launch
-// for every 72 tensors.
-template <class T>
-bool step(const Shape&, const std::vector<Step<T>>&, const T* phi, int device, void* stream);
-
 // What `backward` works in: elements of T, and doubles. Sizes of the device, not of the load on it.
 struct Scratch {
   int64_t elements, doubles;
 };
-template <class T>
-Scratch backward_scratch(const Shape&, int64_t steps, int device);
-template <class T>
-bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements,
-              double* doubles, int device, void* stream);
 
+// T is float or double. `step` and `backward` are false where the shape needs more shared memory
+// than the device has.
 template <class T>
-void preprocess(const Preprocess<T>&, void* stream);
+struct Kernels {
+  static bool serves(const Shape&, int device);  // whether there is enough for both
+  static bool step(const Shape&, const std::vector<Step<T>>&, const T* phi, int device,
+                   void* stream);  // one launch for every 72 tensors
+  static Scratch backward_scratch(const Shape&, int64_t steps, int device);
+  static bool backward(const Shape&, const Backward<T>&, const T* phi, T* d_phi, T* elements,
+                       double* doubles, int device, void* stream);
+};
 
 }  // namespace l2l::cuda

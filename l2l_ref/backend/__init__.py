@@ -89,14 +89,26 @@ def _operators(
 ) -> ModuleType:
     """Remembered, as every step asks."""
     resolved = resolve(backend, device)
-    if resolved == "fused" and dtype not in (torch.float32, torch.float64):
-        resolved = _fall_back(backend, f"does not serve {dtype}, only float32 and float64")
-    elif resolved == "fused" and not _takes(layers, units, dtype, device):
-        why = f"does not serve {units} hidden units, only up to {MAX_HIDDEN}"
-        if units <= MAX_HIDDEN:
-            why = f"has not the shared memory for {units} hidden units on {device}"
+    if resolved == "fused" and (why := _unserved(layers, units, dtype, device)):
         resolved = _fall_back(backend, why)
-    return equations if resolved == "reference" else _fused()
+    if resolved == "reference":
+        return equations
+    from l2l_ref.backend import ops  # a statement, which torch.compile can follow
+
+    return ops
+
+
+def _unserved(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels do not take such an LSTM; a GPU's shared memory may be too small."""
+    if dtype not in (torch.float32, torch.float64):
+        return f"does not serve {dtype}, only float32 and float64"
+    if units > MAX_HIDDEN:
+        return f"does not serve {units} hidden units, only up to {MAX_HIDDEN}"
+    if device.type == "cuda":
+        cuda = import_module("l2l_ref.backend._C_cuda")
+        if not cuda.serves(layers, units, dtype == torch.float64, device.index):
+            return f"has not the shared memory for {units} hidden units on {device}"
+    return None
 
 
 def build_info() -> dict[str, Any] | None:
@@ -109,7 +121,7 @@ def build_info() -> dict[str, Any] | None:
     cuda = None
     if built("cuda") and torch.version.cuda is not None:
         cuda = import_module("l2l_ref.backend._C_cuda").build_info()
-    return {**_fused().build_info(), "cuda": cuda}
+    return {**import_module("l2l_ref.backend._C").build_info(), "cuda": cuda}
 
 
 def use_tensor_cores(on: bool) -> None:
@@ -124,22 +136,6 @@ def use_tensor_cores(on: bool) -> None:
     if not built("cuda") or torch.version.cuda is None:
         raise InputError(f"tensor cores need the fused engine with CUDA: '{BUILD_CUDA}' builds it")
     import_module("l2l_ref.backend._C_cuda").use_tensor_cores(on)
-
-
-def _takes(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels take an LSTM of that size; a GPU's shared memory may be too small."""
-    if units > MAX_HIDDEN or device.type == "cpu":
-        return units <= MAX_HIDDEN
-    cuda = import_module("l2l_ref.backend._C_cuda")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return cuda.serves(layers, units, dtype == torch.float64, index)
-
-
-def _fused() -> ModuleType:
-    """Imported only where it is wanted, and by a statement that torch.compile can follow."""
-    from l2l_ref.backend import ops
-
-    return ops
 
 
 def _fall_back(backend: str, why: str) -> str:

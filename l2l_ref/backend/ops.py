@@ -7,8 +7,6 @@ a RuntimeError that says so. On a GPU they queue their work on the current strea
 nothing, and may be captured in a CUDA graph. Shapes are those of `equations.py`.
 """
 
-from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -18,18 +16,13 @@ from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
 from l2l_ref import equations
-from l2l_ref.backend._C import build_info  # noqa: F401  registers the operators
 from l2l_ref.equations import Form, Tensors
 
+import_module("l2l_ref.backend._C")  # registers the operators
 if torch.cuda.is_available() and find_spec("l2l_ref.backend._C_cuda"):
     import_module("l2l_ref.backend._C_cuda")  # registers them on CUDA
 
 _ops = torch.ops.l2l_ref
-
-
-def preprocess(gradient: Tensor, p: float) -> Tensor:
-    """Eq. 5 alone, differentiable twice: [2, *gradient.shape], float32 or float64."""
-    return _ops.preprocess(gradient, p=p)
 
 
 def theta_step_(
@@ -68,51 +61,23 @@ def unroll_meta_gradient(
         return _ops.unroll_meta_gradient(gradients, state, cotangents, phi, thetas, **form)
 
 
-# Of each operator what it returns on "meta", of its tensors in the order of its schema.
-_FAKES: dict[str, Callable] = {
-    "preprocess": lambda gradient: gradient.new_empty((2, *gradient.shape)),
-    "preprocess_backward": lambda gradient, _: torch.empty_like(gradient),
-    "theta_step_": lambda *inputs: None,
-    "theta_step": lambda *inputs: tuple(map(torch.empty_like, (inputs[0], inputs[2]))),
-    "theta_step_backward": lambda *inputs: tuple(map(torch.empty_like, inputs[:4])),
-    "unroll_meta_gradient": lambda *inputs: torch.empty_like(inputs[3]),
-}
-
-
-def _fake(name: str) -> Callable:
-    """One tensor on "meta" among others brings a call here, which would return without a word."""
-    arguments = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
-
-    def fake(*tensors, **form):
-        given = zip(arguments, tensors, strict=False)
-        each = [(a, x) for a, xs in given for x in (xs if isinstance(xs, list) else [xs])]
-        (first, device), *others = [(a, x.device) for a, x in each if x is not None]
-        for argument, other in others:
-            if other != device:
-                raise RuntimeError(f"{argument} is on {other}, {first} on {device}: move one")
-        return _FAKES[name](*tensors)
-
-    return fake
-
-
 def _setup(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
     ctx.form = keyword_only_inputs
 
 
-def _backward(name, ctx, *cotangents):
-    """The derivative by the engine's own operator."""
-    derivative = getattr(_ops, f"{name}_backward")
-    return derivative(*ctx.saved_tensors, *(d.contiguous() for d in cotangents), **ctx.form)
+def _backward(ctx, *cotangents):
+    """The derivative of `theta_step` by the engine's own operator."""
+    cotangents = (d.contiguous() for d in cotangents)
+    return _ops.theta_step_backward(*ctx.saved_tensors, *cotangents, **ctx.form)
 
 
-def _double_backward(name, ctx, *cotangents):
+def _double_backward(ctx, *cotangents):
     """The derivative of the derivative, rarely asked for: autograd through the reference."""
-    count = len(cotangents)  # a derivative has as many results as its operator has inputs
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        outputs = getattr(equations, name)(*inputs[:count], **ctx.form)
-        first = torch.autograd.grad(outputs, inputs[:count], inputs[count:], create_graph=True)
+        outputs = equations.theta_step(*inputs[:4], **ctx.form)
+        first = torch.autograd.grad(outputs, inputs[:4], inputs[4:], create_graph=True)
         return torch.autograd.grad(first, inputs, cotangents, allow_unused=True)
 
 
@@ -125,10 +90,13 @@ def _theta_step_(thetas, gradients, states, phi, **form):
 
 _library = torch.library.Library("l2l_ref", "IMPL")
 _library.impl("theta_step_", _theta_step_, "ADInplaceOrView")  # for who calls it by its name
-for _name in _FAKES:
-    torch.library.register_fake(f"l2l_ref::{_name}", _fake(_name))
-for _name in ("theta_step", "preprocess"):
-    for _operator, _rule in ((_name, _backward), (f"{_name}_backward", _double_backward)):
-        torch.library.register_autograd(
-            f"l2l_ref::{_operator}", partial(_rule, _name), setup_context=_setup
-        )
+# What each operator returns on "meta", of its tensors in the order of its schema.
+for _name, _fake in {
+    "theta_step_": lambda *inputs, **form: None,
+    "theta_step": lambda *inputs, **form: tuple(map(torch.empty_like, inputs[:3:2])),
+    "theta_step_backward": lambda *inputs, **form: tuple(map(torch.empty_like, inputs[:4])),
+    "unroll_meta_gradient": lambda *inputs, **form: torch.empty_like(inputs[3]),
+}.items():
+    torch.library.register_fake(f"l2l_ref::{_name}", _fake)
+for _name, _rule in {"theta_step": _backward, "theta_step_backward": _double_backward}.items():
+    torch.library.register_autograd(f"l2l_ref::{_name}", _rule, setup_context=_setup)

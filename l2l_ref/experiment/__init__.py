@@ -1,1 +1,1 @@
-"""The paper's experiment: meta-train, tune the baselines, transfer, judge, report."""
+"""The paper's experiment: meta-train, tune the baselines, transfer, evaluate, report."""

@@ -1,31 +1,18 @@
 """The configuration: one frozen dataclass, whose fields are the options, and how it is stored."""
 
-import argparse
-import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, number, option, path
+from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, option, path
+from l2l_ref.meta_settings import MetaSettings
 
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
 RECIPES = ("paper", "robust", "penalty")
-GRID_NAMES = ("p", "meta-lr", "unroll", "output-scale", "alpha")
-
-
-def grid_axis(text: str) -> tuple[str, tuple[float, ...]]:
-    """`name=value,value` -> (name, values)."""
-    name, _, values = text.partition("=")
-    if name not in GRID_NAMES or not values:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not name=value,value with a name among {', '.join(GRID_NAMES)}"
-        )
-    return name, tuple(number(value) for value in values.split(","))
 
 
 # fmt: off
@@ -44,19 +31,19 @@ class Config:
     eps: tuple[float, ...] = option(WHAT, "l∞ radius in pixel values [0, 1], also 8/255; several: "
         "one panel each", (0.1,), {"cifar10": (0.03,), "cifar10 quick fgsm": (2 / 255,),
          "quadratic": (0.0,)})
-    recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ reads clean "
-        "gradients, is judged under attack, is odd, sees θ, has a nominal term; penalty: that term "
-        "alone, reading l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
+    recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ takes clean "
+        "gradients and θ as input, its loss is attacked, it is odd, with a nominal term; penalty: "
+        "that term alone, on l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
     optimizee: str = option(WHAT, "network to train", "mlp",
         {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
     attack_steps: int = option(WHAT, "PGD steps", 7)
     attack_step_size: float | None = option(WHAT, "pixel values", said="2.5·eps/steps")
 
     # On CIFAR-10 φ takes some 100 unrolls of clean episodes until it begins to learn. Under FGSM
-    # 50 episodes are too few (docs/results), under PGD one of 100-step episodes collapses. With
+    # 50 episodes are too few (docs/answers), under PGD one of 100-step episodes collapses. With
     # its lengths the robust φ holds to 3,000 steps; that of the penalty holds anyway, and with
     # long ones is slower (docs/trials).
-    episodes: int = option(META, "each trains fresh optimizees", 280,
+    episodes: int = option(META, "each trains a fresh optimizee", 280,
         {"cifar10": 50, "cifar10 fgsm paper": 100, "robust": 90, "penalty": 60,
          "cifar10 robust": 30, "quadratic": 100, "mnist quick": 15, "cifar10 quick": 1,
          "quadratic quick": 10}, of="φ")
@@ -64,7 +51,7 @@ class Config:
         (100,), {"cifar10": (100, 300), "robust": (100, 1000), "penalty": (100, 300),
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
-    average: float = option(META, "decay d of the average of θ that is judged", 0.0,
+    average: float = option(META, "decay d of the average θ̄ that the meta-loss is of", 0.0,
         {"robust": 0.95, "quadratic": 0.0}, of="φ", said="robust: 0.95")
     # A meta-gradient is of one coordinate in so many (docs/trials).
     stride: int = option(default=1, exceptions={"mnist paper": 4, "robust": 4, "quadratic": 1},
@@ -76,11 +63,11 @@ class Config:
     clip: float = option(default=1.0, of="φ")  # of the meta-gradient's norm
     # The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that φ
     # collapses, so some of the clean one stays.
-    alpha: float = option(META, "the clean share α", 0.5,
+    alpha: float = option(META, "α of Eq. 6, the share of the clean loss", 0.5,
         {"pgd": 0.2, "none": 1.0, "robust": 0.0, "robust none": 1.0}, of="φ")
     read_alpha: float = option(  # that of the loss whose gradient φ reads
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
-    penalty: float = option(META, "λ/eps of the loss that φ reads", 0.0,
+    penalty: float = option(META, "λ/eps of the loss whose gradient φ takes as input", 0.0,
         {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ",
         said="penalty: 1.5, on CIFAR-10 1")
     # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
@@ -97,16 +84,15 @@ class Config:
     hidden_size: int = option(default=20, of="φ")
     num_layers: int = option(default=2, of="φ")
     meta_seeds: int = option(META, "φ meta-trained", 1)
-    grid: dict[str, tuple[float, ...]] = option(META, "search, such as p=5,10; also "
-        + ", ".join(GRID_NAMES[1:]), {}, metavar="NAME=X,X", said="none", kind=grid_axis)
     # A miniature of CIFAR-10's meta-training learns nothing.
-    load: str | None = option(META, "use the φ of this meta_optimizer.pt instead",
+    load: str | None = option(META, "use the φ of this meta_optimizer.pt, or of the package by its "
+        "name (l2l_ref.list_pretrained())",
         exceptions={"cifar10 quick paper fgsm": "cifar10-fgsm-2-255",
          "cifar10 quick paper pgd": "cifar10-pgd-0.03"}, metavar="FILE", kind=path)
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "quick": 40})
-    average_over: float = option(default=0.1)  # share of the steps in the average that is judged
+    average_over: float = option(default=0.1)  # share of the steps in the average that is evaluated
     images: int | None = option(TRANSFER, "that an optimizee trains on", said="all of its half")
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
@@ -145,7 +131,7 @@ class Config:
     strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
     out: str | None = option(RUN, "results", metavar="DIR", of="place", kind=path,
         said="runs/<dataset>-<attack>-<recipe>")
-    resume: bool = option(RUN, "continue or join what is in --out", False, of="place")
+    resume: bool = option(RUN, "continue or join the run in --out, or begin it", False, of="place")
     # fmt: on
 
     def __post_init__(self):
@@ -155,20 +141,12 @@ class Config:
         require("jobs", self.jobs is None or self.jobs >= 1, self.jobs, "at least 1")
         few = self.images is not None and self.images < self.batch_size
         require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
-        require("average", 0 <= self.average < 1, self.average, "at least 0 and below 1")
-        for name in ("alpha", "read_alpha", "transfer_alpha", "attacked_alpha", "average_over"):
-            require(name, 0 <= getattr(self, name) <= 1, getattr(self, name), "between 0 and 1")
-        penalty, shares, lengths = self.penalty, self.curriculum, self.episode_steps
-        require("penalty", 0 <= penalty < math.inf, penalty, "at least 0, in units of eps")
-        ordered = len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1
-        require("curriculum", ordered, list(shares), "two shares from 0 to 1, the smaller first")
+        lengths = self.episode_steps
         ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
         require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
-        for name in ("output_scale", "clip"):
-            value = getattr(self, name)
-            require(name, 0 < value < math.inf, value, "positive and finite")
         require("meta_lr", 0 < self.meta_lr <= 1, self.meta_lr, "above 0 and at most 1")
+        self.meta_settings()  # raises for the others of meta-training
         size = self.attack_step_size
         require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
         known = self.attack in ATTACKS or ":" in self.attack
@@ -181,7 +159,7 @@ class Config:
         require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
         if self.penalty and self.read_alpha == 0:
             raise InputError(
-                f"--penalty is {self.penalty} but --alpha 0 reads no clean loss that it could be "
+                f"--penalty is {self.penalty} but --alpha 0 has no clean loss that it could be "
                 "added to: leave one of them out"
             )
         if self.dataset == "quadratic" and self.images:
@@ -192,29 +170,28 @@ class Config:
                 "pixels to attack: use --attack none"
             )
 
+    def meta_settings(self, eps: float = 1.0, *, clean: bool = False) -> MetaSettings:
+        """How a φ is meta-trained; `clean`: on clean batches alone, and for them."""
+        return MetaSettings(
+            episodes=self.episodes,
+            steps=self.episode_steps[-1],
+            unroll=self.unroll,
+            meta_lr=self.meta_lr,
+            schedule=self.meta_schedule,
+            clip=self.clip,
+            read_alpha=1.0 if clean else self.read_alpha,
+            penalty=0.0 if clean else self.penalty * eps,
+            alpha=1.0 if clean else self.alpha,
+            curriculum=self.curriculum,
+            average=self.average,
+            stride=self.stride,
+        )
+
 
 def require(name: str, ok: bool, value: Any, allowed: str) -> None:
     """InputError unless `ok`, in the words of the command line."""
     if not ok:
         raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
-
-
-MOST_PIECES, MOST_GRADIENTS = 10**5, 10**10
-
-
-def must_end(c: Config) -> None:
-    """InputError for a run of more pieces, or gradients of a batch, than anyone waits for."""
-    phis = c.folds * len(c.eps) * c.meta_seeds
-    points = c.folds * math.prod(map(len, c.grid.values())) if c.grid else 0
-    pieces = points + phis * (1 + 2 * c.seeds)
-    episodes = (points * len(c.eps) + phis) * c.episodes
-    gradients = episodes * c.episode_steps[0] + phis * 2 * c.seeds * c.steps
-    for count, what, most in (
-        (pieces, "pieces (--seeds, --meta-seeds, --eps and --grid)", MOST_PIECES),
-        (gradients, "gradients (--episodes, --steps and pieces)", MOST_GRADIENTS),
-    ):
-        if count > most:
-            raise InputError(f"this run has at least {count:,} {what}: ask for {most:,} at most")
 
 
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
@@ -238,39 +215,12 @@ def complete(given: dict[str, Any]) -> Config:
     settings = {name: option.value(words) for name, option in OPTIONS.items()}
     if recipe == "paper" and "alpha" in given:  # the paper has one α for all
         settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
-    if given.keys() & (names_of("φ") | {"grid", "meta_seeds", "folds", "eval_on"}):
+    if given.keys() & (names_of("φ") | {"meta_seeds", "folds", "eval_on"}):
         settings["load"] = None  # what comes with the package is not that φ
     settings |= given
     if settings["record_every"] is None:
         settings["record_every"] = math.ceil(settings["steps"] / POINTS)
-    config = Config(**settings)
-    must_end(config)
-    for point in combinations(config.grid):
-        with_grid(config, point)  # raises where a candidate is out of range
-    return config
-
-
-def combinations(axes: Mapping[str, Iterable[float]]) -> list[dict[str, float]]:
-    """Every point {name: value} of a grid, the last axis the fastest."""
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
-
-
-def with_grid(config: Config, chosen: dict[str, float]) -> Config:
-    """The configuration with a point of its grid in place.
-
-    φ reads and is judged by one α, so both move, unless the recipe separates them.
-
-    Raises:
-        InputError: a candidate out of range.
-    """
-    changes: dict[str, Any] = dict(chosen)
-    if "unroll" in changes:
-        whole = float(changes["unroll"]).is_integer()
-        require("unroll", whole, changes["unroll"], "a whole number")
-        changes["unroll"] = int(changes["unroll"])
-    if "alpha" in changes and config.read_alpha == config.alpha:
-        changes["read_alpha"] = changes["alpha"]
-    return replace(config, **changes)
+    return Config(**settings)
 
 
 def tuples(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 
 from l2l_ref.drawing import own_style, save_png
 from l2l_ref.experiment.config import Config
+from l2l_ref.experiment.phis import LEARNED_RATE
+from l2l_ref.experiment.trial import ABLATION, CLEAN
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
 STYLES = {
@@ -22,13 +24,13 @@ STYLES = {
     "Adam (attacked) + L1": ("#009E73", "--"),
     "Adam + L1": ("#999999", "--"),
     "Adam + penalty + L1": ("#8B4513", "-."),
-    "Nominal alone": ("#56B4E9", "-."),
+    LEARNED_RATE: ("#56B4E9", "-."),
 }
 
 
 def marks(row: dict[str, Any]) -> str:
     """How many runs ended badly, in words."""
-    ends = [end for end in ("collapsed", "diverged", "skipped") if row[end]]
+    ends = [end for end in ("collapsed", "diverged") if row[end]]
     return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ends)
 
 
@@ -59,7 +61,6 @@ def draw_curves(
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
         peaks, lows, start = {}, [math.inf], math.nan
-        runs = [run for run in runs if "skipped" not in run]
         for method, (colour, style) in STYLES.items():
             own = [run for run in runs if (run["eps"], run["method"]) == (eps, method)]
             if not own:
@@ -118,7 +119,7 @@ def draw_meta_training(
     panel = figure.subplots()
     for name, history in histories.items():
         kind, _, phi, *_ = name.split("-")
-        style, colour = {"not": ":", "nominal": "--"}.get(kind, "-"), f"C{phi.removeprefix('phi')}"
+        style, colour = {CLEAN: ":", ABLATION: "--"}.get(kind, "-"), f"C{phi.removeprefix('phi')}"
         episodes = range(1, len(history["episodes"]) + 1)
         panel.plot(episodes, history["episodes"], style, color=colour, lw=0.8, label=name)
         if history["checks"]:

@@ -2,14 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, names_of
-from l2l_ref.experiment.machine import torchrun
 from l2l_ref.files import locked, plain, read_json, sealed, write_json
 
 LOCK = ".lock"  # in a folder, held while its config.json or its report is written
@@ -20,17 +19,14 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
     """The folder of this run: `--out`, or a name such as runs/mnist-fgsm-paper-quick, with
     -2, -3, … behind it where that is taken.
 
-    A run never writes over another. With `--resume` the newest folder of the name is continued,
-    and under torchrun, whose processes come one after the other, `--out` if it is there.
+    A run never writes over another. With `--resume` that in `--out`, or the newest of the name, is
+    continued or joined if it is there, and begun if not.
 
     Raises:
-        InputError: `--out` is taken and `--resume` not given; there is nothing to resume; no
-            `--out` under torchrun.
+        InputError: `--out` is taken, and not by a run that `--resume` may continue.
     """
     if config.out is not None:
         folder = Path(config.out)
-    elif torchrun():
-        raise InputError("--out is missing: under torchrun all processes need the same folder")
     else:
         attack = config.attack.replace(":", ".")  # of MODULE:FUNCTION
         recipe = "loaded" if config.load else config.recipe  # φ's own, which is not read yet
@@ -43,14 +39,13 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
             folder = following
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder")
-    begun = (folder / "config.json").exists()
-    taken = folder.exists() and any(path.name != LOCK for path in folder.iterdir())
-    if taken and not config.resume and not (begun and torchrun()):
-        raise InputError(
-            f"--out {folder} is not empty: add --resume to continue that run, or name another"
-        )
-    if config.resume and not begun:
-        raise InputError(f"--resume finds no run in {folder}: leave it out, or name a run's folder")
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if not (folder / "config.json").exists():
+            raise InputError(f"--out {folder} holds no run, but other files: name another folder")
+        if not config.resume:
+            raise InputError(
+                f"--out {folder} is not empty: add --resume to continue that run, or name another"
+            )
     return folder
 
 
@@ -71,7 +66,7 @@ def join(
     make(folder := choose(config))
     with to_be_written(folder), locked(folder / LOCK):
         path = folder / "config.json"
-        if path.exists() and config.out is None and not config.resume:
+        if path.exists() and not config.resume:
             return join(config, data, environment, command)  # another run has chosen it too
         value = plain({"command": command, "settings": asdict(config), "environment": environment})
         if path.exists():
@@ -129,14 +124,6 @@ def describe(data: tuple[str, str | None]) -> str:
     """A data set's source and the beginning of its checksum."""
     source, checksum = data
     return source if checksum is None else f"{source} (checksum {checksum[:12]})"
-
-
-def report_of(folder: Path) -> tuple[int, ...] | None:
-    """Which report is there: that of before, or one that another process has written since."""
-    with suppress(FileNotFoundError):
-        found = (folder / "curves.png").stat()  # the last file of it
-        return found.st_ino, found.st_mtime_ns, found.st_size
-    return None
 
 
 def tidy(folder: Path) -> None:

@@ -38,15 +38,11 @@ def cores() -> int:
     """CPU cores that this process may run on, within the quota of its container (cgroups)."""
     known = hasattr(os, "sched_getaffinity")
     count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            words = " ".join((CGROUP / name).read_text() for name in names).split()
-            quota, period = map(int, words)
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        if quota > 0:
-            count = min(count, math.ceil(quota / period))
-    return max(count, 1)
+    try:
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+    except (OSError, ValueError):  # not there, or "max"
+        return count
+    return min(count, math.ceil(quota / period))
 
 
 def environment(device: torch.device, backend: str, data: tuple[str, str | None]) -> dict[str, Any]:
@@ -95,13 +91,6 @@ def processor() -> str:
         return name
     sets = [each for each in VECTORS if each in found.get("flags", "").split()]
     return f"{name} (family {found['cpu family']}, model {found['model']}; {' '.join(sets)})"
-
-
-def torchrun() -> dict[str, int]:
-    """RANK, LOCAL_RANK and WORLD_SIZE, if all are numbers, as torchrun sets them; else none."""
-    values = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    numbers = all(value.isdecimal() for value in values.values())
-    return {name: int(value) for name, value in values.items()} if numbers else {}
 
 
 def git_commit() -> str | None:

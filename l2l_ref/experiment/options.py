@@ -42,7 +42,7 @@ class Option:
             continued.
         said: of the default, in words.
         opposite: of a switch, whether there is a --no-switch too.
-        kind: reads an argument, where the field's type does not say how.
+        kind: parses an argument, where the field's type does not say how.
     """
 
     group: str | None = None

@@ -13,15 +13,14 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, names_of, tuples
 from l2l_ref.experiment.folder import describe
 from l2l_ref.experiment.setting import Setting
-from l2l_ref.experiment.trial import CLEAN, NOMINAL, UNDER_ATTACK
+from l2l_ref.experiment.trial import ABLATION, CLEAN, UNDER_ATTACK
 from l2l_ref.meta_optimizer import phi_groups
 from l2l_ref.pretrained import build, list_pretrained, read
 from l2l_ref.transfer import Method
 
-NEEDED = names_of("φ") | {"dataset", "attack", "eps", "seed", "eval_on"}  # of a φ file's settings
-
+LEARNED_RATE = "Adam, learned rate"  # the label of the ablation
 # The row of each recipe that its φ are meant for.
-OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": "Nominal alone"}
+OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": LEARNED_RATE}
 
 
 def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
@@ -43,16 +42,16 @@ def kinds_of_phi(config: Config) -> tuple[str, ...]:
     """Without an attack, that under attack and that on clean batches are one. With the penalty the
     LSTM adds nothing (docs/trials)."""
     if config.recipe == "penalty":
-        return (NOMINAL,)
-    return (UNDER_ATTACK, NOMINAL) if config.attack == "none" else (UNDER_ATTACK, CLEAN, NOMINAL)
+        return (ABLATION,)
+    return (UNDER_ATTACK, ABLATION) if config.attack == "none" else (UNDER_ATTACK, CLEAN, ABLATION)
 
 
 def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
     """The curves of a φ of a kind (docs/decisions); `phi` makes it a model's optimizer."""
     read: dict[str, Any] = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
     clean: dict[str, Any] = {"penalty": c.penalty * eps}
-    if kind == NOMINAL:
-        return [Method("Nominal alone", phi, **read)]
+    if kind == ABLATION:
+        return [Method(LEARNED_RATE, phi, **read)]
     if kind == CLEAN:
         return [Method("Transfer-NOT", phi, alpha=0.0), Method("Transfer-NOT (clean)", phi)]
     if c.dataset == "quadratic":  # has no halves
@@ -78,15 +77,14 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
             φ meta-trained on a half which this run would transfer on.
     """
     value = read(path, setting.device)
-    ended = value.get("given_up", {})
-    if not NEEDED <= value.get("config", {}).keys():
+    if "config" not in value:
         raise InputError(f"--load {path} does not say what its φ come from: name that of a run")
     c, before, saved = setting.config, value["config"], value["phis"]
     if before["dataset"] == c.dataset and setting.checksum:  # images, cut into halves
         if c.eval_on == "validation" != before["eval_on"]:
             raise InputError(
-                f"--load {path} holds φ meta-trained on what --eval-on validation judges by: load "
-                "one that was trained with it, or judge by the test set"
+                f"--load {path} holds φ meta-trained on what --eval-on validation evaluates on: "
+                "load one that was trained with it, or evaluate on the test set"
             )
         data, here = (value["data"], value["data_sha256"]), setting.data
         same = data == here or "stand-in" in (data[0], here[0])
@@ -101,7 +99,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 )
             print(f"φ of {path} may have met some of these images: {here[0]}", file=sys.stderr)
     config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
-    phis, given_up, needed = {}, {}, phi_groups(setting.problem.build())
+    phis, needed = {}, phi_groups(setting.problem.build())
     for name, (kind, fold, meta_seed, _) in phis_of(config).items():
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
         if name not in saved and len(alike) != 1:
@@ -109,10 +107,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 f"--load {path} holds {', '.join(saved)} but this run needs {name}: change --eps, "
                 "--attack, --folds or --meta-seeds to what is there"
             )
-        stored = name if name in saved else alike[0]
-        if stored in ended:
-            given_up[name] = ended[stored]
-        groups = saved[stored]
+        groups = saved[name if name in saved else alike[0]]
         for group in needed:
             if group not in groups:
                 raise InputError(
@@ -121,4 +116,4 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 )
         phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
-    return replace(setting, config=config, origin=origin, given_up=given_up), phis
+    return replace(setting, config=config, origin=origin), phis

@@ -1,10 +1,10 @@
-"""The paper's experiment: meta-train, tune the baselines, transfer, judge.
+"""The paper's experiment: meta-train, tune the baselines, transfer, evaluate.
 
 Every finished piece is kept in `<out>/parts`, so that a resumed run repeats none of them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from l2l_ref import attacks, data, evaluate
 from l2l_ref.experiment import tuning
 from l2l_ref.experiment.phis import kinds_of_phi, phi_methods, phi_name, phis_of
 from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.queue import Parts, Piece
+from l2l_ref.experiment.queue import Parts, Piece, named
 from l2l_ref.experiment.setting import Fold, Setting, folds
 from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
 from l2l_ref.files import read_checkpoint, write_checkpoint
@@ -36,14 +36,12 @@ class Results:
     Attributes:
         runs: one dict a run: its `KEY`, and what `run_method` returns.
         chosen: {eps: {fold: {baseline: its tuned settings}}}.
-        grid: what `--grid` tried, one dict a candidate.
         meta_training: {φ's name: its History as a dict}.
     """
 
     runs: list[dict[str, Any]]
-    chosen: dict[str, dict[str, dict[str, str]]]
-    grid: list[dict[str, Any]]
-    meta_training: dict[str, dict[str, Any]]
+    chosen: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    meta_training: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,16 @@ class Contender:
     """A row of a table.
 
     Attributes:
-        method: its label, and what it costs; settings and φ come from `make`.
+        method: its label, and what it costs; tuned settings and φ come from `make`.
         make: the results of all pieces so far -> the method.
         needs: the pieces that it needs for that.
-        meta_seed: of its φ, and `phi`, the φ's name; None for a baseline.
+        meta_seed: of its φ; None for a baseline.
     """
 
     method: Method
     make: Callable[[Mapping[str, Any]], Method]
     needs: tuple[str, ...] = ()
     meta_seed: int | None = None
-    phi: str | None = None
 
 
 class Experiment:
@@ -71,49 +68,36 @@ class Experiment:
         phis: φ by name (`load_phis`); those that are missing are meta-trained.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        out: Path,
-        progress: Progress,
-        phis: dict[str, nn.ModuleDict] | None = None,
-    ):
-        self.setting, self.out, self.progress = setting, out, progress
-        self.parts, self.phis = Parts(out / "parts"), dict(phis or {})
+    def __init__(self, setting: Setting, out: Path, phis: dict[str, nn.ModuleDict] | None = None):
+        self.setting, self.out, self.parts = setting, out, Parts(out / "parts")
+        self.phis = dict(phis or {})
         self.given = frozenset(self.phis)
         self.folds = folds(setting)
-        self.searches = {fold.number: tuning.Search(setting, fold, progress) for fold in self.folds}
 
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
-        c = self.setting.config
-        result = []
-        for fold in self.folds:
-            result += self.searches[fold.number].pieces()
-            for name, (kind, number, meta_seed, eps) in phis_of(c).items():
-                if number == fold.number and name not in self.given:
-                    result.append(self.phi_piece(name, kind, fold, meta_seed, eps))
-            for eps in c.eps:
-                for grid in tuning.grids(self.setting, fold, eps):
-                    result += grid.pieces()
+        c, result = self.setting.config, []
+        for name, (kind, number, meta_seed, eps) in phis_of(c).items():
+            if name not in self.given:
+                result.append(self.phi_piece(name, kind, self.folds[number], meta_seed, eps))
+        for fold, eps in product(self.folds, c.eps):
+            for grid in tuning.grids(self.setting, fold, eps):
+                result += grid.pieces()
         return result + [piece for _, piece in self.runs()]
 
     def phi_piece(self, name: str, kind: str, fold: Fold, meta_seed: int, eps: float) -> Piece:
         """Meta-trains a φ; its history is the result, its weights are in the checkpoint."""
-        c, search = self.setting.config, self.searches[fold.number]
+        c = self.setting.config
 
-        def compute(parts: Mapping[str, Any]) -> dict[str, Any]:
-            show = self.progress.begin(c.episodes, f"meta-train {name}")
-            setting = search.best(parts)
+        def compute(_: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+            show = progress.begin(c.episodes, f"meta-training {name}, episode")
             checkpoint = self.parts.path(name, "pt")
-            check = tuning.check_of(setting, fold, kind, eps)
+            check = tuning.check_of(self.setting, fold, kind, eps)
             self.phis[name], history = train_phi(
-                setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint, check
+                self.setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint, check
             )
-            if history["ended"]:
-                self.progress.say(f"{name}: given up, as its optimizees end {history['ended']}")
             if history["skipped"] or history["diverged"]:
-                self.progress.say(
+                progress.say(
                     f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "
                     f"{history['diverged']} episodes diverged and were cut short"
                 )
@@ -123,22 +107,17 @@ class Experiment:
         updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
         updates += (kind != CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
         cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
-        return Piece(name, compute, kind, 1.5 * cost, tuple(search.points()))
+        return Piece(name, compute, 1.5 * cost)
 
-    def phi(self, name: str, fold: Fold) -> nn.ModuleDict:
+    def phi(self, name: str) -> nn.ModuleDict:
         """A φ that is there: given, meta-trained here, or by another process."""
         if name not in self.phis:
-            setting = self.searches[fold.number].best(self.parts)
-            phi = untrained(setting, name.split("-")[0], fold.number, 0)
+            phi = untrained(self.setting, name.split("-")[0], 0, 0)
             path = self.parts.path(name, "pt")
-            saved = read_checkpoint(path, setting.device)
+            saved = read_checkpoint(path, self.setting.device)
             load_weights(phi, saved["meta_optimizers"], f"checkpoint {path}")
             self.phis[name] = phi
         return self.phis[name]
-
-    def ended(self, name: str, parts: Mapping[str, Any]) -> str | None:
-        """Why a φ was given up; None for one that was trained to its end."""
-        return self.setting.given_up.get(name) if name in self.given else parts[name].get("ended")
 
     def runs(self) -> list[tuple[dict[str, Any], Piece]]:
         """What is compared: each run's key in a table, and the piece that computes it."""
@@ -149,41 +128,37 @@ class Experiment:
                 method, meta_seed = contender.method, contender.meta_seed
                 values = eps, method.label, fold.number, meta_seed, seed
                 key: dict[str, Any] = dict(zip(KEY, values, strict=True))
-                name = "-".join(["run", *(f"{k}{v}" for k, v in key.items() if v is not None)])
-                compute = partial(self.run_one, contender, fold, eps, seed)
+                words = [f"{k}{v}" for k, v in key.items() if k != "method" and v is not None]
+
+                def compute(parts, _, make=contender.make, fold=fold, eps=eps, seed=seed):
+                    return run_method(self.setting, make(parts), fold, eps, seed)
+
                 cost = tuning.cost(c, method.alpha, method.penalty, method.attack)
                 cost += c.steps * (meta_seed is not None)  # the LSTM
-                result.append((key, Piece(name, compute, method.label, cost, contender.needs)))
+                name = named("run", method.label, *words)
+                result.append((key, Piece(name, compute, cost, contender.needs)))
         return result
 
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:
         """The rows of a table."""
-        c = self.setting.config
-        result = []
+        c, result = self.setting.config, []
         for grid in tuning.grids(self.setting, fold, eps):
             any_of = next(iter(grid.methods.values()))
             result.append(Contender(any_of, grid.method, grid.needs()))
         for meta_seed, kind in product(range(c.meta_seeds), kinds_of_phi(c)):
             name = phi_name(kind, fold.number, meta_seed, eps)
+
+            def optimizer(model: nn.Module, name=name) -> LearnedOptimizer:
+                return LearnedOptimizer.for_model(model, self.phi(name), backend=c.backend)
+
             needs = () if name in self.given else (name,)
-            for index, method in enumerate(phi_methods(c, kind, eps, LearnedOptimizer.for_model)):
+            for method in phi_methods(c, kind, eps, optimizer):
 
-                def make(parts, kind=kind, name=name, index=index) -> Method:
-                    config = self.searches[fold.number].best(parts).config
-                    phi = self.phi(name, fold)
-                    by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
-                    return phi_methods(config, kind, eps, by_phi)[index]
+                def make(_: Mapping[str, Any], method: Method = method) -> Method:
+                    return method
 
-                result.append(Contender(method, make, needs, meta_seed, name))
+                result.append(Contender(method, make, needs, meta_seed))
         return result
-
-    def run_one(
-        self, contender: Contender, fold: Fold, eps: float, seed: int, parts: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The result of a run; of a φ that was given up only that."""
-        if contender.phi and (ended := self.ended(contender.phi, parts)):
-            return {"skipped": f"φ {ended}"}
-        return run_method(self.setting, contender.make(parts), fold, eps, seed)
 
     def results(self) -> Results:
         """What all pieces left; also writes meta_optimizer.pt."""
@@ -194,25 +169,15 @@ class Experiment:
             chosen.setdefault(str(eps), {})[str(fold.number)] = {
                 grid.label: grid.chosen(parts) for grid in tuning.grids(self.setting, fold, eps)
             }
-        tried = [row for search in self.searches.values() for row in search.tried(parts)]
-        phis, histories = {}, {}  # in this order, whatever that of the pieces was
-        for name, (_, number, *_) in phis_of(c).items():
-            phis[name] = self.phi(name, self.folds[number])
-            if name not in self.given:
-                histories[name] = parts[name]
-        if c.load and self.given == phis.keys():  # what they come from goes along unchanged
+        phis = {name: self.phi(name) for name in phis_of(c)}
+        histories = {name: parts[name] for name in phis if name not in self.given}
+        if c.load and not histories:  # what they come from goes along unchanged
             write_checkpoint(self.out / "meta_optimizer.pt", read(c.load))
         else:
-            ended = {name: self.ended(name, parts) for name in phis}
-            setting = self.searches[0].best(parts)
-            about = {
-                "config": asdict(setting.config),
-                "data": setting.source,
-                "data_sha256": setting.checksum,
-                "given_up": {name: end for name, end in ended.items() if end},
-            }
+            data, checksum = self.setting.data
+            about = {"config": asdict(c), "data": data, "data_sha256": checksum}
             save(self.out / "meta_optimizer.pt", phis, about)
-        return Results(runs, chosen, tried, histories)
+        return Results(runs, chosen, histories)
 
 
 def train_method(
@@ -227,9 +192,9 @@ def train_method(
 def run_method(
     setting: Setting, method: Method, fold: Fold, eps: float, seed: int
 ) -> dict[str, Any]:
-    """Train one optimizee and judge its average: the fields of its `Curve`, and unless it is a
-    quadratic what `Trial.judge` says (of the last θ too), robust accuracies, and its `end`: "ok",
-    "collapsed" or "diverged"."""
+    """Train one optimizee and evaluate its average: the fields of its `Curve`, and unless it is a
+    quadratic what `Trial.evaluate` returns (for the last θ too), robust accuracies, and its `end`:
+    "ok", "collapsed" or "diverged"."""
     c, trained = setting.config, train_method(setting, method, fold, eps, seed)
     trial, model, curve, last = trained
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
@@ -239,17 +204,19 @@ def run_method(
     if isinstance(fold.test, data.ImageSet):
         sample = fold.test.first(c.eval_samples)
         generator = trial.stream("judge")
-        result |= trial.judge(model, fold.test, eps)
-        result["last"] = trial.judge(last, fold.test, eps)
+        result |= trial.evaluate(model, fold.test, eps)
+        result["last"] = trial.evaluate(last, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
         losses, restarts = list(attacks.LOSSES), c.restarts
         if c.eval_attack != "pgd":  # it has a loss and restarts of its own
             losses, restarts = ["cross_entropy"], 1
         make = partial(attacks.make, eps=eps, steps=c.eval_steps, generator=generator)
-        judges = [make(c.eval_attack, loss=loss) for loss in losses]
+        attackers = [make(c.eval_attack, loss=loss) for loss in losses]
         fgsm = attacks.make("fgsm", eps=eps)
         result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
-        result["pgd_accuracy"] = evaluate.robust_accuracy(model, sample, judges, restarts=restarts)
+        result["pgd_accuracy"] = evaluate.robust_accuracy(
+            model, sample, attackers, restarts=restarts
+        )
         if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], setting.problem.classes):
             result["end"] = "collapsed"
     return result

@@ -6,6 +6,7 @@ process that sees the folder can take part, on this machine or another, and at a
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,6 @@ from l2l_ref.files import locked, read_json, replace_with, sealed
 
 POLL = 0.1, 2.0  # seconds that a process sleeps when no piece is free: a tenth of its idle time
 PATIENCE = 60.0  # after so many it says what it waits for
-SLASH = "∕"  # in the name of a file, which cannot have the other
 
 
 class Parts(Mapping):
@@ -28,7 +28,7 @@ class Parts(Mapping):
         self.folder = folder
 
     def path(self, name: str, kind: str = "json") -> Path:
-        return self.folder / f"{name.replace('/', SLASH)}.{kind}"
+        return self.folder / f"{name}.{kind}"
 
     def __contains__(self, name: object) -> bool:
         return self.path(str(name)).exists()
@@ -41,7 +41,7 @@ class Parts(Mapping):
             raise KeyError(name) from None
 
     def __iter__(self) -> Iterator[str]:
-        return (path.stem.replace(SLASH, "/") for path in self.folder.glob("*.json"))
+        return (path.stem for path in self.folder.glob("*.json"))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -56,18 +56,22 @@ class Piece:
     """A piece of a run.
 
     Attributes:
-        name: of its file.
-        compute: the results of all pieces so far -> its own, a dict of what JSON has.
-        kind: pieces of one kind take times in proportion to their costs.
+        name: of its file (`named`).
+        compute: the results of all pieces so far, and where to say how far it is -> its own
+            result, a dict of what JSON has.
         cost: in evaluations of the gradient of a batch, roughly.
         needs: names of pieces that come first, in a list of them too.
     """
 
     name: str
-    compute: Callable[[Mapping[str, Any]], Any]
-    kind: str
+    compute: Callable[[Mapping[str, Any], Progress], Any]
     cost: float
     needs: tuple[str, ...] = ()
+
+
+def named(*words: object) -> str:
+    """A name that any file system takes: words with "-" between them."""
+    return re.sub(r"[^\w.]+", "-", "-".join(map(str, words))).strip("-")
 
 
 def chains(pieces: Sequence[Piece]) -> dict[str, float]:
@@ -105,7 +109,7 @@ def compute_all(pieces: Sequence[Piece], parts: Parts, progress: Progress) -> No
             said = ready[0].name
             with suppress(FileNotFoundError):  # done just now
                 holder = parts.path(said, "lock").read_text()
-                progress.say(f"waiting for {said}, which {holder} has")
+                progress.say(f"waiting for {said}, which {holder} computes")
         time.sleep(min(max(POLL[0], (time.monotonic() - idle) / 10), POLL[1]))
 
 
@@ -115,7 +119,6 @@ def compute(piece: Piece, parts: Parts, progress: Progress) -> bool:
         if not held or piece.name in parts:
             return False
         progress.tell("begin", piece.name)
-        begin = time.monotonic()
-        parts.keep(piece.name, piece.compute(parts))
-        progress.tell("end", time.monotonic() - begin)
+        parts.keep(piece.name, piece.compute(parts, progress))
+        progress.tell("end", None)
         return True

@@ -39,8 +39,8 @@ def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str
     names = [name for name in SHOWN if any(name in row for row in summary)]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
-    judge = config.eval_attack.partition(":")[2] or f"PGD-{config.eval_steps}"
-    labels = [METRICS[name].format(judge=judge) for name in names]
+    attack = config.eval_attack.partition(":")[2] or f"PGD-{config.eval_steps}"
+    labels = [METRICS[name].format(attack=attack) for name in names]
     several = len({row["eps"] for row in summary}) > 1
     head = ["ε"] * several + ["method", "trains on", *labels]
 
@@ -130,12 +130,11 @@ def write(
         "table": summary,
         "differences": differences(results),
         "tuned": results.chosen,
-        "grid": results.grid,
         "runs": runs,
         "meta_training": curves,
     }
     write_json(out / "summary.json", value)
-    learned = verdicts(results, value["differences"], config.recipe)
+    learned = verdicts(value["differences"], config.recipe)
     return "\n\n".join([table(summary, config, heading, footer), *filter(None, [learned])])
 
 

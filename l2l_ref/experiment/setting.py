@@ -1,8 +1,7 @@
 """What a run works on: its problem, its data cut into folds, its device, its random streams."""
 
 import hashlib
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ class Setting:
     checksum: str | None  # of images
     device: torch.device
     origin: str | None = None  # of φ, where it is loaded: data, attack, ε
-    given_up: dict[str, str] = field(default_factory=dict)  # of those: {name: why}
 
     @property
     def data(self) -> tuple[str, str | None]:
@@ -51,7 +49,7 @@ class Fold:
     fit: data.Samples  # the part of it that trains candidates
     validation: data.Samples  # the part of it that chooses among them
     transfer: data.Samples  # trains what is compared
-    test: data.Samples  # judges it
+    test: data.Samples  # evaluates it
 
 
 def folds(setting: Setting) -> list[Fold]:
@@ -74,24 +72,6 @@ def folds(setting: Setting) -> list[Fold]:
     return result
 
 
-def must_fit(config: Config, problem: problems.Problem, device: torch.device) -> None:
-    """InputError for a meta-training whose φ alone needs more memory than there is: its states,
-    and what it read and wrote in an unroll."""
-    with torch.device("meta"):
-        coordinates = sum(param.numel() for param in problem.build().parameters())
-    state = 2 * config.num_layers * config.hidden_size * (1 + config.odd)
-    needed = 4 * coordinates * (state + 3 * config.unroll)
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise InputError(
-            f"{coordinates:,} weights need over {needed >> 30:,} GiB, of which "
-            f"{device} has {there >> 30:,}: choose a smaller --unroll or --batch-size"
-        )
-
-
 def prepare(config: Config, number: int = 0) -> Setting:
     """Load the data and choose the device; of several GPUs this process takes that of its number.
 
@@ -112,7 +92,6 @@ def prepare(config: Config, number: int = 0) -> Setting:
         imported(name, "compare")
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
-    must_fit(config, problem, device)
     if not problem.classes:
         drawn = problems.Quadratics(config.batch_size, device)
         return Setting(config, problem, drawn, drawn, "random quadratics", None, device)

@@ -5,6 +5,7 @@ import statistics
 from itertools import product
 from typing import Any
 
+from l2l_ref.experiment.phis import LEARNED_RATE
 from l2l_ref.experiment.protocol import Results
 from l2l_ref.experiment.trial import PGD_STEPS
 
@@ -14,17 +15,16 @@ METRICS = {
     "fgsm_loss": "loss, FGSM",
     "accuracy": "clean %",
     "fgsm_accuracy": "FGSM %",
-    "pgd_accuracy": "{judge} %",
+    "pgd_accuracy": "{attack} %",
     "ms_per_step": "ms/step",
     "seconds": "s",
 }
-CLEAN = "L2L-Transfer (clean)"
 # What φ is compared with: the paper's claim first, then what its row would be without φ, and the
 # strongest baseline that trains on the same.
 CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
-    "paper": {CLEAN: ("Adam",), "L2L": ("Nominal alone", "Adam (attacked) + L1")},
-    "robust": {CLEAN: ("Adam", "Nominal alone", "Adam + L1")},
-    "penalty": {"Nominal alone": ("Adam", "Adam + penalty + L1")},
+    "paper": {"L2L-Transfer (clean)": ("Adam",), "L2L": (LEARNED_RATE, "Adam (attacked) + L1")},
+    "robust": {"L2L-Transfer (clean)": ("Adam", LEARNED_RATE, "Adam + L1")},
+    "penalty": {LEARNED_RATE: ("Adam", "Adam + penalty + L1")},
 }
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10
 PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
@@ -33,20 +33,18 @@ PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which d
 def summarise(results: Results) -> list[dict[str, Any]]:
     """One row for each ε and method: mean and sample deviation over folds, φ and seeds.
 
-    A metric that is not finite in some run has mean and deviation None: no run is left out. Runs of
-    a φ that was given up are counted, as "skipped".
+    A metric that is not finite in some run has mean and deviation None: no run is left out.
     """
     rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for run in results.runs:
         rows.setdefault((run["eps"], run["method"]), []).append(run)
     summary = []
-    for (eps, method), every in rows.items():
-        runs = [run for run in every if "skipped" not in run]
-        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(every)}
-        row["trains_on"] = runs[0].get("trains_on", "") if runs else ""
+    for (eps, method), runs in rows.items():
+        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(runs)}
+        row["trains_on"] = runs[0]["trains_on"]
         for name in METRICS:
             values = [run.get(name) for run in runs]
-            if values and values[0] is not None:
+            if values[0] is not None:
                 row[name] = spread(values)
                 phis = sorted({run["phi"] for run in runs} - {None})
                 if len(phis) > 1:
@@ -56,7 +54,6 @@ def summarise(results: Results) -> list[dict[str, Any]]:
                     ]
         for end in ("collapsed", "diverged"):
             row[end] = sum(run["end"] == end for run in runs)
-        row["skipped"] = len(every) - len(runs)
         summary.append(row)
     return summary
 
@@ -78,9 +75,8 @@ def differences(results: Results) -> list[dict[str, Any]]:
     """
     seeds: dict[tuple[float, str], dict[tuple[int, int], list[dict[str, Any]]]] = {}
     for run in results.runs:
-        if "skipped" not in run:
-            own = seeds.setdefault((run["eps"], run["method"]), {})
-            own.setdefault((run["fold"], run["seed"]), []).append(run)
+        own = seeds.setdefault((run["eps"], run["method"]), {})
+        own.setdefault((run["fold"], run["seed"]), []).append(run)
     rows = []
     for (eps, method), own in seeds.items():
         if all(run["phi"] is None for runs in own.values() for run in runs):
@@ -99,8 +95,8 @@ def differences(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def verdicts(results: Results, rows: list[dict[str, Any]], recipe: str) -> str:
-    """Its loss less that of `CONTROLS`; a line for each ε and row of φ."""
+def verdicts(rows: list[dict[str, Any]], recipe: str) -> str:
+    """The loss of φ less that of `CONTROLS`, of `differences`; a line for each ε and row of φ."""
     lines = []
     for eps, own in product(dict.fromkeys(row["eps"] for row in rows), CONTROLS[recipe]):
         texts = []
@@ -108,13 +104,9 @@ def verdicts(results: Results, rows: list[dict[str, Any]], recipe: str) -> str:
             if (row["eps"], row["method"]) == (eps, own) and row["less"] in CONTROLS[recipe][own]:
                 loss = row.get("pgd_loss", row.get("attacked_loss"))
                 texts.append(f"{row['less']} {signed(loss)}")
-        every = {(run["phi"], "skipped" in run) for run in results.runs
-                 if (run["eps"], run["method"]) == (eps, own)}  # fmt: skip
-        given_up = sum(skipped for _, skipped in every)
-        note = f"; {given_up} of {len(every)} φ given up" if given_up else ""
         if texts:
             lines.append(f"ε {eps:g}: loss of {own} less that of " + ", ".join(texts)
-                         + f" (95 % over seeds, after the mean over φ{note})")  # fmt: skip
+                         + " (95 % over seeds, after the mean over φ)")  # fmt: skip
     return "\n".join(lines)
 
 

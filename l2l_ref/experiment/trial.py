@@ -19,14 +19,13 @@ from l2l_ref.episode import Episode
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.setting import Setting, stream
 from l2l_ref.meta_optimizer import new_phi
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 from l2l_ref.transfer import Curve, Method, running_average, train
 
 PGD_STEPS = 7  # of the loss under attack
 CALIBRATION = 1024  # images that the batch-norm of an average takes its statistics from
-# The kinds of φ: meta-trained under attack; on clean batches; a nominal term alone.
-UNDER_ATTACK, CLEAN, NOMINAL = "transfer", "not", "nominal"
+# The kinds of φ: meta-trained under attack; on clean batches; a nominal term without an LSTM.
+UNDER_ATTACK, CLEAN, ABLATION = "attacked", "clean", "ablation"
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Trial:
         )
         return average.module, curve, model
 
-    def judge(self, model: nn.Module, images: data.ImageSet, eps: float) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, images: data.ImageSet, eps: float) -> dict[str, float]:
         """Losses under PGD and FGSM on the first images of a set, and the clean accuracy.
 
         PGD-7, whatever attack trains: FGSM alone is fooled by a model that hides its gradient.
@@ -116,38 +115,19 @@ class Trial:
 
 
 def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
-    """An untrained φ of a kind; NOMINAL's is as small as can be, and its update frozen at zero."""
+    """An untrained φ of a kind; ABLATION's is as small as can be, and its update frozen at zero."""
     c = setting.config
     names = ("hidden_size", "num_layers", "p", "output_scale", "theta_input", "odd", "nominal")
     form = {name: getattr(c, name) for name in names}
-    if kind == NOMINAL:
+    if kind == ABLATION:
         form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
     generator = stream(c.seed, "phi", fold, meta_seed)
     phi = new_phi(setting.problem.build().to(setting.device), generator=generator, **form)
-    if kind == NOMINAL:
+    if kind == ABLATION:
         for meta in phi.values():
             meta.requires_grad_(False)
             meta.log_eta.requires_grad_(True)
     return phi
-
-
-def meta_settings(c: Config, kind: str, eps: float) -> MetaSettings:
-    """How a φ of a kind is trained; Transfer-NOT's with α = 1, on clean batches and for them."""
-    clean = kind == CLEAN
-    return MetaSettings(
-        episodes=c.episodes,
-        steps=c.episode_steps[-1],
-        unroll=c.unroll,
-        meta_lr=c.meta_lr,
-        schedule=c.meta_schedule,
-        clip=c.clip,
-        read_alpha=1.0 if clean else c.read_alpha,
-        penalty=0.0 if clean else c.penalty * eps,
-        alpha=1.0 if clean else c.alpha,
-        curriculum=c.curriculum,
-        average=c.average,
-        stride=c.stride,
-    )
 
 
 def train_phi(
@@ -166,7 +146,7 @@ def train_phi(
     `check`: the loss of φ on validation images, or None where its last state will do.
     """
     c = setting.config
-    settings = meta_settings(c, kind, eps)
+    settings = c.meta_settings(eps, clean=kind == CLEAN)
     phi = untrained(setting, kind, fold, meta_seed)
     lengths = episode_lengths(c, stream(c.seed, "lengths", fold, meta_seed))
 

@@ -1,24 +1,22 @@
-"""Choosing settings without the test: the baselines' grids, and the paper's grid search for φ."""
+"""Choosing the settings of the baselines without the test set."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
 from l2l_ref import data, evaluate
-from l2l_ref.experiment.config import Config, combinations, with_grid
-from l2l_ref.experiment.options import show
+from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.phis import OWN, phi_methods
-from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.queue import Piece
+from l2l_ref.experiment.queue import Piece, named
 from l2l_ref.experiment.setting import Fold, Setting
-from l2l_ref.experiment.trial import CLEAN, UNDER_ATTACK, Trial, train_phi
+from l2l_ref.experiment.trial import CLEAN, Trial
 from l2l_ref.foreign import imported, takes
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
@@ -62,10 +60,13 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     def add(label: str, axes: Mapping[str, Sequence[float]], optimizer=adam, **fixed: Any) -> None:
         """A baseline over the product of `axes`: learning rates, and weights of L1 and λ/ε."""
         grids[label] = {}
-        for point in combinations(axes)[:: config.tune_every]:
-            options = {"l1": point.get("L1", 0.0), "penalty": point.get("λ/ε", 0.0) * eps, **fixed}
+        points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+        for point in points[:: config.tune_every]:
             words = ", ".join(f"{name} {value:g}" for name, value in point.items())
-            grids[label][words] = Method(label, partial(optimizer, point.get("lr")), **options)
+            lr, l1, penalty = (point.get(name) for name in ("lr", "L1", "penalty"))
+            grids[label][words] = Method(
+                label, partial(optimizer, lr), l1=l1 or 0.0, penalty=(penalty or 0.0) * eps, **fixed
+            )
 
     if config.dataset == "quadratic":
         add("Adam", {"lr": QUADRATIC_ADAM_LRS})
@@ -76,7 +77,7 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     add("SGD", {"lr": SGD_LRS}, sgd)
     add("Adam + L1", {"lr": LOW_LRS, "L1": L1_WEIGHTS})
     if config.attack != "none":
-        penalised = {"L1": LITTLE_L1, "λ/ε": PENALTIES if mnist else PENALTIES[:1]}
+        penalised = {"L1": LITTLE_L1, "penalty": PENALTIES if mnist else PENALTIES[:1]}
         attacked = {"lr": LRS, "L1": LITTLE_L1[1:]}
         add("Adam + penalty + L1", {"lr": LRS, **penalised})
         add("Adam (attacked)", {"lr": ADAM_LRS}, alpha=alpha)
@@ -132,7 +133,7 @@ class Grid:
     methods: dict[str, Method]
 
     def name(self, what: str) -> str:
-        return f"tune-fold{self.fold.number}-eps{self.eps}-{self.label}-{what}"
+        return named("tune", self.label, what, f"fold{self.fold.number}", f"eps{self.eps}")
 
     @property
     def places(self) -> int:
@@ -149,22 +150,22 @@ class Grid:
         result = []
         for name, settings, own in zip(first, self.methods, costs, strict=True):
             run = partial(self.run, settings, 0)
-            result.append(Piece(name, run, self.label, own))
-        for place, seed in itertools.product(range(self.places), range(1, c.tune_seeds)):
+            result.append(Piece(name, run, own))
+        for place, seed in product(range(self.places), range(1, c.tune_seeds)):
             name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
-            result.append(Piece(self.name(name), run, self.label, max(costs), first))
+            result.append(Piece(self.name(name), run, max(costs), first))
         return result
 
     def needs(self) -> tuple[str, ...]:
         return tuple(piece.name for piece in self.pieces())
 
-    def run(self, settings: str, seed: int, _: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, settings: str, seed: int, *_: Any) -> dict[str, Any]:
         outcome = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
         return {"settings": settings, **outcome}
 
-    def run_place(self, place: int, seed: int, parts: Mapping[str, Any]) -> dict[str, Any]:
+    def run_place(self, place: int, seed: int, parts: Mapping[str, Any], _: Any) -> dict[str, Any]:
         first = sorted((parts[name] for name in self.first()), key=score)
-        return self.run(first[place]["settings"], seed, parts)
+        return self.run(first[place]["settings"], seed)
 
     def chosen(self, parts: Mapping[str, Any]) -> str:
         """The best settings, in words."""
@@ -199,22 +200,22 @@ def score(outcome: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> Outcome:
-    """Train a method on one part of the meta-training half and judge it on the other."""
+    """Train a method on one part of the meta-training half and evaluate it on the other."""
     trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
     fit = fold.fit.first(setting.config.images)
     model, curve, _ = trial.train(method, fit, fold.validation, eps, every=steps)
     if not isinstance(fold.validation, data.ImageSet):
         return {"collapsed": False, "loss": curve.attacked[-1]}
-    judged = trial.judge(model, fold.validation, eps)
-    loss = judged["pgd_loss"] if not curve.diverged else math.nan
-    collapsed = evaluate.is_collapsed(loss, judged["accuracy"], setting.problem.classes)
+    found = trial.evaluate(model, fold.validation, eps)
+    loss = found["pgd_loss"] if not curve.diverged else math.nan
+    collapsed = evaluate.is_collapsed(loss, found["accuracy"], setting.problem.classes)
     return {"collapsed": collapsed, "loss": loss}
 
 
 def check_of(
     setting: Setting, fold: Fold, kind: str, eps: float
 ) -> Callable[[nn.ModuleDict], float] | None:
-    """The loss of a φ in the row that it is meant for, as candidates are judged, at the length of
+    """The loss of a φ in the row that it is meant for, as candidates are, at the length of
     its longest episodes; None for one that is meant for none (Transfer-NOT)."""
     c = setting.config
     short = replace(setting, config=replace(c, steps=c.episode_steps[-1]))
@@ -228,62 +229,3 @@ def check_of(
         return math.inf if max(bad) else statistics.fmean(losses)
 
     return None if kind == CLEAN else check
-
-
-@dataclass(frozen=True)
-class Search:
-    """The `--grid` of φ's settings: meta-train each combination and take the best.
-
-    Candidates meta-train on one part of the meta-training half, then train new optimizees on the
-    clean batches of that same part, and are judged on the other by their loss under attack,
-    averaged over `eps` and seeds.
-    """
-
-    setting: Setting
-    fold: Fold
-    progress: Progress
-
-    def points(self) -> dict[str, dict[str, float]]:
-        """The candidates, by the names of their pieces."""
-        grid, names = self.setting.config.grid, {}
-        for point in combinations(grid) if grid else []:
-            words = "-".join(f"{key} {show(value)}" for key, value in point.items())
-            names[f"grid-fold{self.fold.number}-{words}"] = point
-        return names
-
-    def pieces(self) -> list[Piece]:
-        c = self.setting.config
-        dear = len(c.eps) * c.episodes * c.episode_steps[-1] * 10
-        return [Piece(name, partial(self.run, point), "grid", dear)
-                for name, point in self.points().items()]  # fmt: skip
-
-    def run(self, point: dict[str, float], _: Mapping[str, Any]) -> Outcome:
-        setting, fold = self.with_point(point), self.fold
-        c, outcomes = setting.config, []
-        for eps in c.eps:
-            show = self.progress.begin(c.episodes, f"grid: {point}, eps {eps:g}")
-            phi, history = train_phi(setting, fold.fit, UNDER_ATTACK, eps, fold.number, 0, show)
-            if history["ended"]:
-                return {"collapsed": True, "loss": math.inf}
-            by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
-            method = Method("grid", by_phi, penalty=c.penalty * eps)
-            outcomes += [validate(setting, method, fold, eps, seed) for seed in range(c.tune_seeds)]
-        bad, losses = zip(*map(score, outcomes), strict=True)
-        return {"collapsed": max(bad) == 2, "loss": statistics.fmean(losses)}
-
-    def with_point(self, point: dict[str, float]) -> Setting:
-        return replace(self.setting, config=with_grid(self.setting.config, point))
-
-    def tried(self, parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What was tried, one dict a candidate."""
-        points = self.points()
-        rows = [{"fold": self.fold.number, "settings": point, **parts[name], "chosen": False}
-                for name, point in points.items()]  # fmt: skip
-        if rows:
-            min(rows, key=score)["chosen"] = True
-        return rows
-
-    def best(self, parts: Mapping[str, Any]) -> Setting:
-        """The setting with the best settings of φ in place."""
-        chosen = [row["settings"] for row in self.tried(parts) if row["chosen"]]
-        return self.with_point(chosen[0]) if chosen else self.setting

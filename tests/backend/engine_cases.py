@@ -30,8 +30,7 @@ class Case(NamedTuple):
     @property
     def form(self) -> equations.Form:
         """The keyword arguments of every operator."""
-        names = ("p", "output_scale", "theta_input", "odd")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in equations.Form.__annotations__}
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -152,12 +151,12 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-def edges(dtype, *more: float) -> Tensor:
-    """Gradients at the edge, of either sign: zeros, denormals, both sides of e^-10, `more`, the
-    largest, infinities; and last a NaN."""
+def edges(dtype) -> Tensor:
+    """Gradients at the edge, of either sign: zeros, denormals, both sides of e^-10, the largest,
+    infinities; some sizes between; and last a NaN."""
     limits, edge = torch.finfo(dtype), torch.tensor(math.exp(-10.0), dtype=dtype)
-    around = [edge, *(torch.nextafter(edge, edge + way) for way in (-1, 1))]
-    sizes = [0.0, limits.tiny / 1024, limits.tiny, *map(float, around), 1.0, *more]
+    around = [float(torch.nextafter(edge, edge + way)) for way in (-1, 0, 1)]
+    sizes = [0.0, limits.tiny / 1024, limits.tiny, *around, 1e-30, 1e-3, 1.0, 1e30]
     sizes += [limits.max, math.inf]
     return torch.tensor([sign * s for s in sizes for sign in (1, -1)] + [math.nan], dtype=dtype)
 

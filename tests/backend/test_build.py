@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,9 @@ NVCC = """case $1 in
   *) echo "$@" >> {calls}; for last; do :; done; echo > "$last"
      echo "for 'sm_90': 4 bytes spill stores, 8 bytes spill loads" ;;
 esac"""
+OTHER = NVCC.replace("13.0", "11.8")
 FAILS = "echo 'kernels.cu(3): error: no such thing' >&2; exit 2"
+CPU, GPU = "_C", "_C_cuda"
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32" or shutil.which("ninja") is None, reason="no shell scripts or ninja"
 )
@@ -28,6 +31,7 @@ def build(monkeypatch, tmp_path, capsys):
     """Builds with two compilers: the halves that are there, what it reports, all calls."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("torch.version.cuda", "13.2")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")  # ninja is on PATH, or missing
     for name in ("TORCH_CUDA_ARCH_LIST", "USE_CUDA"):
         monkeypatch.setenv(name, "")  # as if not set; afterwards, what setup.py set is undone too
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -35,13 +39,14 @@ def build(monkeypatch, tmp_path, capsys):
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
 
-    def run(cxx=NVCC, nvcc=NVCC):
+    def run(cxx=NVCC, nvcc=NVCC, torch=torch):
+        monkeypatch.setitem(sys.modules, "torch", torch)
         for path, text in ((tmp_path / "c++", cxx), (tmp_path / "bin/nvcc", nvcc)):
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"#!/bin/sh\n{text.replace('{calls}', str(tmp_path / 'calls'))}\n")
             path.chmod(0o755)
         (tmp_path / "calls").write_text("")
-        halves = [Extension(name, []) for name in ("_C", "_C_cuda")]
+        halves = [Extension(name, []) for name in (CPU, GPU)]
         command = setup.BuildEngine(Distribution({"ext_modules": halves}))
         command.ensure_finalized()
         command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "of objects")
@@ -67,7 +72,7 @@ def gencode(calls):
 
 def test_each_object_with_its_flags_and_once(build):
     here, reports, calls = build()
-    assert here == {"_C", "_C_cuda"}
+    assert here == {CPU, GPU}
     assert reports[1].endswith("CUDA 13.0 for 7.5 8.0 9.0+PTX 10.0 12.0+PTX")
     assert gencode(calls) == [
         "sm_100", "compute_120", "sm_120", "sm_75", "sm_80", "compute_90", "sm_90"
@@ -105,44 +110,33 @@ def test_nvcc_on_path_may_be_a_wrapper(build, monkeypatch, tmp_path):
     ninja = Path(shutil.which("ninja")).parent
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{ninja}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_HOME")
-    assert build()[0] == {"_C", "_C_cuda"}
+    assert build()[0] == {CPU, GPU}
 
 
 @pytest.mark.parametrize(
-    "given, environment, words",
+    "half, given, environment, words",
     [
-        ({}, {"USE_CUDA": "0"}, "USE_CUDA is 0"),
-        ({"nvcc": NVCC.replace("13.0", "11.8")}, {}, "nvcc is of CUDA 11.8, torch of 13.2; USE_C"),
-        ({"nvcc": "echo nothing"}, {}, "nvcc is of CUDA , torch of 13.2"),
-        ({"nvcc": FAILS}, {}, r"nvcc failed \(kernels.cu\(3\): error: no such thing\)"),
-        ({}, {"CUDA_HOME": "/nowhere"}, "No such file or directory: '/nowhere/bin/nvcc'"),
-        ({}, {"TORCH_CUDA_ARCH_LIST": "8.0 Lovelace"}, "Unknown.*Lovelace"),
+        (GPU, {}, {"USE_CUDA": "0"}, "USE_CUDA is 0"),
+        (GPU, {"nvcc": OTHER}, {}, "nvcc is of CUDA 11.8, torch of 13.2; USE_CUDA=1"),
+        (GPU, {"nvcc": "echo nothing"}, {}, "nvcc is of CUDA , torch of 13.2"),
+        (GPU, {"nvcc": FAILS}, {}, r"nvcc failed \(kernels.cu\(3\): error: no such thing\)"),
+        (GPU, {}, {"CUDA_HOME": "/nowhere"}, "No such file or directory: '/nowhere/bin/nvcc'"),
+        (GPU, {}, {"TORCH_CUDA_ARCH_LIST": "8.0 Lovelace"}, "Unknown.*Lovelace"),
+        (CPU, {"cxx": "exit 127"}, {}, r"failed \(exit status 127\)"),  # links: objects are new
+        (CPU, {}, {"PATH": "/nowhere"}, "/nowhere/ninja"),
+        (CPU, {"torch": None}, {}, "torch"),
     ],
 )
-def test_without_the_gpus_half(build, monkeypatch, given, environment, words):
-    """What an earlier build left does not stay."""
+def test_a_half_that_cannot_be_built(build, monkeypatch, half, given, environment, words):
+    """One line says why, and the installation goes on; what an earlier build left does not stay."""
     build()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     here, reports, _ = build(**given)
-    assert here == {"_C"} and re.search(f"^_C_cuda is not built: .*{words}", reports[1])
+    assert here == ({CPU} if half == GPU else set())
+    assert re.search(f"^{half} is not built: .*{words}", reports[-1])
 
 
 def test_another_cuda_than_torchs_on_demand(build, monkeypatch):
     monkeypatch.setenv("USE_CUDA", "1")
-    assert build(nvcc=NVCC.replace("13.0", "11.8"))[0] == {"_C", "_C_cuda"}
-
-
-@pytest.mark.parametrize("missing", ["compiler", "torch", "ninja"])
-def test_without_any(build, monkeypatch, missing):
-    """One line says why, and the installation goes on."""
-    build()
-    if missing == "torch":
-        monkeypatch.setitem(sys.modules, "torch", None)
-    if missing == "ninja":
-        monkeypatch.setenv("PATH", "/nowhere")
-        monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    # as every object is new, the linker fails
-    here, (report,), _ = build(cxx="exit 127") if missing == "compiler" else build()
-    words = {"compiler": r"failed \(exit status 127\)", "torch": "torch", "ninja": "/nowhere/ninja"}
-    assert not here and re.search(f"^_C is not built: .*{words[missing]}", report)
+    assert build(nvcc=OTHER)[0] == {CPU, GPU}

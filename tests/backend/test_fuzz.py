@@ -1,7 +1,8 @@
 """Any shape, layout and values for every operator: the reference's result, or a refusal.
 
-It draws for `L2L_FUZZ_SECONDS` (4) with each of the machine's kernels; `make soak` has it draw
-for a quarter of an hour. A failure names the seed of its example, where `L2L_FUZZ_SEED` begins.
+It draws for `L2L_FUZZ_SECONDS` (4) with each of the machine's kernels and the GPU's on the host;
+`make soak` has it draw for a quarter of an hour. A failure names the seed of its example, where
+`L2L_FUZZ_SEED` begins.
 """
 
 import math
@@ -11,6 +12,7 @@ import time
 
 import pytest
 import torch
+from conftest import KERNELS
 from engine_cases import BACKWARD, STEP, UNROLL, Case, arguments, listed
 
 from l2l_ref import equations
@@ -21,32 +23,28 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}  # of the largest finite 
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3e38, math.exp(-10))
 
 
-def derivative(name):
-    """`name`_backward by the reference: autograd through `name`."""
-
-    def of(*tensors, **form):
-        count = len(tensors) - (2 if name == "theta_step" else 1)
-        inputs = [x.clone().requires_grad_() for x in tensors[:count]]
-        outputs = getattr(equations, name)(*inputs, **form)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad(outputs, inputs, tensors[count:])
-
-    return of
+def theta_step_backward(*tensors, **form):
+    """By the reference: autograd through theta_step."""
+    inputs = [x.clone().requires_grad_() for x in tensors[:4]]
+    return torch.autograd.grad(equations.theta_step(*inputs, **form), inputs, tensors[4:])
 
 
 def in_lists(step_):
-    """theta_step_ of one tensor."""
-    return lambda *tensors, **form: step_(*listed(*tensors), **form)
+    """theta_step_ of one tensor, and what it writes."""
+
+    def step(*tensors, **form):
+        step_(*listed(*tensors), **form)
+        return tensors[0], tensors[2]
+
+    return step
 
 
 # Of each operator its tensors, and its twin.
 OPERATORS = {
     "theta_step_": (STEP, in_lists(equations.theta_step_)),
     "theta_step": (STEP, equations.theta_step),
-    "theta_step_backward": (BACKWARD, derivative("theta_step")),
+    "theta_step_backward": (BACKWARD, theta_step_backward),
     "unroll_meta_gradient": (UNROLL, equations.unroll_meta_gradient),
-    "preprocess": (("gradient",), equations.preprocess),
-    "preprocess_backward": (("gradient", "d_preprocessed"), derivative("preprocess")),
 }
 
 
@@ -98,11 +96,10 @@ def finite_size(x: torch.Tensor) -> float:
     return float(finite.abs().max()) if len(finite) else 0.0
 
 
-def check(name: str, noise: random.Random) -> None:
+def check(operators, name: str, noise: random.Random) -> None:
     names, twin = OPERATORS[name]
     case, dtype = drawn_case(noise), noise.choice((torch.float32, torch.float64))
     given = arguments(case, dtype)
-    given["d_preprocessed"] = torch.randn(2, case.n, dtype=dtype)
     odd_ones = noise.choice(("gradient", "gradients", "state", "cotangents", "theta", "", "", ""))
     tensors, taken = [], True
     for argument in names:
@@ -113,19 +110,16 @@ def check(name: str, noise: random.Random) -> None:
         x, plain = with_layout(noise, x)
         tensors.append(x)
         taken &= plain
-    form = {"p": case.p} if name.startswith("preprocess") else case.form
-    operator = getattr(torch.ops.l2l_ref, name)
+    operator = getattr(operators, name)
     if name == "theta_step_":
         operator = in_lists(operator)
     if not taken:
         with pytest.raises(RuntimeError, match="contiguous"):
-            operator(*tensors, **form)
+            operator(*tensors, **case.form)
         return
     clones = [None if x is None else x.clone() for x in tensors]
-    actual, expected = operator(*tensors, **form), twin(*clones, **form)
-    if name == "theta_step_":
-        actual, expected = (tensors[0], tensors[2]), (clones[0], clones[2])
-    results = [r if isinstance(r, tuple) else (r,) for r in (actual, expected)]
+    results = operator(*tensors, **case.form), twin(*clones, **case.form)
+    results = [r if isinstance(r, tuple) else (r,) for r in results]
     for a, e in zip(*results, strict=True):
         assert a.shape == e.shape and a.dtype == e.dtype
         least = max(abs(case.output_scale), 1e-30)
@@ -135,13 +129,14 @@ def check(name: str, noise: random.Random) -> None:
             torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 
+@pytest.mark.parametrize("level", [*KERNELS, "emulated"], indirect=True)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_any_input(cpu_level, name):
+def test_any_input(level, fused, name):
     seed, end = SEED, time.monotonic() + SECONDS / len(OPERATORS)
     while time.monotonic() < end:
         try:
-            check(name, random.Random(f"{name} {seed}"))
+            check(fused._ops, name, random.Random(f"{name} {seed}"))
         except BaseException as error:
-            raise AssertionError(f"L2L_FUZZ_SEED={seed}, {name}, {cpu_level}") from error
+            raise AssertionError(f"L2L_FUZZ_SEED={seed}, {name}, {level}") from error
         seed += 1
     assert seed - SEED >= SECONDS, "hardly an example was tried"

@@ -4,8 +4,6 @@ On the host the kernels run for any GPU one can imagine (`l2l_ref_emulated`), th
 an order that changes from barrier to barrier: where one is missing, a number is wrong.
 """
 
-from importlib import import_module
-
 import pytest
 import torch
 from conftest import every_form, use_emulated
@@ -17,12 +15,9 @@ from engine_cases import (
     expect_close,
     expected,
     listed,
-    run_all,
-    run_gradients,
     run_unroll,
     run_update,
     trajectory,
-    without,
 )
 
 from l2l_ref import equations
@@ -45,10 +40,10 @@ SMALL = [gpu for gpu in GPUS if gpu != "little shared memory"]
 @pytest.fixture
 def emulate(fused, monkeypatch):
     """name of a GPU, tensor_cores -> the emulated kernels run as on that GPU."""
-    emulated = import_module("l2l_ref.backend._C").emulated
+    use_machine = torch.ops.l2l_ref_emulated.use_machine
     use_emulated(fused, monkeypatch)
-    yield lambda name, tensor_cores=False: emulated.use_machine(*GPUS[name], tensor_cores)
-    emulated.use_machine(2, *GPUS["H200"][1:])
+    yield lambda name, tensor_cores=False: use_machine(*GPUS[name], tensor_cores)
+    use_machine(2, *GPUS["H200"][1:], False)
 
 
 class TestLaunches:
@@ -57,23 +52,12 @@ class TestLaunches:
     def test_every_gpu_has_the_same_results(self, fused, emulate, gpu, theta_input, odd):
         """Blocks of 32 to 256 lanes, one to many blocks, runs of blocks a processor."""
         emulate(gpu)
-        for n, hidden in ((1, 20), (130, 20), (777, 20), (2000, 9)):
+        for n, hidden in ((1, 20), (70, 97), (130, 64), (777, 20), (2000, 9)):
             case = Case(n, 2, hidden, theta_input, odd, steps=2)
-            given = arguments(case, torch.float64)
-            expect_close(run_update(fused, case, given), expected(run_update, case), 1e-10)
-            expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-10)
-            given = arguments(case, torch.float32)
-            expect_close(run_update(fused, case, given), expected(run_update, case), 1e-5)
-            expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-4)
-
-    @pytest.mark.parametrize("hidden", [1, 3, 4, 21, 40, 63, 64, 97])
-    @pytest.mark.parametrize("gpu", ["H200", "one processor"])
-    def test_units_take_turns_where_warps_are_few(self, fused, emulate, gpu, hidden):
-        emulate(gpu)
-        case = Case(70, 2, hidden, True, True, steps=2)
-        given = arguments(case)
-        expect_close(run_gradients(fused, case, given), expected(run_gradients, case), 1e-10)
-        expect_close(run_unroll(fused, case, given), expected(run_unroll, case), 1e-10)
+            for dtype, *tolerances in ((torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-4)):
+                given = arguments(case, dtype)
+                for run, tolerance in zip((run_update, run_unroll), tolerances, strict=True):
+                    expect_close(run(fused, case, given), expected(run, case), tolerance)
 
     def test_a_step_has_the_same_bits_on_every_gpu(self, fused, emulate):
         case, results = Case(777, 2, 20, True, True), []
@@ -89,10 +73,10 @@ class TestLaunches:
         emulate("little shared memory")
         case = Case(9, 2, 5)
         expect_close(run(fused, case, arguments(case)), expected(run, case), 1e-10)
-        case = Case(9, 2, 64)
+        case = Case(9, 2, 32)
         given = arguments(case)
         before = given["theta"].clone(), given["state"].clone()
-        with pytest.raises(RuntimeError, match="64 units need more shared memory than"):
+        with pytest.raises(RuntimeError, match="32 units need more shared memory than"):
             run(fused, case, given)
         assert torch.equal(given["theta"], before[0]) and torch.equal(given["state"], before[1])
 
@@ -121,18 +105,6 @@ class TestTensorCores:
                 emulate("H200", tensor_cores)
                 results.append(run_update(fused, case, arguments(case, dtype)))
             assert all(map(torch.equal, *results)) == same
-
-    @every_form
-    def test_a_nan_touches_no_other_coordinate(self, fused, emulate, theta_input, odd):
-        emulate("H200", tensor_cores=True)
-        case = Case(70, 2, 20, theta_input, odd)
-        given = arguments(case, torch.float32)
-        clean = run_update(fused, case, given)
-        given["gradient"][33] = torch.nan
-        dirty = run_update(fused, case, given)
-        for a, b in zip(clean, dirty, strict=True):
-            assert torch.equal(without(33, case, a), without(33, case, b))
-            assert b[..., 33].isnan().any()
 
     def test_a_trajectory_of_100_steps(self, fused, emulate, record_property):
         """As near to float64 as multiply-adds in float32, where errors feed back."""
@@ -171,14 +143,10 @@ def test_no_register_is_spilled():
     info = build_info()
     if info is None or info["cuda"] is None:
         pytest.skip(f"the CUDA engine is not built, or torch is without CUDA: {BUILD_CUDA}")
-    if info["cuda"]["nvcc"] != "13.0":
-        pytest.skip(f"nvcc {info['cuda']['nvcc']} spills, in bytes: {info['cuda']['spilled']}")
     spilled = dict(part.split(":") for part in info["cuda"]["spilled"].split())
-    names = info["cuda"]["architectures"].replace("+PTX", "").replace(".", "").split()
-    compiled = {f"sm_{name}" for name in names}
-    checked = {"sm_80", "sm_90"} & compiled
-    if not checked:
-        pytest.skip(f"built for {info['cuda']['architectures']}, neither 8.0 nor 9.0")
+    checked = {"sm_80", "sm_90"} & spilled.keys()
+    if info["cuda"]["nvcc"] != "13.0" or not checked:
+        pytest.skip(f"nvcc {info['cuda']['nvcc']} spills, in bytes: {info['cuda']['spilled']}")
     assert {name: spilled[name] for name in checked} == dict.fromkeys(checked, "0")
 
 
@@ -201,13 +169,6 @@ class TestCuda:
         assert len(recwarn) == 0
         with pytest.warns(UserWarning, match="shared memory for 256 hidden units on cuda:0"):
             assert operators("auto", torch.zeros(2, 2, 256, 3, device="cuda")) is equations
-
-    @every_form
-    def test_the_same_bits_every_time(self, cuda, theta_input, odd):
-        case = Case(20_000, 2, 20, theta_input, odd, steps=5)
-        runs = [run_all(cuda, case, on_gpu(case)) for _ in range(5)]
-        for other in runs[1:]:
-            assert all(map(torch.equal, runs[0], other))
 
     def test_the_current_stream(self, cuda):
         """Work waits for what its stream waits for: a step after a long kernel on a side stream
@@ -293,14 +254,6 @@ class TestCuda:
         torch.testing.assert_close(theta[last], some["theta"] + u, rtol=0, atol=1e-6)
         assert torch.equal(state[:, 0, :, last], h) and torch.equal(state[:, 1, :, last], c)
 
-    def test_compiled(self, cuda):
-        case = Case(50, 2, 5)
-        step = torch.compile(cuda.theta_step_, fullgraph=True)
-        actual, eager = on_gpu(case, STEP), on_gpu(case, STEP)
-        step(*listed(*actual), **case.form)
-        cuda.theta_step_(*listed(*eager), **case.form)
-        assert all(map(torch.equal, actual, eager))
-
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
     def test_several_gpus(self, cuda):
         """Each in turn, whatever the current device."""
@@ -313,9 +266,3 @@ class TestCuda:
             results[-1] = [x.cpu() for x in results[-1]]
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))
-
-    def test_the_reference_agrees_there(self, cuda):
-        case = Case(200, 2, 20, True, True, steps=3)
-        given = on_gpu(case, dtype=torch.float64)
-        for run in RUNS:
-            expect_close(run(cuda, case, given), run(equations, case, given), 1e-10)

@@ -85,23 +85,3 @@ def test_the_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     for name, value in (("DIR", f"{tmp_path}/.git"), ("WORK_TREE", str(tmp_path))):
         monkeypatch.setenv(f"GIT_{name}", value)
         assert machine.git_commit() == own
-
-
-@pytest.mark.parametrize(
-    "values, started",
-    [
-        (("3", "1", "4"), True), (("0", "0", "1"), True), ((None, None, None), False),
-        (("3", None, None), False), (("3", "1", ""), False), (("", "", ""), False),
-        (("gold", "0", "4"), False), (("-1", "0", "4"), False),
-    ],
-)  # fmt: skip
-def test_torchrun_sets_all_three(values, started, monkeypatch):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    for name, value in zip(names, values, strict=True):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    expected = (
-        {name: int(value) for name, value in zip(names, values, strict=True)} if started else {}
-    )
-    assert machine.torchrun() == expected

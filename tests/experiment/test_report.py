@@ -1,4 +1,4 @@
-"""What a report says of runs: means by φ, paired differences, and the φ that were given up."""
+"""What a report says of runs: means by φ, paired differences, verdicts."""
 
 import json
 import math
@@ -21,13 +21,8 @@ def run(method, phi=None, seed=0, fold=0, eps=0.1, loss=1.0, end="ok", **more):
             **more}  # fmt: skip
 
 
-def skipped(method, phi=0, seed=0, fold=0, eps=0.1):
-    key = {"eps": eps, "method": method, "fold": fold, "phi": phi, "seed": seed}
-    return {**key, "skipped": "φ collapsed"}
-
-
 def results(*runs) -> Results:
-    return Results(list(runs), {}, [], {})
+    return Results(list(runs))
 
 
 class TestStudent:
@@ -100,9 +95,6 @@ class TestDifferences:
             # only seeds that both have count
             ([run("φ", phi=0, seed=0, loss=1.0), run("φ", phi=0, seed=1, loss=2.0),
               run("Adam", seed=1, loss=0.5), run("Adam", seed=2, loss=9.0)], 1.5),
-            # runs of a φ that was given up are left out
-            ([run("φ", phi=0, loss=1.0), skipped("φ", phi=1), run("Adam", loss=3.0), skipped("ψ")],
-             -2.0),
             # a run that diverged leaves no mean
             ([run("φ", phi=0, seed=0, loss=math.nan, end="diverged"), run("φ", phi=0, seed=1),
               run("Adam", seed=0), run("Adam", seed=1)], None),
@@ -134,7 +126,7 @@ class TestSummary:
         losses = enumerate((1.0, 2.0, 6.0))
         (row,) = summary.summarise(results(*(run("m", 0, seed, loss=x) for seed, x in losses)))
         assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
-        assert row["skipped"] == row["collapsed"] == row["diverged"] == 0 and row["runs"] == 3
+        assert row["collapsed"] == row["diverged"] == 0 and row["runs"] == 3
 
     def test_collapsed_and_diverged_runs_are_counted_and_named(self):
         ends = [("collapsed", 2.3), ("ok", 1.0), ("diverged", math.nan)]
@@ -155,22 +147,6 @@ class TestSummary:
         assert "by_phi" not in row["attacked_loss"]
         (row,) = summary.summarise(results(run("Adam", seed=0), run("Adam", seed=1)))
         assert "by_phi" not in row["attacked_loss"]
-
-    def test_skipped_runs_are_counted_and_enter_no_mean(self):
-        (row,) = summary.summarise(results(
-            run("φ", phi=0, loss=1.0), skipped("φ", phi=1),
-            run("φ", phi=2, loss=4.0, end="collapsed"),
-        ))  # fmt: skip
-        assert (row["runs"], row["skipped"], row["collapsed"]) == (3, 1, 1)
-        assert row["attacked_loss"]["mean"] == 2.5
-        assert row["attacked_loss"]["by_phi"] == [1.0, 4.0]
-        assert "1/3 collapsed, 1/3 skipped" in report.table([row], complete({}), "title", "footer")
-
-    def test_a_method_without_any_run_is_a_line_of_dashes(self):
-        rows = summary.summarise(results(run("Adam", loss=1.25), skipped("φ")))
-        text = report.table(rows, complete({}), "title", "footer").splitlines()
-        assert cells(text[4]) == ["Adam", "clean", "1.250", "1.000"]
-        assert cells(text[5]) == ["φ", "", "–", "–"] and text[7] == "φ: 1/1 skipped"
 
     def test_judged_losses_take_the_place_of_the_curves(self):
         more = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
@@ -205,45 +181,34 @@ class TestSummary:
         text = report.table(summary.summarise(results(*runs)), setting, "title", "footer")
         assert max(map(len, text.splitlines())) <= 100
 
-    def test_skipped_runs_have_no_curve(self):
-        text = report.curves_csv(results(skipped("φ"), run("Adam")), "made up")
-        assert text.splitlines() == [
-            "eps,method,fold,phi,seed,step,clean_loss,attacked_loss,data",
-            "0.1,Adam,0,,0,0,1.0,2.0,made up",
-            "0.1,Adam,0,,0,1,1.0,1.0,made up",
-        ]
 
-
-def test_the_figure_names_what_was_skipped(tmp_path, monkeypatch):
-    """A method of which nothing ran has no curve, but a note in its panel."""
+def test_the_figure_names_what_ended_badly(tmp_path, monkeypatch):
     drawn, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: (
         drawn.append(figure), savefig(figure, *args, **options)))  # fmt: skip
-    runs = [run("Adam"), run("L2L", phi=0), skipped("L2L", phi=1)]
-    runs += [skipped("L2L-Transfer (clean)", phi) for phi in (0, 1)]
+    runs = [run("Adam"), run("L2L", phi=0), run("L2L", phi=1, end="collapsed"), run("SGD")]
     config = cli.parse(["--dataset", "mnist"])
     draw_curves(tmp_path / "x.png", runs, summary.summarise(results(*runs)), config, "t", "f")
     (axes,) = drawn[0].axes
     assert axes.get_legend_handles_labels()[1] == ["L2L", "Adam"]
+    assert drawn[0].get_supxlabel().startswith("not drawn: SGD\n")
     (note,) = axes.texts
-    assert sorted(note.get_text().splitlines()) == [
-        "L2L-Transfer (clean): 2/2 skipped", "L2L: 1/2 skipped"]  # fmt: skip
+    assert note.get_text() == "L2L: 1/2 collapsed"
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_report_with_runs_that_diverged_or_were_skipped(tmp_path):
+def test_a_report_with_runs_that_diverged(tmp_path):
     """All of it is written, in JSON that any reader takes."""
     setting = prepare(cli.parse(["--dataset", "quadratic"]))
     runs = [run("Adam", seed=s, eps=0.0) for s in (0, 1)]
     runs.append(run("L2L-Transfer", phi=0, seed=0, eps=0.0, loss=math.nan, end="diverged"))
-    runs += [run("L2L-Transfer", phi=0, seed=1, eps=0.0), skipped("Nominal alone", eps=0.0)]
+    runs += [run("L2L-Transfer", phi=0, seed=1, eps=0.0)]
     environment = dict.fromkeys(("git_commit", "device", "threads", "torch", "backend"))
     text = report.write(tmp_path, results(*runs), setting, environment, "python run.py")
-    assert "1/2 diverged" in text and "1/1 skipped" in text and "not finite" in text
+    assert "1/2 diverged" in text and "not finite" in text
     summary = json.loads((tmp_path / "summary.json").read_text())
     rows = {row["method"]: row for row in summary["table"]}
-    assert rows["Nominal alone"]["skipped"] == 1 and rows["L2L-Transfer"]["diverged"] == 1
-    assert summary["runs"][-1]["skipped"] == "φ collapsed"
+    assert rows["L2L-Transfer"]["diverged"] == 1 and len(summary["runs"]) == 4
     (row,) = summary["differences"]
     assert (row["method"], row["less"]) == ("L2L-Transfer", "Adam")
     assert row["attacked_loss"] == {"mean": None, "half_width": None}
@@ -255,25 +220,25 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
         return {"eps": 0.1, "method": method, "less": less, "pgd_loss": loss}
 
     rows = [
-        row("L2L", "Nominal alone", -0.25, 0.1),
-        row("L2L-Transfer (clean)", "Nominal alone", None, None),
+        row("L2L", "Adam, learned rate", -0.25, 0.1),
+        row("L2L-Transfer (clean)", "Adam, learned rate", None, None),
         row("L2L", "Adam", -9.0, 0.1),  # no control
         row("L2L", "Adam (attacked) + L1", 0.5, None),
         row("L2L-Transfer (clean)", "Adam", 2.0, 0.25),
         row("L2L-Transfer (clean)", "Adam + L1", 1.0, 0.125),
     ]
-    of = results(run("L2L", phi=0), skipped("L2L", phi=1), run("L2L-Transfer (clean)", phi=0))
     of_clean = "ε 0.1: loss of L2L-Transfer (clean) less that of "
     end = "(95 % over seeds, after the mean over φ"
-    assert summary.verdicts(of, rows, "paper") == (
+    assert summary.verdicts(rows, "paper") == (
         f"{of_clean}Adam +2.000 ± 0.250 {end})\n"
-        "ε 0.1: loss of L2L less that of Nominal alone -0.250 ± 0.100, Adam (attacked) + L1 "
-        f"+0.500 {end}; 1 of 2 φ given up)"
+        "ε 0.1: loss of L2L less that of Adam, learned rate -0.250 ± 0.100, Adam (attacked) + L1 "
+        f"+0.500 {end})"
     )
-    assert summary.verdicts(of, rows, "robust") == (
-        f"{of_clean}Nominal alone not finite, Adam +2.000 ± 0.250, Adam + L1 +1.000 ± 0.125 {end})"
+    assert summary.verdicts(rows, "robust") == (
+        f"{of_clean}Adam, learned rate not finite, Adam +2.000 ± 0.250, "
+        f"Adam + L1 +1.000 ± 0.125 {end})"
     )
-    assert summary.verdicts(of, [], "paper") == ""
+    assert summary.verdicts([], "paper") == ""
 
 
 def test_json_has_no_nan(tmp_path):

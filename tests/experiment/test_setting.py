@@ -9,7 +9,7 @@ from conftest import TINY, pictures, zeroing
 
 from l2l_ref.experiment import cli, phis, protocol, tuning
 from l2l_ref.experiment.setting import folds, prepare, stream
-from l2l_ref.experiment.trial import NOMINAL, train_phi, untrained
+from l2l_ref.experiment.trial import ABLATION, train_phi, untrained
 from l2l_ref.experiment.tuning import sgd
 from l2l_ref.meta_training import History
 from l2l_ref.transfer import Method
@@ -81,35 +81,35 @@ def test_curves_are_those_of_the_paper():
         return found
 
     assert curves("--attack", "fgsm") == {
-        "L2L": ("transfer", 0.5, 0.0, "meta"),
-        "L2L-Transfer (clean)": ("transfer", 1.0, 0.0, "transfer"),
-        "L2L-Transfer (mixed)": ("transfer", 0.5, 0.0, "transfer"),
-        "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
-        "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
-        "Nominal alone": ("nominal", 0.5, 0.0, "transfer"),
+        "L2L": ("attacked", 0.5, 0.0, "meta"),
+        "L2L-Transfer (clean)": ("attacked", 1.0, 0.0, "transfer"),
+        "L2L-Transfer (mixed)": ("attacked", 0.5, 0.0, "transfer"),
+        "Transfer-NOT": ("clean", 0.0, 0.0, "transfer"),
+        "Transfer-NOT (clean)": ("clean", 1.0, 0.0, "transfer"),
+        "Adam, learned rate": ("ablation", 0.5, 0.0, "transfer"),
     }
-    assert curves("--attack", "pgd")["L2L"] == ("transfer", 0.2, 0.0, "meta")
-    assert curves("--recipe", "robust")["L2L"] == ("transfer", 1.0, 0.0, "meta")
+    assert curves("--attack", "pgd")["L2L"] == ("attacked", 0.2, 0.0, "meta")
+    assert curves("--recipe", "robust")["L2L"] == ("attacked", 1.0, 0.0, "meta")
     assert curves("--attack", "none") == {
-        "L2L": ("transfer", 1.0, 0.0, "meta"),
-        "L2L-Transfer": ("transfer", 1.0, 0.0, "transfer"),
-        "Nominal alone": ("nominal", 1.0, 0.0, "transfer"),
+        "L2L": ("attacked", 1.0, 0.0, "meta"),
+        "L2L-Transfer": ("attacked", 1.0, 0.0, "transfer"),
+        "Adam, learned rate": ("ablation", 1.0, 0.0, "transfer"),
     }
     # the penalty is in units of ε, and Transfer-NOT, which knows of no attack, has none
     assert curves("--recipe", "robust", "--penalty", "1.5") == {
-        "L2L": ("transfer", 1.0, pytest.approx(0.3), "meta"),
-        "L2L-Transfer (clean)": ("transfer", 1.0, pytest.approx(0.3), "transfer"),
-        "L2L-Transfer (mixed)": ("transfer", 0.5, pytest.approx(0.3), "transfer"),
-        "Transfer-NOT": ("not", 0.0, 0.0, "transfer"),
-        "Transfer-NOT (clean)": ("not", 1.0, 0.0, "transfer"),
-        "Nominal alone": ("nominal", 1.0, pytest.approx(0.3), "transfer"),
+        "L2L": ("attacked", 1.0, pytest.approx(0.3), "meta"),
+        "L2L-Transfer (clean)": ("attacked", 1.0, pytest.approx(0.3), "transfer"),
+        "L2L-Transfer (mixed)": ("attacked", 0.5, pytest.approx(0.3), "transfer"),
+        "Transfer-NOT": ("clean", 0.0, 0.0, "transfer"),
+        "Transfer-NOT (clean)": ("clean", 1.0, 0.0, "transfer"),
+        "Adam, learned rate": ("ablation", 1.0, pytest.approx(0.3), "transfer"),
     }
     assert curves("--recipe", "penalty") == {
-        "Nominal alone": ("nominal", 1.0, pytest.approx(0.3), "transfer"),
+        "Adam, learned rate": ("ablation", 1.0, pytest.approx(0.3), "transfer"),
     }
     assert curves("--dataset", "quadratic") == {
-        "L2L-Transfer": ("transfer", 1.0, 0.0, "transfer"),
-        "Nominal alone": ("nominal", 1.0, 0.0, "transfer"),
+        "L2L-Transfer": ("attacked", 1.0, 0.0, "transfer"),
+        "Adam, learned rate": ("ablation", 1.0, 0.0, "transfer"),
     }
 
 
@@ -146,7 +146,7 @@ def test_transfer_not_meets_no_attack(setting):
     (fold,) = folds(setting)
     clean, other, attacked = (
         train_phi(setting, fold.meta, kind, eps, 0, 0, lambda *a: None)[0]
-        for kind, eps in (("not", 0.1), ("not", 0.3), ("transfer", 0.3))
+        for kind, eps in (("clean", 0.1), ("clean", 0.3), ("attacked", 0.3))
     )
     assert all(map(torch.equal, clean.parameters(), other.parameters()))
     assert not all(map(torch.equal, clean.parameters(), attacked.parameters()))
@@ -154,8 +154,8 @@ def test_transfer_not_meets_no_attack(setting):
 
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
     (fold,) = folds(setting)
-    phi, _ = train_phi(setting, fold.meta, NOMINAL, 0.1, 0, 0, lambda *a: None)
-    fresh = untrained(setting, NOMINAL, 0, 0)
+    phi, _ = train_phi(setting, fold.meta, ABLATION, 0.1, 0, 0, lambda *a: None)
+    fresh = untrained(setting, ABLATION, 0, 0)
     meta, start = phi["linear"], fresh["linear"]
     assert (meta.hidden_size, meta.num_layers) == (1, 1) and meta.nominal
     assert all(map(torch.equal, meta.weights(), start.weights()))
@@ -163,13 +163,13 @@ def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
     assert meta.log_eta != start.log_eta and meta.log_eta.requires_grad
     # what a run's own φ has does not reach it, nor does its seed
     robust = prepared("--recipe", "robust")
-    assert untrained(robust, NOMINAL, 0, 0)["linear"].settings == meta.settings
-    other = untrained(setting, "transfer", 0, 0)["linear"]
+    assert untrained(robust, ABLATION, 0, 0)["linear"].settings == meta.settings
+    other = untrained(setting, "attacked", 0, 0)["linear"]
     assert not other.nominal and other.hidden_size == 20
-    assert untrained(robust, "transfer", 0, 0)["linear"].nominal
+    assert untrained(robust, "attacked", 0, 0)["linear"].nominal
 
 
-def drawn(setting, monkeypatch, kind="transfer", eps=0.3, meta_seed=0):
+def drawn(setting, monkeypatch, kind="attacked", eps=0.3, meta_seed=0):
     """What `learn` hands to `meta_train`: the settings, and each episode that it draws."""
     (fold,) = folds(setting)
     seen = []
@@ -203,17 +203,17 @@ def test_settings_of_each_kind(small_data, monkeypatch):
         settings, _ = drawn(prepared(*arguments), monkeypatch, kind)
         return settings.read_alpha, settings.alpha, settings.penalty
 
-    assert losses("transfer") == losses("nominal") == (0.5, 0.5, 0.0)
-    assert losses("transfer", "--recipe", "robust") == (1.0, 0.0, 0.0)
-    for kind in ("transfer", "nominal"):
+    assert losses("attacked") == losses("ablation") == (0.5, 0.5, 0.0)
+    assert losses("attacked", "--recipe", "robust") == (1.0, 0.0, 0.0)
+    for kind in ("attacked", "ablation"):
         penalised = losses(kind, "--recipe", "penalty", "--penalty", "2")
         assert penalised == (1.0, 0.0, pytest.approx(2 * 0.3))
     for recipe in ("paper", "robust", "penalty"):
-        assert losses("not", "--recipe", recipe) == (1.0, 1.0, 0.0)
+        assert losses("clean", "--recipe", recipe) == (1.0, 1.0, 0.0)
 
 
 def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, monkeypatch):
-    def lengths(*arguments, meta_seed=0, kind="transfer"):
+    def lengths(*arguments, meta_seed=0, kind="attacked"):
         settings, episodes = drawn(prepared(*arguments), monkeypatch, kind, meta_seed=meta_seed)
         found = [episode.steps for episode in episodes]
         assert settings.steps >= max(found)
@@ -226,7 +226,7 @@ def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, m
     long = sorted(lengths("--episodes", "20", "--episode-steps", "100", "1000"))
     strata = [20 * math.log10(n / 100) for n in long]
     assert all(i - 0.05 <= at <= i + 1.05 for i, at in enumerate(strata))
-    assert lengths(*sixty, kind="not") == many
+    assert lengths(*sixty, kind="clean") == many
     assert lengths(*sixty, meta_seed=1) != many and lengths(*sixty, "--seed", "1") != many
     assert set(lengths("--episodes", "5", "--episode-steps", "6")) == {6}
 

@@ -1,4 +1,4 @@
-"""What is chosen without the test: the baselines' grids on one seed and more, and φ's grid."""
+"""What is chosen without the test set: the baselines' grids, on one seed and more."""
 
 import json
 import math
@@ -12,13 +12,10 @@ from conftest import TINY, zeroing
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, tuning
 from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.protocol import Experiment
 from l2l_ref.experiment.setting import Fold, folds, prepare
 from l2l_ref.experiment.trial import Trial
-from l2l_ref.experiment.tuning import Grid, Search, sgd
+from l2l_ref.experiment.tuning import Grid, sgd
 from l2l_ref.transfer import Method
-
-QUIET = Progress()
 
 
 def outcome(loss, collapsed=False):
@@ -30,7 +27,7 @@ def computed(pieces, parts=None) -> dict:
     parts = {} if parts is None else parts
     for piece in pieces:
         assert set(piece.needs) <= parts.keys()
-        parts[piece.name] = json.loads(json.dumps(piece.compute(parts)))
+        parts[piece.name] = json.loads(json.dumps(piece.compute(parts, Progress())))
     return parts
 
 
@@ -113,10 +110,10 @@ class TestGrid:
         setting = replace(setting, config=replace(setting.config, tune_seeds=2))
         methods = {"x": Method("", None), "y": Method("", None, penalty=1.0)}
         pieces = Grid(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods).pieces()
-        assert [(piece.name, piece.kind, piece.cost, len(piece.needs)) for piece in pieces] == [
-            ("tune-fold1-eps0.2-Adam-x-seed0", "Adam", 4, 0),
-            ("tune-fold1-eps0.2-Adam-y-seed0", "Adam", 12, 0),
-            ("tune-fold1-eps0.2-Adam-place-0-seed1", "Adam", 12, 2),
+        assert [(piece.name, piece.cost, len(piece.needs)) for piece in pieces] == [
+            ("tune-Adam-x-seed0-fold1-eps0.2", 4, 0),
+            ("tune-Adam-y-seed0-fold1-eps0.2", 12, 0),
+            ("tune-Adam-place-0-seed1-fold1-eps0.2", 12, 2),
         ]
 
 
@@ -151,7 +148,7 @@ class TestCandidates:
                 assert (method.alpha < 1) == ("(" in label)
                 assert method.attack == ("n-fgsm" if "N-FGSM" in label else None)
                 assert (method.penalty > 0) == ("penalty" in label)
-        method = found["Adam + penalty + L1"]["lr 0.003, L1 0.001, λ/ε 1.5"]
+        method = found["Adam + penalty + L1"]["lr 0.003, L1 0.001, penalty 1.5"]
         assert (method.l1, method.penalty) == (1e-3, pytest.approx(0.15))
         method = found["Adam (attacked) + L1"]["lr 0.01, L1 0.001"]
         assert (method.optimizer.args, method.l1, method.alpha) == ((0.01,), 1e-3, 0.5)
@@ -205,12 +202,12 @@ class TestCandidates:
             "Adam": "lr 0.001",  # of 1e-4, 1e-3, 1e-2 (every other one in the miniature)
             "SGD": "lr 1",
             "Adam + L1": "lr 0.003, L1 0.003",
-            "Adam + penalty + L1": "lr 0.03, L1 0.001, λ/ε 1",
-            "SGD + penalty + L1, cosine": "lr 0.3, L1 0.001, λ/ε 1",
+            "Adam + penalty + L1": "lr 0.03, L1 0.001, penalty 1",
+            "SGD + penalty + L1, cosine": "lr 0.3, L1 0.001, penalty 1",
             "Adam (attacked)": "lr 0.001",
             "Adam (attacked) + L1": "lr 0.03, L1 0.001",
             "Adam (attacked) + L1, cosine": "lr 0.03, L1 0.001",
-            "Adam (attacked) + penalty + L1": "lr 0.03, L1 0.001, λ/ε 1",
+            "Adam (attacked) + penalty + L1": "lr 0.03, L1 0.001, penalty 1",
             "Adam (N-FGSM) + L1": "lr 0.03, L1 0.001",
         }
 
@@ -221,8 +218,8 @@ def test_phi_is_checked_in_its_own_row_at_its_longest_episodes(
 ):
     setting = prepare(cli.parse([*TINY, "--recipe", recipe, "--episode-steps", "3", "7"]))
     (fold,) = folds(setting)
-    said = {"transfer": outcome(1.5), "nominal": outcome(1.0, collapsed=True)}
-    for kind, label in (("transfer", row), ("nominal", "Nominal alone")):
+    said = {"attacked": outcome(1.5), "ablation": outcome(1.0, collapsed=True)}
+    for kind, label in (("attacked", row), ("ablation", "Adam, learned rate")):
 
         def validate(short, method, fold, eps, seed, kind=kind, label=label):
             assert (short.config.steps, method.label, eps) == (7, label, 0.1)
@@ -230,8 +227,8 @@ def test_phi_is_checked_in_its_own_row_at_its_longest_episodes(
 
         monkeypatch.setattr(tuning, "validate", validate)
         check = tuning.check_of(setting, fold, kind, 0.1)
-        assert check({}) == (1.5 if kind == "transfer" else math.inf)
-    assert tuning.check_of(setting, fold, "not", 0.1) is None
+        assert check({}) == (1.5 if kind == "attacked" else math.inf)
+    assert tuning.check_of(setting, fold, "clean", 0.1) is None
 
 
 class TestValidate:
@@ -246,72 +243,10 @@ class TestValidate:
         idle = partial(sgd, 0.0)
         trial = Trial(setting, ("tune", 0, 0))
         model, *_ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
-        judged = trial.judge(model, fold.validation, 0.1)
+        judged = trial.evaluate(model, fold.validation, 0.1)
         assert ends(idle) == outcome(judged["pgd_loss"])
         assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
         assert ends(idle, seed=1)["loss"] != judged["pgd_loss"]  # another θ₀
         broken = ends(partial(sgd, math.inf))
         assert math.isnan(broken["loss"]) and not broken["collapsed"]
         assert ends(zeroing) == outcome(pytest.approx(math.log(10)), collapsed=True)
-
-
-class TestSearch:
-    @pytest.fixture
-    def setting(self, small_data):
-        grid = ["--grid", "p=5,10", "alpha=0.25,0.75"]
-        setting = prepare(cli.parse([*TINY, "--eps", "0.1", "0.2", *grid]))
-        return replace(setting, config=replace(setting.config, tune_seeds=2))
-
-    def test_by_hand(self, setting, monkeypatch):
-        """Each is meta-trained on the part that fits for each ε, judged on each seed; the best
-        mean is chosen, and a candidate that collapses anywhere, or is given up, is not."""
-        learned, losses = [], {(5, 0.25): 4.0, (5, 0.75): 2.0, (10, 0.25): 3.0, (10, 0.75): 5.0}
-
-        def train_phi(setting, images, kind, eps, fold, meta_seed, on_episode):
-            c = setting.config
-            learned.append((c.p, c.alpha, eps))
-            assert images is fold0.fit and (kind, fold, meta_seed) == ("transfer", 0, 0)
-            assert c.read_alpha == c.alpha
-            # the second best would be given up
-            return None, {"ended": "collapsed" if (c.p, c.alpha) == (10, 0.25) else None}
-
-        def validate(setting, method, fold, eps, seed):
-            c = setting.config
-            bad = (c.p, c.alpha, eps, seed) == (5, 0.75, 0.2, 1)  # the best but for this
-            return outcome(losses[c.p, c.alpha] + 10 * eps + seed, collapsed=bad)
-
-        monkeypatch.setattr(tuning, "train_phi", train_phi)
-        monkeypatch.setattr(tuning, "validate", validate)
-        (fold0,) = folds(setting)
-        search = Search(setting, fold0, QUIET)
-        parts = computed(search.pieces())
-        every = [(p, a, eps) for p in (5, 10) for a in (0.25, 0.75) for eps in (0.1, 0.2)]
-        assert learned == [key for key in every if key != (10, 0.25, 0.2)]
-        rows = search.tried(parts)
-        assert [row["settings"] for row in rows] == [
-            {"p": p, "alpha": a} for p in (5, 10) for a in (0.25, 0.75)
-        ]
-        assert [row["loss"] for row in rows] == pytest.approx([6.0, 4.0, math.inf, 7.0])
-        assert [row["collapsed"] for row in rows] == [False, True, True, False]
-        assert [row["chosen"] for row in rows] == [True, False, False, False]
-        best = search.best(parts).config
-        assert (best.p, best.alpha, best.read_alpha) == (5, 0.25, 0.25)
-
-    def test_what_is_meta_trained_needs_the_whole_search(self, setting, tmp_path):
-        experiment = Experiment(setting, tmp_path, QUIET)
-        pieces = {piece.name: piece for piece in experiment.pieces()}
-        points = {name for name in pieces if name.startswith("grid-")}
-        assert len(points) == 4
-        for kind in ("transfer", "nominal"):
-            for eps in (0.1, 0.2):
-                assert set(pieces[f"{kind}-fold0-phi0-eps{eps}"].needs) == points
-        assert set(pieces["not-fold0-phi0"].needs) == points
-        assert not any(pieces[name].needs for name in points)
-        run = next(p for name, p in pieces.items() if "L2L-Transfer (clean)" in name)
-        assert run.needs == ("transfer-fold0-phi0-eps0.1",)
-
-    def test_without_a_grid_the_task_is_itself(self, small_data):
-        setting = prepare(cli.parse(TINY))
-        (fold,) = folds(setting)
-        search = Search(setting, fold, QUIET)
-        assert search.pieces() == [] and search.tried({}) == [] and search.best({}) is setting

@@ -1,17 +1,17 @@
-"""Models of a finished run, trained once more and judged by a stronger attack.
+"""Models of a finished run, trained once more and evaluated under a stronger attack.
 
-python -m bench.judge runs/mnist-fgsm-robust "L2L-Transfer (clean)" "Adam + L1"
-python -m bench.judge runs/mnist-fgsm-robust "Adam + L1" --attack torchattacks:AutoAttack
+python -m bench.reevaluate runs/mnist-fgsm-robust "L2L-Transfer (clean)" "Adam + L1"
+python -m bench.reevaluate runs/mnist-fgsm-robust "Adam + L1" --attack torchattacks:AutoAttack
 
 Takes φ and tuned settings as the run left them, so the losses should come out as they did there:
-their largest difference is printed. Writes judge.json into the run's folder.
+their largest difference is printed. Writes reevaluation.json into the run's folder.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.measure import count, machine
+from bench.measure import count, origin
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder, report
 from l2l_ref.experiment.cli import Parser, run_as_script
@@ -35,35 +35,20 @@ def parser(prog: str, doc: str) -> Parser:
     return top
 
 
-def parse(arguments: list[str]) -> Any:
-    """The options; raises InputError for any that are wrong."""
-    top = parser("judge.py", __doc__)
-    top.add_argument("--attack", default="pgd", metavar="NAME", help="pgd, or MODULE:FUNCTION")
-    top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
-    top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
-    return top.parse_args(arguments)
-
-
 def settings_of(options: Any, **changes: Any) -> Config:
-    """Those of the run's config.json, but for who judges."""
+    """Those of the run's config.json, but for the attack that evaluates."""
     try:
-        path = options.folder / "config.json"
-        saved = read_json(path, folder.AFRESH)["settings"]
-        grid = {name: tuple(values) for name, values in saved.pop("grid").items()}
-        config = Config(**tuples(saved), grid=grid)
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = read_json(options.folder / "config.json", folder.AFRESH)["settings"]
+        config = Config(**tuples(saved))
+    except (OSError, KeyError, TypeError):
         raise InputError(
             f"{options.folder} holds no run of this version: name the folder of one"
         ) from None
     if config.dataset == "quadratic":
         raise InputError(f"{options.folder} is of quadratics, which have no pixels to attack")
-    return replace(
-        config,
-        **changes,
-        eval_samples=options.samples,
-        record_every=config.steps,
-        data_dir=options.data_dir or config.data_dir,
-    )
+    directory = options.data_dir or config.data_dir
+    changes |= {"eval_samples": options.samples, "data_dir": directory}
+    return replace(config, **changes, record_every=config.steps)
 
 
 def experiment_of(options: Any, **changes: Any) -> Experiment:
@@ -71,43 +56,42 @@ def experiment_of(options: Any, **changes: Any) -> Experiment:
     setting, phis = prepare(settings_of(options, **changes)), {}
     if setting.config.load:
         setting, phis = load_phis(setting.config.load, setting)
-    experiment = Experiment(setting, options.folder, Progress(), phis)
+    experiment = Experiment(setting, options.folder, phis)
     labels = dict.fromkeys(key["method"] for key, _ in experiment.runs())
     for label in options.methods:
         if label not in labels:
             raise InputError(f"there is no {label!r} in that run: choose of {', '.join(labels)}")
-    for piece in experiment.pieces():
-        if piece.name not in experiment.parts:
-            raise InputError(f"{options.folder} is not finished: --resume that run first")
+    if any(piece.name not in experiment.parts for piece in experiment.pieces()):
+        raise InputError(f"{options.folder} is not finished: --resume that run first")
     return experiment
 
 
 def main(arguments: list[str]) -> None:
-    """Parse, train, judge, print, write."""
-    options = parse(arguments)
+    """Parse, train, evaluate, print, write."""
+    top = parser("reevaluate.py", __doc__)
+    top.add_argument("--attack", default="pgd", metavar="NAME", help="pgd, or MODULE:FUNCTION")
+    top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
+    top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
+    options = top.parse_args(arguments)
     keep_freed_memory()
-    stronger = {
-        "eval_attack": options.attack,
-        "eval_steps": options.steps,
-        "restarts": options.restarts,
-    }
-    experiment = experiment_of(options, **stronger)
+    stronger = {"eval_attack": options.attack, "eval_steps": options.steps}
+    experiment = experiment_of(options, **stronger, restarts=options.restarts)
     setting, parts = experiment.setting, experiment.parts
     runs, worst = [], 0.0
     for key, piece in experiment.runs():
-        if key["method"] in options.methods and "skipped" not in parts[piece.name]:
-            run = piece.compute(parts)
+        if key["method"] in options.methods:
+            run = piece.compute(parts, Progress())
             worst = max(worst, abs(run["pgd_loss"] - parts[piece.name]["pgd_loss"]))
             runs.append({**key, **run})
-    results = Results(runs, {}, [], {})
-    about = machine("judge", arguments, setting.config.backend)
+    results = Results(runs)
+    found = origin("reevaluate", arguments, setting.device, setting.config.backend, setting.data)
     rows = summarise(results)
-    footer = f"losses differ from the run's by at most {worst:.3g}\n{about['command']}"
+    footer = f"losses differ from the run's by at most {worst:.3g}\n{found['command']}"
     print("\n" + report.table(rows, setting.config, report.title(setting), footer))
-    found = {"data": setting.source, "table": rows, "differences": differences(results)}
-    write_json(options.folder / "judge.json", {**about, **found, "loss_difference": worst})
-    print(f"\n{options.folder}: judge.json")
+    found |= {"table": rows, "differences": differences(results), "loss_difference": worst}
+    write_json(options.folder / "reevaluation.json", found)
+    print(f"\n{options.folder}: reevaluation.json")
 
 
 if __name__ == "__main__":
-    run_as_script("judge.py", main)
+    run_as_script("reevaluate.py", main)
