@@ -82,7 +82,7 @@ def test_a_name_is_one_that_any_file_system_takes():
 
 
 class TestOrder:
-    names = {"a": (1, ""), "b": (20, "a"), "c": (3, ""), "d": (9, "c"), "e": (2, "bd")}
+    names = {"c": (3, ""), "a": (1, ""), "d": (9, "c"), "b": (20, "a"), "e": (2, "bd")}
 
     def test_the_longest_chain_comes_first(self, parts):
         graph = Graph(self.names)
