@@ -18,7 +18,7 @@
 
 namespace l2l {
 
-constexpr int64_t max_hidden = 256;  // engine.MAX_HIDDEN
+constexpr int64_t max_hidden = 256;  // backend.MAX_HIDDEN
 constexpr double max_p = 80;         // equations.MAX_P
 
 struct Form {

@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <ostream>
@@ -61,13 +62,19 @@ struct Range {
         name(name_),
         written(written_) {}
 };
-inline void check_apart(const std::vector<Range>& ranges) {
-  for (const Range& a : ranges) {
-    if (!a.written || a.begin == a.end) continue;
-    for (const Range& b : ranges) {
-      const bool apart = &a == &b || b.begin == b.end || a.end <= b.begin || b.end <= a.begin;
-      STD_TORCH_CHECK(apart, a.name, " and ", b.name, " share memory: pass ", b.name, ".clone()");
+inline void check_apart(std::vector<Range>& ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  const Range *last = nullptr, *last_written = nullptr;  // of those before, which end last
+  for (const Range& range : ranges) {
+    if (range.begin == range.end) continue;
+    const Range* other = range.written ? last : last_written;
+    if (other && other->end > range.begin) {
+      const Range &a = range.written ? range : *other, &b = range.written ? *other : range;
+      STD_TORCH_CHECK(false, a.name, " and ", b.name, " share memory: pass ", b.name, ".clone()");
     }
+    if (!last || range.end > last->end) last = &range;
+    if (range.written && (!last_written || range.end > last_written->end)) last_written = &range;
   }
 }
 

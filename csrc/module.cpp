@@ -7,7 +7,6 @@
 //     +-- build_info, use_instruction_set, function, multiply_adds
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
 #include "operators.h"
@@ -21,12 +20,6 @@ constexpr const char* compiler = "clang " __clang_version__;
 #else
 constexpr const char* compiler = "gcc " __VERSION__;
 #endif
-
-std::vector<std::string> kernel_names() {
-  std::vector<std::string> names;
-  for (const l2l::InstructionSet* set : l2l::instruction_sets()) names.push_back(set->name);
-  return names;
-}
 
 void use_instruction_set(const std::string& name) {
   if (!l2l::use_instruction_set(name))
@@ -56,7 +49,9 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = compiler;
         info["torch"] = L2L_TORCH_VERSION;
         info["stable_abi"] = L2L_STABLE_ABI;
-        info["kernels"] = kernel_names();
+        py::list kernels;
+        for (const l2l::InstructionSet* set : l2l::instruction_sets()) kernels.append(set->name);
+        info["kernels"] = kernels;
         info["kernel"] = l2l::instruction_set().name;
         return info;
       },

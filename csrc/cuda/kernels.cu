@@ -28,24 +28,19 @@ void check(cudaError_t error) {
   throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
 Machine machine_of(int device) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, name, device));
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  return {attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
 std::atomic<bool> tensor_cores = false;
-
-bool has_tensor_cores(int device) {  // for TF32
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major >= 8;
-}
 
 struct Team {
   int threads;
@@ -120,7 +115,8 @@ void use_tensor_cores(bool on) { tensor_cores = on; }
 template <class T>
 bool Kernels<T>::step(const Shape& shape, const std::vector<Step<T>>& calls, const T* phi,
                       int device, void* stream) {
-  const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) && has_tensor_cores(device);
+  const bool tensor = tensor_cores && takes_tensor_cores<T>(shape) &&
+                      attribute(cudaDevAttrComputeCapabilityMajor, device) >= 8;  // for TF32
   const Machine machine = machine_of(device);
   const auto one = [&](const StepArguments<T>& arguments, const Plan& plan) {
     with_width<step_width<T>>(plan.width, [&](auto width) {
