@@ -40,8 +40,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Through 100 steps, or summed over thousands of coordinates, float32 keeps a digit less; it must
 # then be as good as the float32 reference, which loses it too.
 LONG = 1e-4
-UNROLLS = [*covering(SIZES, steps=(1, 5, 20, 3)), Case(9, steps=0),
-           *(Case(65, 2, 20, *form, steps=100) for form in FORMS)]  # fmt: skip
+WIDE = Case(70, 2, 97, True, True, steps=2)  # more units than a GPU's warps take at once
+LONG_UNROLLS = [Case(65, 2, 20, *form, steps=100) for form in FORMS]
 
 
 def expect_as_good_as_the_reference(run, case, dtype, actual):
@@ -56,14 +56,16 @@ def expect_as_good_as_the_reference(run, case, dtype, actual):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 class TestAgainstTheReference:
-    @pytest.mark.parametrize("case", covering(SIZES), ids=by_id)
+    @pytest.mark.parametrize("case", [*covering(SIZES), WIDE], ids=by_id)
     @pytest.mark.parametrize("run", [run_update, run_gradients])
     def test_a_step_and_its_gradients(self, level, fused, run, case, dtype):
         actual = run(fused, case, arguments(case, dtype))
         assert all(a.dtype == dtype for a in actual)
         expect_close(actual, expected(run, case), TOLERANCE[dtype])
 
-    @pytest.mark.parametrize("case", UNROLLS, ids=by_id)
+    @pytest.mark.parametrize(
+        "case", [*covering(SIZES, steps=(1, 5, 20, 3)), WIDE, *LONG_UNROLLS], ids=by_id
+    )
     def test_unroll_meta_gradient(self, level, fused, case, dtype):
         actual = run_unroll(fused, case, arguments(case, dtype))
         expect_as_good_as_the_reference(run_unroll, case, dtype, actual)
@@ -182,6 +184,12 @@ def test_the_inputs_are_left_alone(level, fused):
     fused.theta_step_(*listed(*(given[name] for name in STEP)), **case.form)
     changed = {name for name in given if not torch.equal(given[name], before[name])}
     assert changed == {"theta", "state"}
+
+
+def test_no_steps_have_no_gradient(level, fused):
+    case = Case(9, theta_input=True, steps=0)
+    given = arguments(case)
+    assert torch.equal(run_unroll(fused, case, given)[0], torch.zeros_like(given["phi"]))
 
 
 @pytest.mark.parametrize("odd", [False, True])
