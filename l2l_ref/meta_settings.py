@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 from l2l_ref.errors import InputError
 
@@ -15,16 +14,15 @@ class MetaSettings:
         episodes: how many; each trains fresh optimizees.
         steps: updates an episode, where it does not bring its own number.
         unroll: updates a truncated unroll; one step of Adam on φ follows each.
-        meta_lr: learning rate of that Adam.
-        eta_lr: its learning rate on log η, of the nominal term.
+        meta_lr: learning rate of that Adam; on log η, of the nominal term, it is `ETA_LR`.
         schedule: "constant", or "cosine" from those rates to 0 over all episodes.
         clip: largest norm of the meta-gradient; of that of log η likewise.
-        read_alpha: α in Eq. 6 of the loss whose gradient φ reads.
+        read_alpha: α in Eq. 6 of the loss whose gradient is the input of φ.
         penalty: λ of that loss (`equations.penalised`).
-        alpha: α in Eq. 6 of the loss that judges φ; the paper has one α for both.
-        curriculum: shares of the episodes, (a, b): clean ones up to a, then both α and ε (`draw`)
-            move evenly to their values, which they have from b on; (0, 0) from the start.
-        average: d in [0, 1), 0 for none: the loss that judges is taken at the running average of θ,
+        alpha: α in Eq. 6 of the meta-loss; the paper has one α for both.
+        curriculum: shares of the episodes, (a, b): clean ones up to a, then α moves evenly from 1
+            to its value, which it has from b on; (0, 0) from the start. `draw` does so with ε.
+        average: d in [0, 1), 0 for none: the meta-loss is taken at the running average of θ,
             θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t with w_t = max(1 - d, 1/t).
         stride: an unroll's meta-gradient is estimated from one coordinate in so many, which take
             turns.
@@ -34,7 +32,6 @@ class MetaSettings:
     steps: int = 100
     unroll: int = 20
     meta_lr: float = 1e-3
-    eta_lr: float = 0.02
     schedule: str = "constant"
     clip: float = 1.0
     read_alpha: float = 0.5
@@ -45,21 +42,12 @@ class MetaSettings:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        for name, kind in self.__annotations__.items():
-            value, number = getattr(self, name), Integral if kind is int else Real
-            values = (value,) if kind in (int, float) else value
-            if kind is not str and not (isinstance(values, tuple) and all(
-                isinstance(v, number) and not isinstance(v, bool) for v in values
-            )):  # fmt: skip
-                what = {int: "a whole number", float: "a number"}.get(kind, "of numbers")
-                raise InputError(f"{name} is {value!r}: it must be {what}")
         finite, share = "finite and at least 0", "in [0, 1]"
         rules = {
             "episodes": (self.episodes >= 0, "at least 0"),
             "steps": (self.steps >= 1, "at least 1"),
             "unroll": (self.unroll >= 1, "at least 1"),
             "meta_lr": (0 <= self.meta_lr < math.inf, finite),
-            "eta_lr": (0 <= self.eta_lr < math.inf, finite),
             "schedule": (self.schedule in ("constant", "cosine"), "'constant' or 'cosine'"),
             "clip": (self.clip > 0, "above 0"),
             "read_alpha": (0 <= self.read_alpha <= 1, share),
@@ -77,7 +65,7 @@ class MetaSettings:
                 raise InputError(f"{name} is {getattr(self, name)!r}: it must be {allowed}")
 
     def strength(self, episode: int) -> float:
-        """How far the curriculum is in an episode (from 0): 0 all clean, 1 as it is set."""
+        """How far the curriculum is in an episode (from 0): 0 all clean, 1 at α and ε as set."""
         clean, full = (share * self.episodes for share in self.curriculum)
         if episode < clean:
             return 0.0

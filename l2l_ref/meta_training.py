@@ -1,4 +1,4 @@
-"""Meta-training: Adam on φ, an episode after the other, and a watch over how they end."""
+"""Meta-training: Adam on φ, an episode after the other, with early stopping."""
 
 import copy
 import math
@@ -34,10 +34,11 @@ class History:
     checks: list[list[float]] = field(default_factory=list)  # [episodes done, its loss]
 
 
-# The watch: after the first fifth of the episodes, and after the clean ones of the curriculum, in
-# which a φ that does not move yet looks the same, so many in a row that end so end the training.
-WATCH_AFTER = 0.2
+# Early stopping: after the first fifth of the episodes, and after the clean ones of the curriculum,
+# in which a φ that does not move yet looks the same, so many in a row that end so end the training.
+COUNTED_AFTER = 0.2
 PATIENCE = {"collapsed": 5, "diverged": 3}
+ETA_LR = 0.02  # of Adam on log η
 CHECKS = 5  # at most, evenly over the episodes after the curriculum
 
 
@@ -56,8 +57,8 @@ def meta_train(
 
     Parameters that do not require gradients stay as they are.
 
-    A φ whose optimizees keep ending as a constant predictor, or not finite, is given up: `History`
-    says so in `ended`.
+    Training stops early if its optimizees keep ending as a constant predictor, or not finite;
+    `History.ended` says so.
 
     Args:
         meta_optimizers: {φ-group: MetaOptimizer}, all on the device of the optimizees.
@@ -74,10 +75,12 @@ def meta_train(
             `truncated_unrolls` raises.
     """
     adam = meta_adam(meta_optimizers, settings)
+    forms = {name: meta.settings for name, meta in meta_optimizers.items()}
+    identity = {**asdict(settings), "meta_optimizers": forms}  # of a checkpoint
     history, done, best = History(), 0, None
     if checkpoint is not None and checkpoint.exists():
         saved = read_checkpoint(checkpoint)
-        if saved["settings"] != identity(settings, meta_optimizers):
+        if saved["settings"] != identity:
             raise InputError(
                 f"checkpoint {checkpoint} was written with other settings: resume with those, or "
                 "start afresh with another --out"
@@ -85,16 +88,11 @@ def meta_train(
         load_weights(meta_optimizers, saved["meta_optimizers"], f"checkpoint {checkpoint}")
         adam.load_state_dict(saved["adam"])
         history, done, best = History(**saved["history"]), saved["episodes"], saved["best"]
-        if len(history.episodes) != done or done > settings.episodes:
-            raise InputError(
-                f"checkpoint {checkpoint} says {done} episodes and holds {len(history.episodes)} "
-                f"of {settings.episodes}: delete it"
-            )
 
     def keep(episodes: int) -> None:
         if checkpoint is not None:
             state = {
-                "settings": identity(settings, meta_optimizers),
+                "settings": identity,
                 "episodes": episodes,
                 "meta_optimizers": meta_optimizers.state_dict(),
                 "adam": adam.state_dict(),
@@ -109,7 +107,9 @@ def meta_train(
             break
         loss = math.nan
         episode = draw(number)
-        unrolls = truncated_unrolls(episode, meta_optimizers, settings, backend, capture=capture)
+        unrolls = truncated_unrolls(
+            episode, meta_optimizers, settings, backend, number=number, capture=capture
+        )
         count = math.ceil((episode.steps or settings.steps) / settings.unroll)
         for index, (dphis, losses) in enumerate(unrolls):
             rate = settings.rate(number, index / count)
@@ -122,7 +122,7 @@ def meta_train(
                 history.diverged += 1
                 break
         history.episodes.append(loss)
-        watch(history, settings, number, how_it_ended(episode, loss))
+        stop_early(history, settings, number, how_it_ended(episode, loss))
         if check is not None and number + 1 in due and not history.ended:
             value = check()
             if not history.checks or value < min(earlier for _, earlier in history.checks):
@@ -156,9 +156,9 @@ def how_it_ended(episode: Episode, loss: float) -> str:
     return "collapsed" if (predicted == predicted[0]).all() else "ok"
 
 
-def watch(history: History, settings: MetaSettings, number: int, end: str) -> None:
-    """Count how the last episodes ended, of which this is `number`, and give up if need be."""
-    if number < max(WATCH_AFTER, settings.curriculum[0]) * settings.episodes:
+def stop_early(history: History, settings: MetaSettings, number: int, end: str) -> None:
+    """Count how the last episodes ended, of which this is `number`; too many set `ended`."""
+    if number < max(COUNTED_AFTER, settings.curriculum[0]) * settings.episodes:
         return
     history.bad = {end: history.bad.get(end, 0) + 1} if end in PATIENCE else {}
     if history.bad.get(end, 0) >= PATIENCE.get(end, math.inf):
@@ -167,17 +167,12 @@ def watch(history: History, settings: MetaSettings, number: int, end: str) -> No
 
 def meta_adam(meta_optimizers: nn.ModuleDict, settings: MetaSettings) -> torch.optim.Adam:
     """Adam on φ, and in a group of its own on log η where there is one."""
-    weights, etas = parameter_groups(meta_optimizers)
-    groups = [{"params": weights, "lr": settings.meta_lr}]
-    groups += [{"params": etas, "lr": settings.eta_lr}] * bool(etas)
-    return torch.optim.Adam(groups)
-
-
-def parameter_groups(meta_optimizers: nn.ModuleDict) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of all φ, and the log η of those that have a nominal term."""
     metas: list[Any] = list(meta_optimizers.values())
+    etas = [meta.log_eta for meta in metas if meta.nominal]
     weights = [weight for meta in metas for weight in meta.weights()]
-    return weights, [meta.log_eta for meta in metas if meta.nominal]
+    groups = [{"params": weights, "lr": settings.meta_lr}]
+    groups += [{"params": etas, "lr": ETA_LR}] * bool(etas)
+    return torch.optim.Adam(groups)
 
 
 def apply_meta_gradient(
@@ -196,17 +191,10 @@ def apply_meta_gradient(
         parts = gradient.split([param.numel() for param in params])
         for param, part in zip(params, parts, strict=True):
             param.grad = part.view_as(param) if param.requires_grad else None
-    groups = parameter_groups(meta_optimizers)
-    norms = [nn.utils.clip_grad_norm_(group, settings.clip).item() for group in groups]
+    groups, rates = adam.param_groups, (settings.meta_lr, ETA_LR)
+    norms = [nn.utils.clip_grad_norm_(group["params"], settings.clip).item() for group in groups]
     if all(map(math.isfinite, norms)):
-        rates = settings.meta_lr, settings.eta_lr
-        for group, lr in zip(adam.param_groups, rates, strict=False):
+        for group, lr in zip(groups, rates, strict=False):
             group["lr"] = lr * rate
         adam.step()
     return math.hypot(*norms)
-
-
-def identity(settings: MetaSettings, meta_optimizers: nn.ModuleDict) -> dict[str, Any]:
-    """What must agree before a checkpoint may be continued, beside what `draw` draws."""
-    forms = {name: meta.settings for name, meta in meta_optimizers.items()}
-    return {**asdict(settings), "meta_optimizers": forms}

@@ -11,16 +11,17 @@ from l2l_ref.meta_optimizer import new_phi
 from l2l_ref.meta_settings import MetaSettings
 
 BATCH, STEPS, UNROLL = 6, 7, 4
-# α that φ reads, α that judges it, λ, how far the curriculum is, d of the average; both α there.
+# α of the input of φ and of the meta-loss, λ, the curriculum of three episodes, d of the average;
+# both α in the first of them.
 WAYS = {
-    "one loss": (0.5, 0.5, 0.0, 1, 0.0, 0.5, 0.5),
-    "judged by another": (1.0, 0.25, 0.0, 1, 0.0, 1.0, 0.25),
-    "penalised": (1.0, 0.25, 0.3, 1, 0.0, 1.0, 0.25),
-    "penalised, one α": (0.5, 0.5, 0.3, 1, 0.0, 0.5, 0.5),
-    "a curriculum before its start": (0.6, 0.2, 0.0, 0, 0.0, 1.0, 1.0),
-    "a quarter of a curriculum": (0.6, 0.2, 0.0, 0.25, 0.0, 0.9, 0.8),
-    "one loss, its average": (0.5, 0.5, 0.0, 1, 0.7, 0.5, 0.5),
-    "penalised, its average": (1.0, 0.25, 0.3, 1, 0.7, 1.0, 0.25),
+    "one loss": (0.5, 0.5, 0.0, (0, 0), 0.0, 0.5, 0.5),
+    "two losses": (1.0, 0.25, 0.0, (0, 0), 0.0, 1.0, 0.25),
+    "penalised": (1.0, 0.25, 0.3, (0, 0), 0.0, 1.0, 0.25),
+    "penalised, one α": (0.5, 0.5, 0.3, (0, 0), 0.0, 0.5, 0.5),
+    "a curriculum before its start": (0.6, 0.2, 0.0, (1, 1), 0.0, 1.0, 1.0),
+    "a quarter of a curriculum": (0.6, 0.2, 0.0, (0, 1), 0.0, 0.9, 0.8),
+    "one loss, its average": (0.5, 0.5, 0.0, (0, 0), 0.7, 0.5, 0.5),
+    "penalised, its average": (1.0, 0.25, 0.3, (0, 0), 0.7, 1.0, 0.25),
 }
 
 
@@ -29,9 +30,18 @@ def shift(model, x, y):
     return (0.8 * x + 0.1).flip(-1)
 
 
+def drawn():
+    """A model, and the batches of an episode."""
+    noise = generator(50)
+    batches = [(torch.rand(BATCH, 5, generator=noise, dtype=torch.float64),
+                torch.randint(3, (BATCH,), generator=noise))
+               for _ in range(STEPS + 1)]  # fmt: skip
+    return SMALL.draw(generator()).double(), batches
+
+
 def by_autograd(meta, model, batches, way):
     """Each unroll's losses and derivatives by all parameters of φ."""
-    _, _, penalty, _, decay, read_alpha, judged_alpha = WAYS[way]
+    _, _, penalty, _, decay, input_alpha, alpha = WAYS[way]
     names = [name for name, _ in model.named_parameters()]
     shapes = [p.shape for p in model.parameters()]
     network = SMALL.build().double()
@@ -52,16 +62,16 @@ def by_autograd(meta, model, batches, way):
             clean = clean + penalty * slope.abs().sum()
         return alpha * clean + (1 - alpha) * attacked
 
-    def read(theta, x, y):
+    def gradient_at(theta, x, y):
         theta = theta.detach().requires_grad_()
-        return torch.autograd.grad(loss(theta, x, y, read_alpha, penalty), theta)[0]
+        return torch.autograd.grad(loss(theta, x, y, input_alpha, penalty), theta)[0]
 
     theta = average = weights(model)
     state, moments = meta.init_state(len(theta)), meta.init_moments(len(theta))
     for start in range(0, STEPS, UNROLL):
         losses = []
         for t in range(start, min(start + UNROLL, STEPS)):
-            gradient = read(theta, *batches[t])
+            gradient = gradient_at(theta, *batches[t])
             seen = theta.detach()  # what φ sees enters as a constant
             u, state = equations.update(seen, gradient, state, meta.phi(), **meta.form)
             theta = theta + u
@@ -70,7 +80,7 @@ def by_autograd(meta, model, batches, way):
                 theta = theta - meta.log_eta.exp() * d
             weight = max(1 - decay, 1 / (t + 1))
             average = (1 - weight) * average + weight * theta
-            losses.append(loss(average, *batches[t + 1], judged_alpha))
+            losses.append(loss(average, *batches[t + 1], alpha))
         derivative = torch.autograd.grad(sum(losses), list(meta.parameters()))
         yield torch.cat([d.flatten() for d in derivative]), torch.stack(losses).detach()
         theta, average, state = theta.detach(), average.detach(), state.detach()
@@ -84,21 +94,18 @@ def by_autograd(meta, model, batches, way):
 def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, odd, nominal, way):
     """To first order: gradients, d and the θ that φ saw are constants. Two unrolls, the states
     and moments of the first carried on."""
-    read_alpha, alpha, penalty, strength, average, *_ = WAYS[way]
-    settings = MetaSettings(1, steps=STEPS, unroll=UNROLL, read_alpha=read_alpha, alpha=alpha,
-                            penalty=penalty, average=average)  # fmt: skip
+    names = "read_alpha", "alpha", "penalty", "curriculum", "average"
+    options = dict(zip(names, WAYS[way], strict=False))
+    settings = MetaSettings(3, steps=STEPS, unroll=UNROLL, **options)
     phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, output_scale=0.1,
                   theta_input=theta_input, odd=odd, nominal=nominal).double()  # fmt: skip
     meta = phi["linear"]
     nn.init.normal_(meta.head.weight, generator=generator(2))
     if nominal:
         nn.init.constant_(meta.log_eta, -3.0)
-    model, noise = SMALL.draw(generator()).double(), generator(50)
-    batches = [(torch.rand(BATCH, 5, generator=noise, dtype=torch.float64),
-                torch.randint(3, (BATCH,), generator=noise))
-               for _ in range(STEPS + 1)]  # fmt: skip
+    model, batches = drawn()
     expected = list(by_autograd(meta, model, batches, way))
-    episode = Episode(model, iter(batches), shift, strength=strength)
+    episode = Episode(model, iter(batches), shift)
     found = list(truncated_unrolls(episode, phi, settings, backend))
     assert [len(losses) for _, losses in found] == [4, 3]
     for (dphis, losses), (derivative, expected_losses) in zip(found, expected, strict=True):
@@ -120,17 +127,14 @@ def test_the_samples_of_coordinates_take_turns_and_add_up(backend, odd):
         phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, theta_input=odd,
                       odd=odd, nominal=odd).double()  # fmt: skip
         nn.init.normal_(phi["linear"].head.weight, generator=generator(2))
-        model, noise = SMALL.draw(generator()).double(), generator(50)
-        batches = [(torch.rand(BATCH, 5, generator=noise, dtype=torch.float64),
-                    torch.randint(3, (BATCH,), generator=noise))
-                   for _ in range(STEPS + 1)]  # fmt: skip
+        model, batches = drawn()
         settings = MetaSettings(1, steps=STEPS, unroll=UNROLL, stride=stride, average=0.5)
-        episode = Episode(model, iter(batches), shift, number=number)
-        unrolls = truncated_unrolls(episode, phi, settings, backend)
+        episode = Episode(model, iter(batches), shift)
+        unrolls = truncated_unrolls(episode, phi, settings, backend, number=number)
         return torch.stack([dphis["linear"] for dphis, _ in unrolls])
 
     whole, n = found(0, 1), sum(p.numel() for p in SMALL.build().parameters())
-    for stride in (3, 10**6):  # as many turns, or one for each coordinate
+    for stride in (2, 10**6):  # as many turns, or one for each coordinate
         turns = min(stride, n)
         parts = torch.stack([found(number, stride) for number in range(turns)])
         sizes = torch.tensor([[len(range((number + k) % turns, n, turns)) for k in range(2)]

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from l2l_ref import attacks, problems
 from l2l_ref import meta_optimizer as phis
 from l2l_ref.episode import Episode
 from l2l_ref.errors import InputError
-from l2l_ref.files import read_checkpoint, write_checkpoint
+from l2l_ref.files import read_checkpoint
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import (
     History,
@@ -24,7 +25,7 @@ from l2l_ref.meta_training import (
     how_it_ended,
     meta_adam,
     meta_train,
-    watch,
+    stop_early,
 )
 from l2l_ref.optimizer import LearnedOptimizer
 
@@ -32,10 +33,10 @@ BATCH = 16
 PROBLEM = problems.make("quadratic", batch_size=BATCH)
 
 
-def draw(number: int, steps: int | None = None, strength: float = 1.0) -> Episode:
+def draw(number: int, steps: int | None = None) -> Episode:
     model = PROBLEM.draw(generator(number))
     batches = problems.quadratics(BATCH, generator(10_000 + number))
-    return Episode(model, batches, attacks.none, PROBLEM.loss, steps=steps, strength=strength)
+    return Episode(model, batches, attacks.none, PROBLEM.loss, steps=steps)
 
 
 def new_phi(**settings) -> nn.ModuleDict:
@@ -47,7 +48,7 @@ def settings(**changes) -> MetaSettings:
     return MetaSettings(**{"episodes": 4, "steps": 12, "unroll": 5, **clean, **changes})
 
 
-def killed_after(episodes, phi, chosen, draw, path) -> None:
+def killed_after(episodes, phi, chosen, draw, path, **options) -> None:
     """Meta-trains φ, with a checkpoint, for so many episodes."""
 
     def stop(number, loss):
@@ -55,7 +56,7 @@ def killed_after(episodes, phi, chosen, draw, path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        meta_train(phi, chosen, draw, checkpoint=path, on_episode=stop)
+        meta_train(phi, chosen, draw, checkpoint=path, on_episode=stop, **options)
     assert read_checkpoint(path)["episodes"] == episodes
 
 
@@ -85,24 +86,20 @@ def test_learned_optimizer_beats_tuned_sgd_on_quadratics():
         losses = []
         for seed in range(3):
             episode = draw(1000 + seed)  # never seen in meta-training
-            optimizer = optimizer_of(episode.model)
+            optimizer = optimizer_of(episode.model.parameters())
             for _ in range(61):  # the last loss is after 60 updates
                 loss = PROBLEM.loss(episode.model, *next(episode.batches))
-                optimizer.zero_grad(set_to_none=False)
+                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             losses.append(loss.item())
         return sum(losses) / 3
 
-    def sgd(lr):
-        return lambda model: torch.optim.SGD(model.parameters(), lr=lr * BATCH)
-
-    rates = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03)
-    by_rate = {lr: final_loss(sgd(lr)) for lr in rates}
-    best = min(by_rate, key=lambda lr: by_rate[lr] if math.isfinite(by_rate[lr]) else math.inf)
-    assert best not in (rates[0], rates[-1])  # the optimum lies inside the grid
-    learned = final_loss(lambda m: LearnedOptimizer(m.parameters(), phi["quadratic"]))
-    assert learned < 0.9 * by_rate[best]
+    rates = [lr * BATCH for lr in (0.001, 0.002, 0.005, 0.01, 0.02, 0.03)]
+    by_rate = [final_loss(partial(torch.optim.SGD, lr=lr)) for lr in rates]
+    best = min(loss for loss in by_rate if math.isfinite(loss))
+    assert best not in (by_rate[0], by_rate[-1])  # the optimum lies inside the grid
+    assert final_loss(partial(LearnedOptimizer, meta_optimizer=phi["quadratic"])) < 0.9 * best
 
 
 FORMS = [{}, {"odd": True}, {"nominal": True, "odd": True, "theta_input": True}]
@@ -117,7 +114,7 @@ def test_resumed_equals_uninterrupted(tmp_path, form, schedule, killed_at):
     chosen = settings(schedule=schedule, curriculum=(0.25, 0.75), meta_lr=0.01)
 
     def own(number):
-        return draw(number, steps=(7, 3, 12, 5)[number], strength=chosen.strength(number))
+        return draw(number, steps=(7, 3, 12, 5)[number])
 
     whole, again, path = new_phi(**form), new_phi(**form), tmp_path / "phi.pt"
     expected = meta_train(whole, chosen, own)
@@ -139,73 +136,41 @@ def test_phi_is_left_at_the_best_of_its_checks(tmp_path, killed_at):
     said = dict(zip(range(3, 8), [9.0, 4.0, 4.0, math.inf, 7.0], strict=True))
     seen: dict[int, Any] = {}
 
-    def trained(phi, **more):
-        def check():
-            number = len(asked) + 3
-            asked.append(number)
-            seen[number] = copy.deepcopy(phi.state_dict())
-            return said[number]
+    def check():
+        number = len(seen) + 3
+        seen[number] = copy.deepcopy(phi.state_dict())
+        return said[number]
 
-        return meta_train(phi, chosen, draw, checkpoint=path, check=check, **more)
-
-    asked: list[int] = []
     phi = new_phi()
     if killed_at:
-
-        def stop(number, loss):
-            if number == killed_at:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            trained(phi, on_episode=stop)
+        killed_after(killed_at, phi, chosen, draw, path, check=check)
         phi = new_phi()
-    history = trained(phi)
-    assert asked == list(said) and history.checks == [[n, value] for n, value in said.items()]
+    history = meta_train(phi, chosen, draw, checkpoint=path, check=check)
+    assert list(seen) == list(said) and history.checks == [[n, value] for n, value in said.items()]
     for weights in (phi.state_dict(), read_checkpoint(path)["meta_optimizers"]):
         assert all(torch.equal(weights[name], value) for name, value in seen[4].items())
     assert any(not torch.equal(seen[4][name], value) for name, value in seen[7].items())
 
 
-def test_other_settings_do_not_continue_a_checkpoint(tmp_path):
-    path, form = tmp_path / "phi.pt", {"nominal": True}
-    meta_train(new_phi(**form), settings(), draw, checkpoint=path)
-    for changes, other in (({"meta_lr": 0.1}, form), ({"eta_lr": 0.1}, form), ({}, {"p": 5.0}),
-                           ({}, {**form, "p": 5.0})):  # fmt: skip
-        with pytest.raises(InputError, match="other settings"):
-            meta_train(new_phi(**other), settings(**changes), draw, checkpoint=path)
-
-
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    path, chosen = tmp_path / "phi.pt", settings(schedule="cosine")
-    killed_after(2, new_phi(), chosen, draw, path)
-    for changes in (
-        {"penalty": 0.1},
-        {"curriculum": (0.0, 0.5)},
-        {"average": 0.5},
-        {"meta_lr": 0.1},
-    ):
-        with pytest.raises(InputError, match="other settings"):
-            meta_train(new_phi(), replace(chosen, **changes), draw, checkpoint=path)
+@pytest.mark.parametrize(
+    "changes, form",
+    [({name: value}, {}) for name, value in (("meta_lr", 0.1), ("penalty", 0.1),
+                                             ("curriculum", (0.0, 0.5)), ("average", 0.5))]
+    + [({}, {"p": 5.0}), ({}, {"nominal": False})],
+)  # fmt: skip
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, changes, form):
+    path = tmp_path / "phi.pt"
+    meta_train(new_phi(nominal=True), settings(episodes=1), draw, checkpoint=path)
     with pytest.raises(InputError, match="other settings"):
-        meta_train(new_phi(nominal=True), chosen, draw, checkpoint=path)
-
-
-@pytest.mark.parametrize("episodes", [-1, 1, 10**9])
-def test_a_checkpoint_that_counts_wrongly_is_refused(tmp_path, episodes):
-    path, chosen = tmp_path / "phi.pt", settings()
-    killed_after(2, new_phi(), chosen, draw, path)
-    write_checkpoint(path, {**read_checkpoint(path), "episodes": episodes})
-    with pytest.raises(InputError, match=f"says {episodes} episodes and holds 2 of 4: delete it"):
-        meta_train(new_phi(), chosen, draw, checkpoint=path)
+        other = new_phi(**{"nominal": True, **form})
+        meta_train(other, settings(episodes=1, **changes), draw, checkpoint=path)
 
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "phi.pt"
-    meta_train(new_phi(), settings(episodes=2), draw, checkpoint=path)
+    path, write = tmp_path / "phi.pt", Path.write_bytes
+    killed_after(1, new_phi(), settings(), draw, path)
     before = path.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["phi.pt"]  # no partial file stays
-
-    write = Path.write_bytes
 
     def half(to, content):
         write(to, content[: len(content) // 2])
@@ -213,8 +178,8 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError):
-        meta_train(new_phi(), settings(episodes=2), draw, checkpoint=tmp_path / "new.pt")
-    assert path.read_bytes() == before and not list(tmp_path.glob("new*"))
+        meta_train(new_phi(), settings(), draw, checkpoint=path)
+    assert path.read_bytes() == before
 
 
 class Evil:
@@ -246,17 +211,37 @@ def test_a_meta_gradient_that_is_not_finite_is_skipped_counted_and_survived():
     assert len(history.loss) == 3 * unrolls + 1
 
 
-def test_strength_of_a_curriculum_by_hand():
-    def strengths(episodes, *shares):
-        chosen = MetaSettings(episodes, curriculum=shares)
-        return [chosen.strength(number) for number in range(episodes)]
+@pytest.mark.parametrize(
+    "curriculum, expected",
+    [
+        ((0.0, 0.0), [1, 1, 1, 1, 1, 1]),
+        ((1 / 3, 2 / 3), [0, 0, 1 / 3, 2 / 3, 1, 1]),
+        ((0.0, 0.5), [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
+        ((0.5, 0.5), [0, 0, 0, 1, 1, 1]),
+        ((1.0, 1.0), [0, 0, 0, 0, 0, 0]),
+        ((0.25, 0.45), [0, 0, 1.5 / 2.2, 1, 1, 1]),  # 1.5 and 2.7 episodes
+    ],
+)
+def test_strength_of_a_curriculum_by_hand(curriculum, expected):
+    chosen = MetaSettings(6, curriculum=curriculum)
+    assert [chosen.strength(number) for number in range(6)] == pytest.approx(expected)
 
-    assert strengths(4, 0.0, 0.0) == [1, 1, 1, 1]
-    assert strengths(9, 1 / 3, 2 / 3) == [0, 0, 0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1]
-    assert strengths(4, 0.0, 0.5) == [1 / 3, 2 / 3, 1, 1]
-    assert strengths(4, 0.5, 0.5) == [0, 0, 1, 1]
-    assert strengths(4, 1.0, 1.0) == [0, 0, 0, 0]
-    assert strengths(10, 0.25, 0.45) == pytest.approx([0] * 3 + [1.5 / 3, 2.5 / 3] + [1] * 5)
+
+def test_the_curriculum_goes_by_the_number_of_the_episode():
+    """Of two episodes the first is clean, and the second under attack."""
+    drawn, attacked = [], set()
+
+    def attack(model, x, y):
+        attacked.add(drawn[-1])
+        return x
+
+    def own(number):
+        drawn.append(number)
+        return replace(draw(number), attack=attack)
+
+    chosen = settings(episodes=2, alpha=0.0, read_alpha=0.0, curriculum=(0.5, 0.5))
+    meta_train(new_phi(), chosen, own)
+    assert drawn == [0, 1] and attacked == {1}
 
 
 class TestMetaAdam:
@@ -273,13 +258,13 @@ class TestMetaAdam:
             return step(self, *args)
 
         monkeypatch.setattr(torch.optim.Adam, "step", spy)
-        chosen = settings(schedule="cosine", meta_lr=2.0, eta_lr=0.5, clip=1e-3)
+        chosen = settings(schedule="cosine", meta_lr=2.0, clip=1e-3)
         history = meta_train(phi, chosen, lambda number: draw(number, (7, 3, 12, 5)[number]))
         assert max(history.norm) > 1e-2 and max(norms) <= 1e-3 * 1.001
         shares = [n + i / k for n, k in enumerate((2, 1, 3, 1)) for i in range(k)]
         factors = [0.5 + 0.5 * math.cos(math.pi * share / 4) for share in shares]
         for rate, factor in zip(rates, factors, strict=True):
-            assert rate == pytest.approx([2.0 * factor, 0.5 * factor])
+            assert rate == pytest.approx([2.0 * factor, 0.02 * factor])
         assert settings().rate(3, 1) == 1 and chosen.rate(3, 1) == pytest.approx(0)
 
     @pytest.fixture
@@ -288,16 +273,18 @@ class TestMetaAdam:
         nn.init.normal_(phi["quadratic"].head.weight, generator=generator(2))
         return phi
 
-    def gradient(self, phi):
-        return torch.ones(1 + phi["quadratic"].phi().numel(), dtype=torch.float64)
+    def gradient(self, phi, at, value):
+        """Ones, but for one."""
+        ones = torch.ones(1 + phi["quadratic"].phi().numel(), dtype=torch.float64)
+        ones[at] = value
+        return ones
 
     def test_log_eta_has_a_rate_and_a_clip_of_its_own(self, phi):
         meta = phi["quadratic"]
-        settings = MetaSettings(1, meta_lr=1e-3, eta_lr=0.02, clip=0.5)
+        settings = MetaSettings(1, meta_lr=1e-3, clip=0.5)
         adam = meta_adam(phi, settings)
         before = [p.detach().clone() for p in meta.parameters()]
-        gradient = self.gradient(phi)
-        gradient[0] = -3.0
+        gradient = self.gradient(phi, 0, -3.0)
         norm = apply_meta_gradient(phi, {"quadratic": gradient}, adam, 0.5, settings)
         assert norm == pytest.approx(math.hypot(3.0, meta.phi().numel() ** 0.5))
         assert meta.log_eta.grad.item() == pytest.approx(-0.5, rel=1e-5)
@@ -313,10 +300,8 @@ class TestMetaAdam:
     @pytest.mark.parametrize("where", [0, -1])
     def test_one_that_is_not_finite_moves_neither(self, phi, where):
         settings = MetaSettings(1)
-        adam = meta_adam(phi, settings)
-        before = copy.deepcopy(phi.state_dict())
-        gradient = self.gradient(phi)
-        gradient[where] = math.nan
+        adam, before = meta_adam(phi, settings), copy.deepcopy(phi.state_dict())
+        gradient = self.gradient(phi, where, math.nan)
         assert math.isnan(apply_meta_gradient(phi, {"quadratic": gradient}, adam, 1.0, settings))
         assert all(torch.equal(value, before[key]) for key, value in phi.state_dict().items())
 
@@ -325,25 +310,18 @@ OK, COLLAPSED, DIVERGED = ["ok"], ["collapsed"], ["diverged"]
 LATE_CLEAN = {"curriculum": (0.5, 0.75)}
 
 
-class TestWatch:
+class TestEarlyStopping:
     @pytest.mark.parametrize(
         "ends, options, given_up",
         [
-            # five collapsed or three not finite
-            (4 * OK + 4 * COLLAPSED, {}, None),
-            (4 * OK + 5 * COLLAPSED, {}, (9, "collapsed")),
-            (4 * OK + 2 * DIVERGED, {}, None),
-            (4 * OK + 3 * DIVERGED, {}, (7, "diverged")),
-            # in a row, and one bad end does not count for the other
+            # five collapsed or three not finite, in a row; neither counts for the other
             (4 * OK + 3 * (4 * COLLAPSED + OK), {}, None),
             (4 * OK + 2 * DIVERGED + OK + 2 * DIVERGED, {}, None),
             (4 * OK + 4 * (2 * COLLAPSED + 2 * DIVERGED), {}, None),
-            (4 * OK + 4 * COLLAPSED + DIVERGED + 4 * COLLAPSED, {}, None),
             (4 * OK + 4 * COLLAPSED + DIVERGED + 5 * COLLAPSED, {}, (14, "collapsed")),
             # once the first fifth is over: of 20 episodes the first four do not count
             (20 * DIVERGED, {}, (7, "diverged")),
             (20 * COLLAPSED, {}, (9, "collapsed")),
-            (6 * DIVERGED, {}, None),
             (20 * DIVERGED, {"episodes": 5}, (4, "diverged")),
             # not while the curriculum is clean: there a φ that has not begun to move leaves its
             # optimizees where they started
@@ -354,13 +332,12 @@ class TestWatch:
     def test_when_phi_is_given_up(self, ends, options, given_up):
         """After how many episodes, and why."""
         history, chosen = History(), MetaSettings(**{"episodes": 20, **options})
-        found = None
         for number, end in enumerate(ends):
-            watch(history, chosen, number, end)
+            stop_early(history, chosen, number, end)
             if history.ended:
-                found = number + 1, history.ended
-                break
-        assert found == given_up
+                assert (number + 1, history.ended) == given_up
+                return
+        assert given_up is None
 
     def classify(self, logits, loss):
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 10))
@@ -380,12 +357,10 @@ class TestWatch:
             assert self.classify(constant, loss) == "ok"
         for loss in (math.nan, math.inf):
             assert self.classify(various, loss) == self.classify(constant, loss) == "diverged"
-        quadratic = draw(0)
-        assert how_it_ended(quadratic, chance) == "ok"  # nothing to classify
+        assert how_it_ended(draw(0), chance) == "ok"  # nothing to classify
 
-    def test_the_judgement_leaves_the_optimizee_alone(self):
-        problem = problems.make("cifar10")
-        model = problem.draw(generator(0))
+    def test_the_optimizee_is_left_alone(self):
+        model = problems.make("cifar10").draw(generator(0))
         before = {key: value.clone() for key, value in model.state_dict().items()}
         batch = torch.rand(4, 3, 32, 32, generator=generator(1)), torch.arange(4)
         how_it_ended(Episode(model, iter([batch]), attacks.none, classes=10), math.log(10))

@@ -152,16 +152,13 @@ def train_phi(
 
     def draw(number: int) -> Episode:
         trial = Trial(setting, ("meta", fold, meta_seed, number))
-        strength = settings.strength(number)
         return Episode(
             trial.model(),
             samples.batches(c.batch_size, trial.stream("batches")),
-            trial.attack(eps * strength),
+            trial.attack(eps * settings.strength(number)),
             setting.problem.loss,
             setting.problem.classes,
             lengths[number],
-            strength,
-            number,
         )
 
     history = meta_train(
