@@ -21,7 +21,7 @@ def main(data_dir: str = "data", episodes: int = 20, steps: int = 60) -> list[fl
     def draw(number: int) -> l2l_ref.Episode:
         generator = torch.Generator().manual_seed(number)
         model = problem.draw(generator)
-        return l2l_ref.Episode(model, images.batches(128, generator), attack, classes=10)
+        return l2l_ref.Episode(model, images.batches(128, generator), attack)
 
     phi = l2l_ref.new_phi(problem.build(), generator=torch.Generator().manual_seed(0))
     settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)

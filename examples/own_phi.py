@@ -42,7 +42,7 @@ def main(episodes: int = 100, steps: int = 100) -> tuple[float, float]:
 
     def draw(number: int) -> l2l_ref.Episode:
         torch.manual_seed(number)
-        return l2l_ref.Episode(build(), loader, attack, classes=4)
+        return l2l_ref.Episode(build(), loader, attack)
 
     phi = l2l_ref.new_phi(build(), odd=True, theta_input=True, output_scale=0.1)
     settings = l2l_ref.MetaSettings(

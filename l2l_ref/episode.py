@@ -26,7 +26,6 @@ class Episode:
         batches: (x, y), an iterator without end, or what is begun again, such as a DataLoader.
         attack: (model, x, y) -> x'.
         loss: of the model on a batch.
-        classes: of a classifier, whose collapse `meta_train` notices; 0 of anything else.
         steps: updates; None for the number of the settings.
     """
 
@@ -34,7 +33,6 @@ class Episode:
     batches: Iterable[tuple[Tensor, Tensor]]
     attack: Attack
     loss: Loss = cross_entropy
-    classes: int = 0
     steps: int | None = None
 
 

@@ -169,12 +169,8 @@ def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:
         True where the loss is within 1 % of ln(classes), that of the uniform prediction, and the
         accuracy near chance: at most 1.5 / classes, which leaves room for unbalanced classes.
     """
-    return is_chance(attacked_loss, classes) and accuracy <= 1.5 / classes
-
-
-def is_chance(loss: float, classes: int) -> bool:
-    """Whether a cross-entropy is within 1 % of ln(classes)."""
-    return abs(loss - math.log(classes)) <= 0.01 * math.log(classes)
+    chance = math.log(classes)
+    return abs(attacked_loss - chance) <= 0.01 * chance and accuracy <= 1.5 / classes
 
 
 @torch.no_grad()

@@ -237,27 +237,6 @@ def with_phi(
     return {name: (params, phi[name]) for name, params in groups.items()}
 
 
-def load_weights(phi: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load a state dict into φ; where it comes from is for messages.
-
-    Raises:
-        InputError: names, shapes or dtypes that are not φ's; weights that are not finite.
-    """
-    try:
-        own = {name: weight.dtype for name, weight in phi.state_dict().items()}
-        if {name: weight.dtype for name, weight in weights.items()} != own:
-            raise TypeError
-        phi.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError):
-        raise InputError(
-            f"{where} holds weights that do not fit the settings beside them: take a file that is "
-            "whole"
-        ) from None
-    for key, weight in phi.state_dict().items():
-        if not weight.isfinite().all():
-            raise InputError(f"{key} of φ in {where} is not finite: take a file that is whole")
-
-
 def new_phi(
     model: nn.Module, *, generator: torch.Generator | None = None, **settings: Any
 ) -> nn.ModuleDict:

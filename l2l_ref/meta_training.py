@@ -10,13 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref.data.images import endless
 from l2l_ref.episode import Episode, truncated_unrolls
 from l2l_ref.errors import InputError
-from l2l_ref.evaluate import is_chance
 from l2l_ref.files import read_checkpoint, write_checkpoint
-from l2l_ref.guard import untouched
-from l2l_ref.meta_optimizer import load_weights
 from l2l_ref.meta_settings import MetaSettings
 
 
@@ -29,15 +25,9 @@ class History:
     norm: list[float] = field(default_factory=list)  # of the meta-gradient, before clipping
     skipped: int = 0  # meta-gradients that were not finite
     diverged: int = 0  # episodes cut short because a θ or its loss was not finite
-    bad: dict[str, int] = field(default_factory=dict)  # how many of the last episodes ended so
-    ended: str | None = None  # "collapsed" or "diverged": why the training was given up
     checks: list[list[float]] = field(default_factory=list)  # [episodes done, its loss]
 
 
-# Early stopping: after the first fifth of the episodes, and after the clean ones of the curriculum,
-# in which a φ that does not move yet looks the same, so many in a row that end so end the training.
-COUNTED_AFTER = 0.2
-PATIENCE = {"collapsed": 5, "diverged": 3}
 ETA_LR = 0.02  # of Adam on log η
 CHECKS = 5  # at most, evenly over the episodes after the curriculum
 
@@ -56,9 +46,6 @@ def meta_train(
     """Meta-train φ in place, and leave it as it was at the best of its checks.
 
     Parameters that do not require gradients stay as they are.
-
-    Training stops early if its optimizees keep ending as a constant predictor, or not finite;
-    `History.ended` says so.
 
     Args:
         meta_optimizers: {φ-group: MetaOptimizer}, all on the device of the optimizees.
@@ -85,7 +72,7 @@ def meta_train(
                 f"checkpoint {checkpoint} was written with other settings: resume with those, or "
                 "start afresh with another --out"
             )
-        load_weights(meta_optimizers, saved["meta_optimizers"], f"checkpoint {checkpoint}")
+        meta_optimizers.load_state_dict(saved["meta_optimizers"])
         adam.load_state_dict(saved["adam"])
         history, done, best = History(**saved["history"]), saved["episodes"], saved["best"]
 
@@ -103,8 +90,6 @@ def meta_train(
 
     due = check_points(settings)
     for number in range(done, settings.episodes):
-        if history.ended:
-            break
         loss = math.nan
         episode = draw(number)
         unrolls = truncated_unrolls(
@@ -122,15 +107,14 @@ def meta_train(
                 history.diverged += 1
                 break
         history.episodes.append(loss)
-        stop_early(history, settings, number, how_it_ended(episode, loss))
-        if check is not None and number + 1 in due and not history.ended:
+        if check is not None and number + 1 in due:
             value = check()
             if not history.checks or value < min(earlier for _, earlier in history.checks):
                 best = copy.deepcopy(meta_optimizers.state_dict())
             history.checks.append([number + 1, value])
         keep(number + 1)
         on_episode(number + 1, loss)
-    if best is not None and not history.ended:
+    if best is not None:
         meta_optimizers.load_state_dict(best)
         keep(settings.episodes)
     return history
@@ -141,28 +125,6 @@ def check_points(settings: MetaSettings) -> set[int]:
     begin = settings.curriculum[1] * settings.episodes
     step = (settings.episodes - begin) / CHECKS
     return {round(begin + step * k) for k in range(1, CHECKS + 1)} | {settings.episodes}
-
-
-def how_it_ended(episode: Episode, loss: float) -> str:
-    """An episode's last mean loss -> "ok", "diverged", or "collapsed": within 1 % of that of the
-    uniform prediction, and the optimizee predicts one class for all of a batch."""
-    if not math.isfinite(loss):
-        return "diverged"
-    if not episode.classes or not is_chance(loss, episode.classes):
-        return "ok"
-    with torch.no_grad(), untouched(episode.model):
-        x, _ = next(endless(episode.batches))
-        predicted = episode.model(x).argmax(-1)
-    return "collapsed" if (predicted == predicted[0]).all() else "ok"
-
-
-def stop_early(history: History, settings: MetaSettings, number: int, end: str) -> None:
-    """Count how the last episodes ended, of which this is `number`; too many set `ended`."""
-    if number < max(COUNTED_AFTER, settings.curriculum[0]) * settings.episodes:
-        return
-    history.bad = {end: history.bad.get(end, 0) + 1} if end in PATIENCE else {}
-    if history.bad.get(end, 0) >= PATIENCE.get(end, math.inf):
-        history.ended = end
 
 
 def meta_adam(meta_optimizers: nn.ModuleDict, settings: MetaSettings) -> torch.optim.Adam:

@@ -94,7 +94,7 @@ def test_it_meta_trains_to_the_bits_of_ours(library, small_digits):
         def draw(number):
             noise = generator(number)
             batches = small_digits.train.batches(32, noise)
-            return Episode(PROBLEM.draw(noise), batches, attack, classes=10)
+            return Episode(PROBLEM.draw(noise), batches, attack)
 
         phi = new_phi(PROBLEM.build(), generator=generator(1))
         settings = MetaSettings(2, steps=8, unroll=4, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)

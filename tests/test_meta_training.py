@@ -20,12 +20,9 @@ from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import (
-    History,
     apply_meta_gradient,
-    how_it_ended,
     meta_adam,
     meta_train,
-    stop_early,
 )
 from l2l_ref.optimizer import LearnedOptimizer
 
@@ -304,80 +301,3 @@ class TestMetaAdam:
         gradient = self.gradient(phi, where, math.nan)
         assert math.isnan(apply_meta_gradient(phi, {"quadratic": gradient}, adam, 1.0, settings))
         assert all(torch.equal(value, before[key]) for key, value in phi.state_dict().items())
-
-
-OK, COLLAPSED, DIVERGED = ["ok"], ["collapsed"], ["diverged"]
-LATE_CLEAN = {"curriculum": (0.5, 0.75)}
-
-
-class TestEarlyStopping:
-    @pytest.mark.parametrize(
-        "ends, options, given_up",
-        [
-            # five collapsed or three not finite, in a row; neither counts for the other
-            (4 * OK + 3 * (4 * COLLAPSED + OK), {}, None),
-            (4 * OK + 2 * DIVERGED + OK + 2 * DIVERGED, {}, None),
-            (4 * OK + 4 * (2 * COLLAPSED + 2 * DIVERGED), {}, None),
-            (4 * OK + 4 * COLLAPSED + DIVERGED + 5 * COLLAPSED, {}, (14, "collapsed")),
-            # once the first fifth is over: of 20 episodes the first four do not count
-            (20 * DIVERGED, {}, (7, "diverged")),
-            (20 * COLLAPSED, {}, (9, "collapsed")),
-            (20 * DIVERGED, {"episodes": 5}, (4, "diverged")),
-            # not while the curriculum is clean: there a φ that has not begun to move leaves its
-            # optimizees where they started
-            (10 * COLLAPSED, LATE_CLEAN, None),
-            (20 * COLLAPSED, LATE_CLEAN, (15, "collapsed")),
-        ],
-    )
-    def test_when_phi_is_given_up(self, ends, options, given_up):
-        """After how many episodes, and why."""
-        history, chosen = History(), MetaSettings(**{"episodes": 20, **options})
-        for number, end in enumerate(ends):
-            stop_early(history, chosen, number, end)
-            if history.ended:
-                assert (number + 1, history.ended) == given_up
-                return
-        assert given_up is None
-
-    def classify(self, logits, loss):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(2, 10))
-        model.forward = lambda x: logits
-        batches = iter([(torch.rand(4, 1, 1, 2), torch.arange(4))])
-        episode = Episode(model, batches, attacks.none, classes=10)
-        return how_it_ended(episode, loss)
-
-    def test_what_a_collapse_is(self):
-        constant = torch.tensor([[0.1] + [0.0] * 9]).expand(4, 10)
-        various = torch.eye(10)[:4]
-        chance = math.log(10)
-        for loss in (chance, 1.009 * chance, 0.991 * chance):
-            assert self.classify(constant, loss) == "collapsed"
-            assert self.classify(various, loss) == "ok"
-        for loss in (1.011 * chance, 0.989 * chance, 0.1):
-            assert self.classify(constant, loss) == "ok"
-        for loss in (math.nan, math.inf):
-            assert self.classify(various, loss) == self.classify(constant, loss) == "diverged"
-        assert how_it_ended(draw(0), chance) == "ok"  # nothing to classify
-
-    def test_the_optimizee_is_left_alone(self):
-        model = problems.make("cifar10").draw(generator(0))
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        batch = torch.rand(4, 3, 32, 32, generator=generator(1)), torch.arange(4)
-        how_it_ended(Episode(model, iter([batch]), attacks.none, classes=10), math.log(10))
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-    @pytest.mark.parametrize("killed_at", [None, 5])  # after the second that counts
-    def test_meta_training_is_given_up_and_stays_so(self, tmp_path, killed_at):
-        path, chosen, phi, done = tmp_path / "phi.pt", settings(episodes=12), new_phi(), []
-        if killed_at:
-            killed_after(killed_at, new_phi(), chosen, poisoned_from(2), path)
-        for draw_on in (poisoned_from(2), draw):  # the second adds no episode
-            history = meta_train(
-                phi, chosen, draw_on, checkpoint=path,
-                on_episode=lambda number, loss: done.append(number),
-            )  # fmt: skip
-            # a fifth of 12 is 2.4, so numbers 3, 4 and 5 count
-            assert history.ended == "diverged" and history.diverged == 4
-            assert done == [1, 2, 3, 4, 5, 6][killed_at or 0 :]
-            assert read_checkpoint(path)["episodes"] == 6
-            assert all(p.isfinite().all() for p in phi.parameters())

@@ -20,7 +20,6 @@ from l2l_ref.experiment.queue import Parts, Piece, named
 from l2l_ref.experiment.setting import Fold, Setting, folds
 from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
 from l2l_ref.files import read_checkpoint, write_checkpoint
-from l2l_ref.meta_optimizer import load_weights
 from l2l_ref.meta_training import CHECKS
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import read, save
@@ -115,7 +114,7 @@ class Experiment:
             phi = untrained(self.setting, name.split("-")[0], 0, 0)
             path = self.parts.path(name, "pt")
             saved = read_checkpoint(path, self.setting.device)
-            load_weights(phi, saved["meta_optimizers"], f"checkpoint {path}")
+            phi.load_state_dict(saved["meta_optimizers"])
             self.phis[name] = phi
         return self.phis[name]
 

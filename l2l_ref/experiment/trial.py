@@ -157,7 +157,6 @@ def train_phi(
             samples.batches(c.batch_size, trial.stream("batches")),
             trial.attack(eps * settings.strength(number)),
             setting.problem.loss,
-            setting.problem.classes,
             lengths[number],
         )
 
