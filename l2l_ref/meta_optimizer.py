@@ -126,11 +126,8 @@ class MetaOptimizer(nn.Module):
         """One differentiable step, Eq. 3-4: θ [N], ∇ [N], state -> θ + u [N] and the next state.
 
         With the nominal term: moments [3, N] too -> θ + u - η·d, the next state, the next moments.
-
-        Raises:
-            InputError: a nominal term without moments, or moments without that term.
         """
-        self._check_moments(moments)
+        assert self.nominal == (moments is not None), "the nominal term has moments (init_moments)"
         step = operators(backend, state).theta_step
         with no_autocast(theta):
             theta, state = step(theta, gradient, state, self.phi(), **self.form)
@@ -161,11 +158,8 @@ class MetaOptimizer(nn.Module):
 
         Returns:
             d of each, shaped like it; None without the nominal term.
-
-        Raises:
-            InputError: as `forward`.
         """
-        self._check_moments(moments)
+        assert self.nominal == (moments is not None), "the nominal term has moments (init_moments)"
         step = operators(backend, states[0]).theta_step_
         with no_autocast(thetas[0]):
             step(thetas, gradients, states, self.phi() if phi is None else phi, **self.form)
@@ -181,14 +175,6 @@ class MetaOptimizer(nn.Module):
         )
         torch._foreach_sub_(list(thetas), ways)
         return d
-
-    def _check_moments(self, moments: Any) -> None:
-        if self.nominal != (moments is not None):
-            wrong = "moments are given" if moments is not None else "no moments are given"
-            raise InputError(
-                f"{wrong} to a meta-optimizer with nominal={self.nominal}: give what its "
-                "init_moments returns, and then what its steps make of it"
-            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
@@ -252,10 +238,7 @@ def with_phi(
 
 
 def load_weights(phi: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Load a state dict into φ.
-
-    Args:
-        where: it comes from, for messages.
+    """Load a state dict into φ; where it comes from is for messages.
 
     Raises:
         InputError: names, shapes or dtypes that are not φ's; weights that are not finite.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,12 +23,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     parameter without a gradient is left alone, its state too. No graph is kept.
 
     `state[param]` has "lstm", [L, 2, H, signs, *param.shape], zero at the start (signs is 2 in the
-    odd form), and "moments" of the nominal term, [3, *param.shape]. Nothing else is remembered: who
-    writes into `state` is heard, and what others keep there, or in a group, goes along.
+    odd form), and "moments" of the nominal term, [3, *param.shape]. There is no other copy. What
+    others keep there, or in a group, is saved too.
 
     The arithmetic is in φ's dtype, whatever that of the parameters (float64, float32, bfloat16,
-    float16); θ is read and written in its own. A sharded parameter (a `DTensor`, as FSDP2 makes
-    them) has a state that is sharded like it.
+    float16), which stay in their own. A sharded parameter (a `DTensor`, as FSDP2 makes them) has a
+    state that is sharded like it.
 
     Args:
         params: parameters, or groups of them; a group may bring any of the options below.
@@ -39,15 +38,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
             where there is none yet and the gradient is zero, it stays at its zeros.
         weight_decay: >= 0, θ ← θ - lr·weight_decay·θ beside the update. AdamW's 0.01 stands beside
             an lr of about 1e-3; with an lr of 1 the same decay is about 1e-5.
-        maximize: climb: φ reads -∇.
+        maximize: climb: the input of φ is -∇.
         state_dtype: of the LSTM states; None is φ's. They take 320 bytes a parameter for two layers
             of 20 units, 640 in the odd form; half of it in `torch.bfloat16`, whose rounding
             puts θ off by under 1 % of its way in 10 steps.
         backend: "auto", "reference" or "fused".
 
     Raises:
-        InputError: a group without φ; a number out of range; parameters
-            that are not real, or on another device than φ; sparse gradients; a state of another φ.
+        InputError: a group without φ; a number out of range; parameters that are not real, or on
+            another device than φ; sparse gradients; a state of another φ.
 
     Example:
         >>> optimizer = LearnedOptimizer(model.parameters(), meta_optimizer)
@@ -103,21 +102,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for name in ("lr", "weight_decay"):
             if not 0 <= float(group[name]) < math.inf:
                 raise InputError(f"{name} is {group[name]}: it must be finite and at least 0")
-        kinds = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        if group["state_dtype"] not in kinds:
-            raise InputError(f"state_dtype is {group['state_dtype']}: give a floating one, or None")
+        dtype = group["state_dtype"]
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"state_dtype is {dtype}: give a floating one, or None")
         super().add_param_group(param_group)
-        try:
-            for param in self.param_groups[-1]["params"]:
-                check_together(param, meta_optimizer)
-                if param.is_inference():
-                    raise InputError(
-                        "a parameter was made within torch.inference_mode, where nothing is "
-                        "trained: make the model outside"
-                    )
-        except InputError:
-            del self.param_groups[-1]
-            raise
+        own = meta_optimizer.head.weight.device
+        for param in self.param_groups[-1]["params"]:
+            if not param.is_floating_point():
+                raise InputError(f"a parameter is {param.dtype}: it must be of real numbers")
+            if param.device != own:
+                raise InputError(f"a parameter is on {param.device} but φ is on {own}: move one")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -128,8 +122,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found = [self._found(group) for group in self.param_groups]  # before anything moves
         for group, parts in zip(self.param_groups, found, strict=True):
-            for turn in turns(parts):
-                self._update(group, *zip(*turn, strict=True))
+            if parts:
+                self._update(group, *zip(*parts, strict=True))
         return loss
 
     def _found(self, group: dict[str, Any]) -> list[tuple[Tensor, ...]]:
@@ -184,36 +178,23 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _states(self, param: Tensor, group: dict[str, Any]) -> list[Tensor]:
         """The LSTM state of a parameter, and its moments if there is a nominal term."""
         meta, held = group["meta_optimizer"], self.state[param]
-        check_together(param, meta)
         own = meta.head.weight.dtype
-        kinds: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-        kinds += [("lstm", meta.state_axes, group["state_dtype"] or own)]
-        kinds += [("moments", (3,), own)] * meta.nominal
-        for name, lead, dtype in kinds:
+        kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        kinds = {"lstm": (meta.state_axes, group["state_dtype"] or own)}
+        if meta.nominal:
+            kinds["moments"] = (3,), own
+        for name, (lead, dtype) in kinds.items():
             if name not in held:
                 zeros = torch.zeros_like(param, dtype=dtype)
                 held[name] = zeros.expand(*lead, *param.shape).contiguous()
-            found, needed = held[name], (*lead, *param.shape)
-            if found.shape != needed or found.device != param.device:
-                raise InputError(
-                    f"a loaded optimizer state, '{name}', has shape {list(found.shape)} on "
-                    f"{found.device} where this meta-optimizer needs {list(needed)} on "
-                    f"{param.device}: load the state that was saved with it"
-                )
-        return [held[name] for name, _, _ in kinds]
+        return [held[name] for name in kinds]
 
     def state_dict(self) -> dict[str, Any]:
         """The states and groups; a fingerprint in the place of φ, which is saved on its own."""
-
-        def without_phi(_, saved: dict[str, Any]) -> None:
-            for group in saved["param_groups"]:
-                group["meta_optimizer"] = group["meta_optimizer"].fingerprint()
-
-        hook = self.register_state_dict_post_hook(without_phi, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["meta_optimizer"] = group["meta_optimizer"].fingerprint()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the states of a `state_dict`, in their own dtypes; φ and backend stay those of this
@@ -225,12 +206,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
         groups, states = self.param_groups, {}
 
         def check(_, saved: dict[str, Any]) -> None:
-            for number, pair in enumerate(zip(groups, saved["param_groups"], strict=False)):
-                self._check_saved(number, *pair, saved["state"])
-                params = zip(*(group["params"] for group in pair), strict=False)
+            for number, (own, group) in enumerate(zip(groups, saved["param_groups"], strict=False)):
+                ours, theirs = own["meta_optimizer"].fingerprint(), group.get("meta_optimizer")
+                if theirs != ours:
+                    of = f"another φ ({theirs}, this one is {ours})" if theirs else "no φ"
+                    raise InputError(
+                        f"parameter group {number} of the state was saved with {of}: load what a "
+                        "LearnedOptimizer of the same φ saved"
+                    )
+                params = zip(own["params"], group["params"], strict=False)
                 states.update({p: saved["state"][i] for p, i in params if i in saved["state"]})
 
-        def complete(_) -> None:  # the base class knows what was saved, and casts it like θ
+        def complete(_) -> None:  # the base class would keep the fingerprint, and cast states
             for own, group in zip(groups, self.param_groups, strict=True):
                 group.update({k: v for k, v in own.items() if k in OWN or k not in group})
             for param, state in states.items():
@@ -246,49 +233,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _check_saved(
-        self, number: int, own: dict[str, Any], group: dict[str, Any], states: dict[Any, Any]
-    ) -> None:
-        """Raise an InputError if a group of a state dict, and its states, are not of this φ."""
-        held = [states.get(index, {}) for index in group["params"]]
-        if "meta_optimizer" not in group or any(
-            one and not one.keys() & {"lstm", "moments"} for one in held
-        ):
-            found = sorted({*group, *chain(*held)} - {"params", *self.defaults})
-            raise InputError(
-                f"parameter group {number} of the state has {', '.join(found)}: it is that of "
-                "another optimizer, load what a LearnedOptimizer saved"
-            )
-        ours = own["meta_optimizer"].fingerprint()
-        if (saved := group["meta_optimizer"]) != ours:
-            raise InputError(
-                f"parameter group {number} of the state was saved with another φ ({saved}, this "
-                f"one is {ours}): build the optimizer with that φ"
-            )
-
-
-def check_together(param: Tensor, meta: MetaOptimizer) -> None:
-    """Raise an InputError unless φ can update the parameter."""
-    weight = meta.head.weight
-    if not param.is_floating_point():
-        raise InputError(f"a parameter is {param.dtype}: LearnedOptimizer takes real numbers")
-    if param.device != weight.device:
-        raise InputError(
-            f"a parameter is on {param.device} but its meta-optimizer is on {weight.device}: move "
-            "one with .to()"
-        )
-
-
-def turns(parts: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
-    """No memory twice in a call: a θ that comes twice moves twice, as in PyTorch's Adam."""
-    calls: list[dict[int, tuple[Tensor, ...]]] = [{}]
-    for part in parts:
-        where = part[0].data_ptr()
-        if where in calls[-1]:
-            calls.append({})
-        calls[-1][where] = part
-    return [list(call.values()) for call in calls if call]
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:

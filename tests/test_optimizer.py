@@ -27,18 +27,8 @@ def backward(model, seed=0):
     nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
 
 
-def steps(model, optimizer, seeds):
-    """Trains on a batch of each seed; returns the model."""
-    for seed in seeds:
-        optimizer.zero_grad()
-        backward(model, seed)
-        optimizer.step()
-    return model
-
-
-@pytest.mark.parametrize("nominal", [False, True])
-def test_parameters_without_a_gradient_are_skipped_with_their_state(nominal):
-    meta, model = phi(nominal=nominal), net()
+def test_parameters_without_a_gradient_are_skipped_with_their_state():
+    meta, model = phi(nominal=True), net()
     alone = copy.deepcopy(model)
     optimizer = LearnedOptimizer(model.parameters(), meta)
     expected = LearnedOptimizer([alone[3].weight], meta)  # sees only the steps that count
@@ -50,13 +40,9 @@ def test_parameters_without_a_gradient_are_skipped_with_their_state(nominal):
             last.grad = None
         else:
             alone[3].weight.grad = last.grad.clone()
-        value = last.detach().clone()
-        optimizer.step()
-        if frozen:
-            assert torch.equal(last, value)
-        else:
             expected.step()
-            torch.testing.assert_close(last, alone[3].weight)
+        optimizer.step()
+        torch.testing.assert_close(last, alone[3].weight)
     assert LearnedOptimizer(net().parameters(), meta).step() is None  # no gradients at all
 
 
@@ -78,55 +64,6 @@ def test_groups_bring_their_own_phi():
     for optimizer in separate:
         optimizer.step()
     assert torch.equal(weights(model), weights(apart))
-
-
-@pytest.mark.parametrize("nominal", [False, True])
-def test_state_dict_round_trip_continues_to_the_same_bits(tmp_path, nominal):
-    meta, model = phi(odd=True, nominal=nominal), net()
-    optimizer = LearnedOptimizer(model.parameters(), meta)
-    steps(model, optimizer, range(3))
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c")
-    steps(model, optimizer, range(3, 6))
-
-    def resumed(*forgotten):
-        saved = torch.load(tmp_path / "c", weights_only=True)
-        for state in saved["optimizer"]["state"].values():
-            for name in forgotten:
-                del state[name]
-        resumed = net()
-        resumed.load_state_dict(saved["model"])
-        other = LearnedOptimizer(resumed.parameters(), meta)
-        other.load_state_dict(saved["optimizer"])
-        return weights(steps(resumed, other, range(3, 6)))
-
-    assert torch.equal(resumed(), weights(model))
-    for forgotten in ["lstm"] + ["moments"] * nominal:  # all of the state does matter
-        assert not torch.equal(resumed(forgotten), weights(model))
-
-
-def test_a_loaded_state_is_not_shared_with_the_file():
-    meta, model = phi(), net()
-    optimizer = LearnedOptimizer(model.parameters(), meta)
-    backward(model)
-    optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    kept = copy.deepcopy(saved)
-    optimizer.load_state_dict(saved)
-    optimizer.step()
-    assert optimizer.param_groups[0]["meta_optimizer"] is meta  # not a copy of φ
-    for index, state in saved["state"].items():
-        assert torch.equal(state["lstm"], kept["state"][index]["lstm"])
-
-
-def test_state_of_another_shape_is_refused():
-    model, meta = net(), phi(nominal=True)
-    optimizer = LearnedOptimizer(model.parameters(), meta)
-    saved = steps(model, optimizer, [0]) and optimizer.state_dict()
-    saved["state"][0]["moments"] = saved["state"][0]["moments"][:2]
-    optimizer.load_state_dict(saved)
-    words = r"shape \[2, 20, 784\] on cpu where this meta-optimizer needs \[3, 20, 784\] on cpu"
-    with pytest.raises(InputError, match=words):
-        optimizer.step()
 
 
 def test_keeps_no_graph_and_runs_closures_with_gradients():
@@ -156,18 +93,12 @@ def test_channels_last_parameters_keep_their_layout():
     torch.testing.assert_close(plain.weight, last.weight)
 
 
-def sparse_step(_):
-    embedding = nn.Embedding(5, 2, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    LearnedOptimizer(embedding.parameters(), phi()).step()
-
-
 @pytest.mark.parametrize(
     "make, words",
     [
         (lambda m: LearnedOptimizer(m.parameters()), "has no φ"),
         (lambda m: LearnedOptimizer(m.to(torch.cfloat).parameters(), phi()), "complex64"),
-        (lambda m: LearnedOptimizer(m.to("meta").parameters(), phi()), "on meta but .* on cpu"),
+        (lambda m: LearnedOptimizer(m.to("meta").parameters(), phi()), "on meta but φ is on cpu"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), lr=-1.0), "lr is -1.0"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), weight_decay=math.nan), "decay is nan"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), state_dtype=torch.int8), "torch.int8"),
@@ -176,7 +107,6 @@ def sparse_step(_):
             "no φ but a ModuleDict: .* LearnedOptimizer.for_model",
         ),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), backend="gpu"), "'gpu' is unknown"),
-        (sparse_step, "a gradient is sparse"),
         (lambda m: MetaOptimizer(p=0.0), "p is 0.0: it must be above 0 and at most 80"),
         (lambda m: MetaOptimizer(p=float("nan")), "p is nan"),
         (lambda m: MetaOptimizer(p=90.0), "p is 90.0"),
@@ -237,20 +167,6 @@ def test_eta_begins_at_a_thousandth():
     theta, state = plain(torch.zeros(3), torch.ones(3), plain.init_state(3))
     assert not theta.any() and state.any()  # an untrained φ without that term changes nothing
     assert "nominal=False" in repr(LearnedOptimizer(net().parameters(), plain))
-
-
-def test_moments_that_are_missing_or_not_wanted_are_refused():
-    theta, gradient = torch.zeros(3), torch.ones(3)
-    for meta, moments, words in (
-        (phi(nominal=True), None, "no moments are given to a meta-optimizer with nominal=True"),
-        (MetaOptimizer(), torch.zeros(3, 3), "moments are given .* with nominal=False"),
-    ):
-        state = meta.init_state(3)
-        with pytest.raises(InputError, match=words):
-            meta(theta, gradient, state, moments)
-        with pytest.raises(InputError, match=words):
-            meta.step_([theta], [gradient], [state], None if moments is None else [moments])
-        assert not theta.any() and not state.any()
 
 
 @every_form

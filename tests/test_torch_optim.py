@@ -11,20 +11,16 @@ import collections
 import copy
 import io
 import math
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import generator, weights
 from torch import nn
-from torch.optim import lr_scheduler, swa_utils
+from torch.optim import lr_scheduler
 
 from l2l_ref import problems
 from l2l_ref.errors import InputError
@@ -87,18 +83,13 @@ def info():
         ]
 
     def mistakes(device, dtype):
-        param = [nn.Parameter(torch.randn(1, 1))]
+        def mistake(options, words):
+            given = table.OptimizerInput([nn.Parameter(torch.randn(1, 1))], options, desc=words)
+            return table.ErrorOptimizerInput(given, error_type=ValueError, error_regex=words)
+
         return table.get_error_inputs_for_all_optims(device, dtype) + [
-            table.ErrorOptimizerInput(
-                table.OptimizerInput(params=param, kwargs={"lr": -0.1}, desc="a negative lr"),
-                error_type=ValueError,
-                error_regex="lr is -0.1: it must be finite and at least 0",
-            ),
-            table.ErrorOptimizerInput(
-                table.OptimizerInput(params=param, kwargs={"weight_decay": -1}, desc="decay"),
-                error_type=ValueError,
-                error_regex="weight_decay is -1: it must be finite and at least 0",
-            ),
+            mistake({"lr": -0.1}, "lr is -0.1: it must be finite and at least 0"),
+            mistake({"weight_decay": math.nan}, "weight_decay is nan: it must be finite"),
         ]
 
     return table.OptimizerInfo(
@@ -120,13 +111,10 @@ class TestAsPyTorchTestsItsOwn:
         for mistake in info.optim_error_inputs_func("cpu", torch.float32):
             given = mistake.optimizer_error_input
             params = given.params or [nn.Parameter(torch.randn(1, 1))]
-            make = partial(info.optim_cls, params, phi(), **given.kwargs)
-            if issubclass(mistake.error_type, Warning):
-                with pytest.warns(mistake.error_type, match=mistake.error_regex):
-                    make()
-            else:
-                with pytest.raises(mistake.error_type, match=mistake.error_regex):
-                    make()
+            warned = issubclass(mistake.error_type, Warning)
+            expected = pytest.warns if warned else pytest.raises
+            with expected(mistake.error_type, match=mistake.error_regex):
+                info.optim_cls(params, phi(), **given.kwargs)
 
     @pytest.mark.parametrize("contiguous", [True, False])
     @pytest.mark.parametrize("scheduled", [False, True])
@@ -151,12 +139,8 @@ class TestAsPyTorchTestsItsOwn:
                 for _ in range(30):
                     loss = optimizer.step(closure)
                     for schedule in schedules:
-                        on = (
-                            (loss.item(),)
-                            if isinstance(schedule, lr_scheduler.ReduceLROnPlateau)
-                            else ()
-                        )
-                        schedule.step(*on)
+                        plateau = isinstance(schedule, lr_scheduler.ReduceLROnPlateau)
+                        schedule.step(*[loss.item()] * plateau)
                 rises = closure().item() > first
                 assert rises == options.get("maximize", False), one.desc
 
@@ -205,22 +189,11 @@ class TestAsPyTorchTestsItsOwn:
             decay = one.kwargs.get("weight_decay", 0)  # odd: no drift
             torch.testing.assert_close(weights(model), (1 - decay) * weights(net()))
 
-    def test_hooks(self, info, inputs):
-        model, calls = net(), []
+    def test_hooks_of_loading(self, info, inputs):
+        model = net()
         optimizer = info.optim_cls(model.parameters(), **inputs[0].kwargs)
-        optimizer.register_step_pre_hook(lambda o, *_: calls.append(weights(model)))
-        optimizer.register_step_post_hook(lambda o, *_: calls.append(weights(model)))
-        after = steps(model, optimizer, [0])
-        assert torch.equal(calls[1], after) and not torch.equal(calls[0], after)
-
-        def complete(_, saved):
-            assert len(saved["param_groups"][0]["meta_optimizer"]) == 16  # its fingerprint
-            saved["note"] = 1
-
-        optimizer.register_state_dict_pre_hook(lambda o: calls.append(o.param_groups[0]["lr"]))
-        optimizer.register_state_dict_post_hook(complete)
-        saved = optimizer.state_dict()
-        assert calls[2] == 1.0 and saved["note"] == 1
+        after, saved = steps(model, optimizer, [0]), optimizer.state_dict()
+        assert len(saved["param_groups"][0]["meta_optimizer"]) == 16  # its fingerprint
 
         def doubled(_, given):
             given["param_groups"][0]["lr"] = 2.0
@@ -234,59 +207,13 @@ class TestAsPyTorchTestsItsOwn:
         assert not torch.equal(weights(model), after)
 
 
-SCHEDULERS = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.9**t),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 2),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 2.0, 10, cycle_momentum=False),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, 2, cycle_momentum=False),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "SWALR": lambda o: swa_utils.SWALR(o, 0.05, 2),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_move_what_they_move_of_sgd(name):
-    model = net()
-    ours, theirs = learned(model.parameters()), torch.optim.SGD(net().parameters(), lr=1.0)
-    schedules = [SCHEDULERS[name](optimizer) for optimizer in (ours, theirs)]
-    rates = []
-    for step in range(6):
-        rate, before = ours.param_groups[0]["lr"], weights(model)
-        alone = copy.deepcopy((model, ours))
-        alone[1].param_groups[0]["lr"] = 1.0
-        full = steps(*alone, [step]) - before
-        torch.testing.assert_close(
-            steps(model, ours, [step]) - before, rate * full, rtol=1e-3, atol=1e-6
-        )
-        theirs.step()
-        for schedule in schedules:
-            schedule.step(*[1.0] * (name == "ReduceLROnPlateau"))
-        rates.append(rate)
-        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
-    assert len({*rates, ours.param_groups[0]["lr"]}) > 1
-
-
 class TestRate:
     @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
     def test_zero_leaves_theta_and_lets_the_state_go_on(self, lr):
         model = net()
-        model[0].bias.data[0] = -0.0
+        model[2].bias.data.fill_(-0.0)  # whose gradients have both signs
         before = weights(model)
-        optimizer = learned(model.parameters(), lr=lr)
+        optimizer = LearnedOptimizer(model.parameters(), phi(odd=True), lr=lr)
         after = steps(model, optimizer, range(3))
         assert torch.equal(after, before)
         if not isinstance(lr, torch.Tensor):
@@ -318,60 +245,39 @@ class TestRate:
 
 
 class TestState:
-    def test_the_state_that_is_there_is_the_one_that_counts(self):
-        def restarted(how):
-            model = net()
-            optimizer = LearnedOptimizer(model.parameters(), adam_like())
-            nn.init.normal_(optimizer.param_groups[0]["meta_optimizer"].head.weight)
-            steps(model, optimizer, range(3))
-            how(optimizer)
-            twin = copy.deepcopy(model)
-            fresh = LearnedOptimizer(twin.parameters(), optimizer.param_groups[0]["meta_optimizer"])
-            assert torch.equal(steps(model, optimizer, [5, 6]), steps(twin, fresh, [5, 6]))
-            assert len(optimizer.state_dict()["state"]) == 4
-
-        restarted(lambda o: o.state.clear())
-        restarted(lambda o: setattr(o, "state", collections.defaultdict(dict)))
-        restarted(lambda o: [t.zero_() for s in o.state.values() for t in s.values()])
-        restarted(lambda o: [s.update({k: torch.zeros_like(t) for k, t in s.items()})
-                             for s in o.state.values()])  # fmt: skip
-        restarted(lambda o: [s.clear() for s in o.state.values()])
-
-    def test_a_group_may_leave_and_come_back(self):
-        model, twin = net(), net()
-        optimizers = [
-            LearnedOptimizer([{"params": m[0].parameters()}, {"params": m[2].parameters()}], phi())
-            for m in (model, twin)
-        ]
-        steps(model, optimizers[0], [0]), steps(twin, optimizers[1], [0])
-        first = optimizers[0].param_groups.pop(0)
-        kept = model[0].weight.detach().clone()
-        steps(model, optimizers[0], [1])
-        assert torch.equal(model[0].weight, kept)
-        optimizers[0].param_groups.insert(0, first)
-        held = {k: v.clone() for k, v in optimizers[0].state[model[0].weight].items()}
-        steps(model, optimizers[0], [2])
-        assert not torch.equal(optimizers[0].state[model[0].weight]["lstm"], held["lstm"])
-        assert not torch.equal(model[0].weight, kept)
+    @pytest.mark.parametrize(
+        "restart",
+        [
+            lambda optimizer: optimizer.state.clear(),
+            lambda optimizer: setattr(optimizer, "state", collections.defaultdict(dict)),
+            lambda optimizer: [t.zero_() for s in optimizer.state.values() for t in s.values()],
+        ],
+    )
+    def test_the_state_that_is_there_is_the_one_that_counts(self, restart):
+        model, meta = net(), phi(nominal=True)
+        optimizer = LearnedOptimizer(model.parameters(), meta)
+        steps(model, optimizer, range(3))
+        restart(optimizer)
+        twin = copy.deepcopy(model)
+        fresh = LearnedOptimizer(twin.parameters(), meta)
+        assert torch.equal(steps(model, optimizer, [5, 6]), steps(twin, fresh, [5, 6]))
 
     def test_the_state_of_something_else_is_refused(self):
         model = net()
         optimizer = learned(model.parameters())
         steps(model, optimizer, [0])
         adam = torch.optim.Adam(net().parameters())
-        for foreign in (adam, torch.optim.SGD(net().parameters(), lr=0.1)):
-            with pytest.raises(InputError, match="it is that of another optimizer"):
-                optimizer.load_state_dict(foreign.state_dict())
-        saved = optimizer.state_dict()
-        saved["state"][0] = {"exp_avg": torch.zeros(4, 5)}
-        with pytest.raises(InputError, match="group 0 of the state has exp_avg"):
-            optimizer.load_state_dict(saved)
+        with pytest.raises(InputError, match="group 0 of the state was saved with no φ"):
+            optimizer.load_state_dict(adam.state_dict())
         other = phi()
         other.head.bias.data.fill_(1e-3)
-        with pytest.raises(InputError, match="saved with another φ .*build the optimizer with"):
+        with pytest.raises(InputError, match="saved with another φ .* of the same φ"):
             LearnedOptimizer(model.parameters(), other).load_state_dict(optimizer.state_dict())
-        assert other.fingerprint() != phi().fingerprint() == phi().fingerprint()
-        assert phi(p=9.0).fingerprint() != phi().fingerprint()
+        assert phi(p=9.0).fingerprint() != phi().fingerprint() == phi().fingerprint()
+        zeros = MetaOptimizer(hidden_size=1, num_layers=1)  # the same in every process
+        for weight in zeros.parameters():
+            nn.init.zeros_(weight)
+        assert zeros.fingerprint() == "f7223199d3524872"
 
     def test_what_a_wrapper_keeps_beside_ours_goes_along(self):
         """As schedule-free and lookahead keep a tensor, SAM and timm's schedulers a number."""
@@ -381,9 +287,9 @@ class TestState:
             for m in models
         ]
         first = models[0][0].weight
-        made[0].state[first]["z"] = first.detach().clone()  # before there is a state of ours
+        made[0].state[first]["z"] = kept = first.detach().clone()  # before there is one of ours
         steps(models[0], made[0], range(2))
-        kept, made[0].param_groups[0]["rho"] = made[0].state[first]["z"].clone(), 0.3
+        made[0].param_groups[0]["rho"] = 0.3
         models[1].load_state_dict(models[0].state_dict())
         saved = io.BytesIO()
         torch.save(made[0].state_dict(), saved)
@@ -429,23 +335,22 @@ class TestState:
         ends = [steps(*pair, [3, 4]) for pair in zip(models, made, strict=True)]
         assert torch.equal(*ends)
 
-    def test_phi_that_changed_shape_or_place_is_named(self):
-        for change, words in (
-            (lambda meta: meta.to("meta"), "is on cpu but its meta-optimizer is on meta"),
-            (lambda meta: phi(hidden_size=3), "shape .* where this meta-optimizer needs"),
-        ):
-            model, optimizer = net(), LearnedOptimizer(net().parameters(), phi())
-            optimizer = LearnedOptimizer(model.parameters(), phi())
-            steps(model, optimizer, [0])
-            group = optimizer.param_groups[0]
-            group["meta_optimizer"] = change(group["meta_optimizer"])
-            with pytest.raises(InputError, match=words):
-                steps(model, optimizer, [1])
-        model = net()
-        optimizer = LearnedOptimizer(model.parameters(), phi())
+    @pytest.mark.parametrize(
+        "change, words",
+        [
+            (lambda meta: meta.to("meta"), "meta"),
+            (lambda meta: phi(hidden_size=3), "shape"),
+        ],
+    )
+    def test_phi_that_changed_shape_or_place_is_named(self, change, words):
+        model, meta = net(), phi()
+        optimizer = LearnedOptimizer(model.parameters(), meta)
         steps(model, optimizer, [0])
-        optimizer.param_groups[0]["meta_optimizer"].double()
+        meta.double()
         steps(model, optimizer, [1])  # the states are cast at every step
+        optimizer.param_groups[0]["meta_optimizer"] = change(meta)
+        with pytest.raises(RuntimeError, match=words):
+            steps(model, optimizer, [2])
 
 
 class TestDtypes:
@@ -469,40 +374,33 @@ class TestDtypes:
                 torch.testing.assert_close(optimizer.state[p]["lstm"], reference.state[q]["lstm"])
                 q.data.copy_(p.detach())  # what was rounded away is away
 
-    def test_several_in_one_model_and_in_a_file(self, tmp_path):
+    @pytest.mark.parametrize("kept", [None, torch.bfloat16])
+    def test_several_in_one_model_and_in_a_file(self, tmp_path, kept):
+        """Loading casts no state to the parameter's dtype."""
+
         def mixed():
             model = net()
             model[2].bfloat16()
             model.forward = lambda x: model[2](model[1](model[0](x)).bfloat16())
-            return model
+            return model, learned(model.parameters(), state_dtype=kept)
 
-        model = mixed()
-        optimizer = learned(model.parameters(), state_dtype=torch.bfloat16)
+        model, optimizer = mixed()
         steps(model, optimizer, [0, 1])
         torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "c")
-        twin = mixed()
-        other = learned(twin.parameters(), state_dtype=torch.bfloat16)
-        weights_, saved = torch.load(tmp_path / "c", weights_only=True)
-        twin.load_state_dict(weights_)
-        other.load_state_dict(saved)
-        assert torch.equal(steps(model, optimizer, [2, 3]), steps(twin, other, [2, 3]))
-        assert {s["lstm"].dtype for s in other.state.values()} == {torch.bfloat16}
-        plain = mixed()
-        float_states = learned(plain.parameters())
-        steps(plain, float_states, [0])
-        saved = float_states.state_dict()
-        float_states.load_state_dict(saved)  # not cast to the parameter's
-        assert {s["lstm"].dtype for s in float_states.state.values()} == {torch.float32}
+        twins = mixed()
+        for twin, saved in zip(twins, torch.load(tmp_path / "c", weights_only=True), strict=True):
+            twin.load_state_dict(saved)
+        assert torch.equal(steps(model, optimizer, [2, 3]), steps(*twins, [2, 3]))
+        assert {s["lstm"].dtype for s in twins[1].state.values()} == {kept or torch.float32}
 
-    @pytest.mark.parametrize("name", ["mnist-fgsm-0.1-robust"])
-    def test_half_a_state(self, name, small_digits):
+    def test_half_a_state(self, small_digits):
         """Half the bytes, and after 10 steps θ is off by less than 1 % of its way. Later it is off
         by as much as any rounding takes it: training with large steps is chaotic."""
-        ways, sizes = [], []
+        meta, ways, sizes = load("mnist-fgsm-0.1-robust"), [], []
         for dtype in (None, torch.bfloat16):
             model = problems.make("mnist").draw(generator())
             start, batches = weights(model), small_digits.train.batches(128, generator(3))
-            optimizer = LearnedOptimizer.for_model(model, load(name), state_dtype=dtype)
+            optimizer = LearnedOptimizer.for_model(model, meta, state_dtype=dtype)
             for _ in range(10):
                 x, y = next(batches)
                 optimizer.zero_grad()
@@ -510,8 +408,7 @@ class TestDtypes:
                 optimizer.step()
             ways.append(weights(model) - start)
             sizes.append(sum(s["lstm"].nbytes for s in optimizer.state.values()))
-        signs = 1 + load(name)["linear"].form["odd"]
-        assert sizes[0] == 2 * sizes[1] == signs * 320 * len(start)
+        assert sizes[0] == 2 * sizes[1] == 640 * len(start)  # it is odd
         assert 0 < (ways[1] - ways[0]).norm() < 0.01 * ways[0].norm()
 
     def test_autocast_does_not_reach_phi(self, backend):
@@ -531,23 +428,6 @@ class TestDtypes:
 
 
 class TestParameters:
-    def test_of_no_elements(self):
-        empty = nn.Parameter(torch.zeros(0, 3))
-        model = net()
-        optimizer = learned([empty, *model.parameters()])
-        empty.grad = torch.zeros(0, 3)
-        backward(model)
-        optimizer.step()
-        optimizer.load_state_dict(optimizer.state_dict())
-        optimizer.step()
-        assert not torch.equal(weights(model), weights(net()))
-
-    def test_of_one(self):
-        alone = nn.Parameter(torch.tensor(1.0))
-        alone.grad = torch.tensor(2.0)
-        learned([alone]).step()
-        assert alone != 1
-
     def test_frozen_and_tied_ones(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
         model[2].weight = model[0].weight
@@ -556,15 +436,6 @@ class TestParameters:
         assert [id(p) for p in groups["linear"]] == [
             id(p) for p in (model[0].weight, model[0].bias, model[2].bias)
         ]
-        before = copy.deepcopy(model)
-        optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=True))
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.rand(8, 4)).square().sum().backward()
-            optimizer.step()
-        assert torch.equal(model[3].weight, before[3].weight)
-        assert model[2].weight is model[0].weight
-        assert not torch.equal(model[0].weight, before[0].weight)
         with pytest.raises(InputError, match="no parameter that requires a gradient"):
             LearnedOptimizer.for_model(model.requires_grad_(False), {"linear": phi()})
 
@@ -577,51 +448,19 @@ class TestParameters:
         with pytest.raises(InputError, match="no φ for embedding parameters.*phi_group"):
             LearnedOptimizer.for_model(model, {"linear": phi()})
 
-    def test_zero_grad_to_none_is_as_good_as_zero(self):
-        ends = []
-        for to_none in (True, False):
-            model = net()
-            optimizer = LearnedOptimizer.for_model(model, {"linear": phi()})
-            for seed in range(3):
-                optimizer.zero_grad(set_to_none=to_none)
-                backward(model, seed)
-                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-                optimizer.step()
-            ends.append(weights(model))
-        assert torch.equal(*ends) and not torch.equal(ends[0], weights(net()))
-
-    @pytest.mark.parametrize("nominal", [False, True])
-    def test_a_layer_that_is_frozen_stays_and_the_model_is_saved_whole(self, nominal, tmp_path):
-        """Parameters stay where they are, each in its own memory."""
+    def test_a_layer_that_is_frozen_stays_and_all_stay_in_their_place(self):
         model = net()
         places = [p.data_ptr() for p in model.parameters()]
-        optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=nominal))
+        optimizer = LearnedOptimizer.for_model(model, new_phi(model, nominal=True))
         steps(model, optimizer, range(3))
         model[0].requires_grad_(False)
-        frozen = copy.deepcopy(model[0].state_dict())
-        held = {k: v.clone() for k, v in optimizer.state[model[0].weight].items()}
+        frozen = copy.deepcopy((model[0].weight, optimizer.state[model[0].weight]))
         steps(model, optimizer, range(3, 6))
-        assert all(torch.equal(value, frozen[k]) for k, value in model[0].state_dict().items())
-        assert all(torch.equal(optimizer.state[model[0].weight][k], v) for k, v in held.items())
+        assert torch.equal(model[0].weight, frozen[0])
+        assert all(
+            torch.equal(optimizer.state[model[0].weight][k], v) for k, v in frozen[1].items()
+        )
         assert [p.data_ptr() for p in model.parameters()] == places
-        sizes = [p.untyped_storage().nbytes() for p in model.parameters()]
-        assert sizes == [p.nbytes for p in model.parameters()]
-
-    def test_memory_that_comes_twice_moves_twice(self):
-        """As in Adam: each of two parameters of one memory has its gradient and its state."""
-        ends = []
-        for make in (learned, torch.optim.SGD):
-            weight = torch.zeros(3)
-            pair = [nn.Parameter(weight), nn.Parameter(weight)]
-            pair[0].grad, pair[1].grad = torch.ones(3), torch.full((3,), 0.1)
-            optimizer = make([*pair, nn.Parameter(torch.zeros(2))])
-            optimizer.step()
-            ends.append(weight)
-        apart = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))]
-        apart[0].grad, apart[1].grad = torch.ones(3), torch.full((3,), 0.1)
-        learned(apart).step()
-        torch.testing.assert_close(ends[0], (apart[0] + apart[1]).detach())
-        assert not torch.equal(ends[0], apart[0])
 
     def test_one_call_of_the_operator_for_a_group(self, fused):
         """Whatever the dtypes, layouts and shapes of its parameters."""
@@ -631,17 +470,14 @@ class TestParameters:
             nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.rand(4, 3).t()),
             nn.Parameter(torch.zeros(0, 2)),
         ]  # fmt: skip
-        for param in params:
+        twins = copy.deepcopy(params)
+        for param in (*params, *twins):
             param.grad = torch.ones_like(param)
-        twins = [nn.Parameter(param.detach().clone()) for param in params]
-        for twin, param in zip(twins, params, strict=True):
-            twin.grad = param.grad.clone()
         with patch.object(fused, "theta_step_", wraps=fused.theta_step_) as call:
             learned(params).step()
         assert call.call_count == 1 and len(call.call_args.args[0]) == len(params) - 1
-        learned_one_by_one = [learned([twin]) for twin in twins]
-        for optimizer in learned_one_by_one:
-            optimizer.step()
+        for twin in twins:
+            learned([twin]).step()
         assert all(map(torch.equal, params, twins))
         assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -677,67 +513,3 @@ def test_compiled(fused):
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
     assert not torch.equal(ends[0], weights(net()))
-
-
-def test_gradient_scaler_skips_what_is_not_finite():
-    model = net()
-    optimizer = learned(model.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(model(torch.full((1, 5), math.inf)).sum()).backward()
-    scaler.step(optimizer)
-    assert torch.equal(weights(model), weights(net()))
-    scaler.update()
-    optimizer.zero_grad()
-    x = torch.rand(8, 5, generator=generator(0))
-    scaler.scale(nn.functional.cross_entropy(model(x), torch.arange(8) % 3)).backward()
-    scaler.step(optimizer)
-    twin = net()
-    torch.testing.assert_close(weights(model), steps(twin, learned(twin.parameters()), [0]))
-
-
-CONTINUE = """
-import sys, torch
-from test_torch_optim import continued
-continued(sys.argv[1])
-"""
-
-
-def learner():
-    """A convnet, a φ of the package and a cosine, as they are before the first step."""
-    model = problems.make("cifar10").draw(generator(7))
-    optimizer = LearnedOptimizer.for_model(model, load("cifar10-fgsm-2-255"))
-    return model, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 6)
-
-
-def go_on(model, optimizer, schedule, seeds):
-    for seed in seeds:
-        x = torch.rand(4, 3, 32, 32, generator=generator(seed))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
-        optimizer.step()
-        schedule.step()
-
-
-def continued(folder: str) -> None:
-    """What another process does: takes what was saved, and goes on."""
-    torch.set_num_threads(1)
-    parts = learner()
-    for part, saved in zip(parts, torch.load(f"{folder}/half", weights_only=True), strict=True):
-        part.load_state_dict(saved)
-    go_on(*parts, range(3, 6))
-    torch.save(parts[0].state_dict(), f"{folder}/end")
-
-
-def test_a_new_process_goes_on_to_the_same_bits(tmp_path):
-    parts = learner()
-    go_on(*parts, range(3))
-    torch.save([part.state_dict() for part in parts], tmp_path / "half")
-    go_on(*parts, range(3, 6))
-    here = Path(__file__).parent
-    subprocess.run(
-        [sys.executable, "-c", CONTINUE, str(tmp_path)],
-        check=True,
-        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
-    )
-    end = torch.load(tmp_path / "end", weights_only=True)
-    assert all(torch.equal(end[name], value) for name, value in parts[0].state_dict().items())
