@@ -7,8 +7,8 @@ attack of another library needs no adapter class, only a lambda (`lib` is foolbo
 
 or, of the libraries that it knows, `foreign.adapted(linf, eps=0.1)`.
 
-Whoever calls an attack here, in training or in judging, does it by `leaves_no_trace`: whatever it
-does to modes, buffers, `.grad` or x is undone, and what it returns is checked.
+Whoever calls an attack here, in training or in evaluation, does it by `leaves_no_trace`: whatever
+it does to modes, buffers, `.grad` or x is undone, and what it returns is checked.
 
 Throughout, `model` is any callable from x, float [b, ...] within the bounds, to logits
 [b, classes]; y holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from l2l_ref import foreign
 from l2l_ref.errors import InputError
@@ -153,10 +153,8 @@ def make(
     if ":" in name:
         attack = foreign.named(name, eps=eps, generator=generator)
         return leaves_no_trace(attack, eps=eps, name=name)
-    raise InputError(
-        f"attack is {name!r}, which is unknown; choose one of {', '.join(ATTACKS)}, or "
-        "MODULE:FUNCTION."
-    )
+    known = f"{', '.join(ATTACKS)}, or MODULE:FUNCTION."
+    raise InputError(f"attack is {name!r}, which is unknown; choose one of {known}")
 
 
 def generators(function: Callable) -> list[Generator]:
@@ -218,22 +216,8 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
         InputError: a gradient that is not finite where the logits are.
     """
     x = x.detach().requires_grad_()
-    try:
-        logits = model(x)
-        slope = _slope(logits, y, loss)
-        gradient = torch.autograd.grad(logits, x, slope)[0]
-    except RuntimeError as error:  # PyTorch's reentrant checkpoints take `backward` alone
-        if "Inference tensors" in str(error):
-            raise InputError(
-                "the model was made within torch.inference_mode, where nothing has a gradient: "
-                "make it outside, and load its state_dict into that"
-            ) from None
-        hidden = not isinstance(model, nn.Module)  # parameters, whose .grad that would add to
-        if hidden or "checkpoint" not in str(error):
-            raise
-        x.grad = torch.zeros_like(x)
-        model(x).backward(slope)
-        gradient = x.grad  # alone, as `undone` has frozen the parameters
+    logits = model(x)
+    gradient = torch.autograd.grad(logits, x, _slope(logits, y, loss))[0]
     if readable(x) and not gradient.sum().isfinite():
         lost = logits.isfinite().all(1) & ~gradient.isfinite().flatten(1).all(1)
         if count := int(lost.sum()):
@@ -318,17 +302,13 @@ def _check(
     loss: str = "cross_entropy",
     norm: str = "linf",
 ) -> None:
-    if not 0 <= eps < math.inf:
-        raise InputError(f"eps is {eps}, but must be finite and >= 0; pixels are in [0, 1].")
-    if not steps >= 1 or steps % 1:
-        raise InputError(f"steps is {steps}, but must be a whole number >= 1; Madry et al. take 7.")
-    if step_size is not None and not 0 < step_size < math.inf:
-        raise InputError(
-            f"step_size is {step_size}, but must be finite and > 0; "
-            "leave it out for 2.5 * eps / steps."
-        )
-    for what, name, names in (("loss", loss, LOSSES), ("norm", norm, NORMS)):
-        if name not in names:
-            raise InputError(
-                f"{what} is {name!r}, which is unknown; choose one of {', '.join(names)}."
-            )
+    sized = step_size is None or 0 < step_size < math.inf
+    for name, value, right, allowed in (
+        ("eps", eps, 0 <= eps < math.inf, "finite and >= 0; pixels are in [0, 1]"),
+        ("steps", steps, steps >= 1 and not steps % 1, "a whole number >= 1"),
+        ("step_size", step_size, sized, "finite and > 0; None is 2.5 * eps / steps"),
+        ("loss", loss, loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+        ("norm", norm, norm in NORMS, f"one of {', '.join(NORMS)}"),
+    ):
+        if not right:
+            raise InputError(f"{name} is {value!r}, but must be {allowed}")

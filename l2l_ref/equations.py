@@ -3,7 +3,7 @@
 Shapes: N coordinates, H hidden units, L layers, F inputs (2, or 3 with `theta_input`), T steps.
 
     theta      [N]           all parameters of a φ-group on one flat axis
-    gradient   [N]           what φ reads; the `gradients` of an unroll are [T, N]
+    gradient   [N]           what φ takes as input; the `gradients` of an unroll are [T, N]
     state      [L, 2, H, M]  layer, (h, c), unit, coordinate. M = N, or 2N in the odd form:
                              the states of m(x) first, then those of m(-x)
     phi        [P]           φ packed in the order of `MetaOptimizer.weights()`
@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
-
-from l2l_ref.errors import InputError
 
 THETA_SCALE, THETA_CLAMP = 10.0, 5.0  # the optional third input is clamp(10·θ, ±5)
 MAX_P = 80  # beyond, e^p overflows float32 and a zero gradient would become nan
@@ -154,38 +152,6 @@ def theta_step_(
             own.copy_(following.view_as(own))
 
 
-def check_thetas(thetas: Tensor | None, gradients: Tensor, theta_input: bool) -> None:
-    """Raise a RuntimeError unless there is a θ for each of the gradients [T, N], if φ sees θ."""
-    if thetas is not None and thetas.shape != gradients.shape:
-        shape, expected = list(thetas.shape), list(gradients.shape)
-        raise RuntimeError(f"thetas has shape {shape}, expected {expected}")
-    if thetas is None and theta_input:
-        raise RuntimeError(
-            "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
-        )
-
-
-def unroll(
-    gradients: Tensor,
-    state: Tensor,
-    phi: Tensor,
-    thetas: Tensor | None = None,
-    **form: Unpack[Form],
-) -> tuple[Tensor, Tensor]:
-    """The T updates that φ makes of T gradients: [T, N] and the last state.
-
-    First order: the gradients, and the `thetas` [T, N] that φ saw, enter detached. Differentiable
-    in phi and in the first state.
-    """
-    check_thetas(thetas, gradients, form["theta_input"])
-    updates = []
-    for t, gradient in enumerate(gradients.detach()):
-        theta = None if thetas is None else thetas[t].detach()
-        u, state = update(theta, gradient, state, phi, **form)
-        updates.append(u)
-    return torch.stack(updates), state
-
-
 def unroll_meta_gradient(
     gradients: Tensor,
     state: Tensor,
@@ -201,7 +167,7 @@ def unroll_meta_gradient(
     forward and back at a time, so memory does not grow with N·T times the activations.
 
     Args:
-        gradients: [T, N], what φ read.
+        gradients: [T, N], the inputs of φ.
         state: [L, 2, H, M], before the first update.
         cotangents: [T, N], derivative of the meta-loss with respect to each update.
         phi: [P].
@@ -210,19 +176,31 @@ def unroll_meta_gradient(
 
     Returns:
         [P], packed like `phi`.
+
+    Raises:
+        RuntimeError: `thetas` that are missing, or not shaped like `gradients`.
     """
-    check_thetas(thetas, gradients, form["theta_input"])
-    n = gradients.shape[1]
+    if thetas is not None and thetas.shape != gradients.shape:
+        shape, expected = list(thetas.shape), list(gradients.shape)
+        raise RuntimeError(f"thetas has shape {shape}, expected {expected}")
+    if thetas is None and form["theta_input"]:
+        raise RuntimeError(
+            "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
+        )
+    steps, n = gradients.shape
     by_sign = state.view(*state.shape[:3], 2 if form["odd"] else 1, n)
     phi = phi.detach().requires_grad_()
     total = torch.zeros_like(phi)
     for start in range(0, n, BLOCK):
-        part = slice(start, start + BLOCK)
-        seen = None if thetas is None else thetas[:, part]
+        part, updates = slice(start, start + BLOCK), []
+        own_state = by_sign[..., part].flatten(3)
         with torch.enable_grad():
-            own_state = by_sign[..., part].flatten(3)
-            updates, _ = unroll(gradients[:, part], own_state, phi, seen, **form)
-        total += torch.autograd.grad(updates, phi, cotangents[:, part])[0]
+            for t in range(steps):
+                theta = None if thetas is None else thetas[t, part].detach()
+                gradient = gradients[t, part].detach()
+                u, own_state = update(theta, gradient, own_state, phi, **form)
+                updates.append(u)
+        total += torch.autograd.grad(torch.stack(updates), phi, cotangents[:, part])[0]
     return total
 
 
@@ -246,7 +224,7 @@ def adam_direction(gradient: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     of Harrison et al. 2022; not in the paper).
 
     Args:
-        gradient: [N], what φ reads.
+        gradient: [N], the input of φ.
         moments: [3, N]: first and second moment and how many gradients they hold, 0 at the start.
 
     Returns:
@@ -298,16 +276,8 @@ def penalised(loss: Loss, model: Callable, x: Tensor, y: Tensor, penalty: float)
 
     To first order l + ε·‖∂l/∂x‖₁ is the loss under any attack of l∞ radius ε, and no attacked
     sample is needed to know it (Drucker & Le Cun 1992; Ross & Doshi-Velez 2018; not in the paper).
-
-    Raises:
-        InputError: a compiled model.
     """
     x = x.detach().requires_grad_()
     value = loss(model, x, y)
     (slope,) = torch.autograd.grad(value, x, create_graph=True)
-    if "CompiledFunction" in type(slope.grad_fn).__name__:
-        raise InputError(
-            "the penalty takes a double backward, which torch.compile does not give: train the "
-            "model that was compiled itself, such as model._orig_mod"
-        )
     return value + penalty * slope.abs().sum()

@@ -1,4 +1,4 @@
-"""Long runs, in which nothing grows: `make soak`. Throughput is printed, not judged."""
+"""Long runs, in which nothing grows: `make soak`. Throughput is printed, not tested."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Attacks: closed forms on linear models, the promise to leave no trace, other libraries' bits."""
+"""Attacks: closed forms on linear models, no trace left in a model, other libraries' bits."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l2l_ref import attacks
 from l2l_ref.attacks import fgsm, make, n_fgsm, none, pgd
 from l2l_ref.errors import InputError
-from l2l_ref.guard import leaves_no_trace, untouched
+from l2l_ref.guard import leaves_no_trace
 
 EVERY = {"fgsm": fgsm, "pgd": pgd}
 every_attack = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY)
@@ -59,11 +59,6 @@ def trained():
         optimizer.step()
     model.zero_grad()
     return model, x, y
-
-
-def sample_losses(model, x: Tensor, y: Tensor) -> Tensor:
-    with torch.no_grad():
-        return F.cross_entropy(model(x), y, reduction="none")
 
 
 def bits(x: Tensor) -> Tensor:
@@ -118,15 +113,6 @@ def test_eps_zero_is_the_identity_bit_for_bit(attack, eps):
     x = torch.tensor([[0.0, -0.0, 1.0, 0.1, 1e-42]])
     assert torch.equal(bits(attack(nn.Linear(5, 2), x, torch.tensor([0]), eps=eps)), bits(x))
     assert none(nn.Linear(5, 2), x, torch.tensor([0])) is x
-
-
-def test_attacks_raise_the_loss_and_pgd_raises_it_more(trained):
-    model, x, y = trained
-    for eps in (0.02, 0.1, 0.3):
-        clean = sample_losses(model, x, y).mean()
-        by_fgsm = sample_losses(model, fgsm(model, x, y, eps=eps), y).mean()
-        by_pgd = sample_losses(model, pgd(model, x, y, eps=eps, generator=generator()), y).mean()
-        assert clean < by_fgsm <= by_pgd
 
 
 @every_attack
@@ -212,10 +198,11 @@ def test_the_margin_climbs_where_the_cross_entropy_is_flat():
         return torch.cat([torch.zeros_like(x), 1000 * (x - 0.4)], 1)
 
     x, y = torch.tensor([[0.5]]), torch.tensor([1])
-    attack = partial(pgd, model, x, y, eps=0.2, steps=4, step_size=0.05, random_start=False)
-    assert attack().item() == 0.5 and attack(loss="cross_entropy").item() == 0.5
-    assert attack(loss="margin").item() == pytest.approx(0.3)
-    made = make("pgd", eps=0.2, steps=4, step_size=0.05, loss="margin")
+    options = {"eps": 0.2, "steps": 4, "step_size": 0.05}
+    assert pgd(model, x, y, **options, random_start=False).item() == 0.5
+    found = pgd(model, x, y, **options, random_start=False, loss="margin")
+    assert found.item() == pytest.approx(0.3)
+    made = make("pgd", **options, loss="margin")
     assert made(model, x, y).item() == pytest.approx(0.3)  # from any start
 
 
@@ -223,9 +210,9 @@ def test_the_margin_climbs_towards_the_best_wrong_class():
     """Of the classes 1 and 2 only the better one has a part, so the other's pixel stays."""
     model = linear([[0.0, 0.0, 0.0], [3.0, 0.0, -1.0], [0.0, 3.0, 0.0]], [0.0, 1.0, 0.0])
     x, y = torch.tensor([[0.5, 0.5, 0.5]]), torch.tensor([0])
-    attack = partial(pgd, model, x, y, eps=0.125, steps=1, step_size=0.125, random_start=False)
-    assert torch.equal(attack(loss="margin"), torch.tensor([[0.625, 0.5, 0.375]]))
-    assert torch.equal(attack(), torch.tensor([[0.625, 0.625, 0.375]]))
+    found = [fgsm(model, x, y, eps=0.125, loss=loss) for loss in ("margin", "cross_entropy")]
+    assert torch.equal(found[0], torch.tensor([[0.625, 0.5, 0.375]]))
+    assert torch.equal(found[1], torch.tensor([[0.625, 0.625, 0.375]]))
 
 
 def rude(model, x, y, *, eps):
@@ -341,15 +328,6 @@ def test_a_graph_that_waits_for_backward_survives(state):
     assert torch.equal(torch.autograd.grad(loss, model[0].bias)[0], expected[0])
 
 
-def test_untouched_serves_functions_that_hide_a_module():
-    model, (x, y) = norms_net(), images()
-    before = snapshot(model)
-    with untouched(model):
-        seen = fgsm(lambda x: model(x), x, y, eps=0.1)
-    assert snapshot(model) == before
-    assert torch.equal(seen, fgsm(model, x, y, eps=0.1))
-
-
 # --- How it is asked for --------------------------------------------------------------------------
 
 
@@ -363,17 +341,17 @@ def test_untouched_serves_functions_that_hide_a_module():
         ({"eps": 0.1, "step_size": 0.0}, "step_size is 0.0"),
         ({"eps": 0.1, "step_size": math.nan}, "step_size is nan"),
         ({"eps": 0.0, "loss": "hinge"}, "loss is 'hinge'.*cross_entropy, margin"),
+        ({"eps": 0.0, "norm": "l1"}, "norm is 'l1'.*linf, l2"),
     ],
 )
 def test_numbers_out_of_range_are_named(options, named):
-    with pytest.raises(InputError, match=named):
-        make("pgd", **options)
-    x, y = torch.rand(1, 2), torch.tensor([0])
-    with pytest.raises(InputError, match=named):
-        pgd(nn.Linear(2, 2), x, y, **options)
-    if len(options) == 1:
+    uses = [pgd] + [fgsm] * (not options.keys() & {"steps", "step_size"})
+    for attack in uses:
         with pytest.raises(InputError, match=named):
-            fgsm(nn.Linear(2, 2), x, y, **options)
+            attack(nn.Linear(2, 2), torch.rand(1, 2), torch.tensor([0]), **options)
+    if "norm" not in options:
+        with pytest.raises(InputError, match=named):
+            make("pgd", **options)
 
 
 def test_make(trained):
@@ -386,9 +364,72 @@ def test_make(trained):
     assert torch.equal(made, pgd(model, x, y, **options, generator=generator()))
     made = make("n-fgsm", **options, generator=generator())(model, x, y)
     assert torch.equal(made, n_fgsm(model, x, y, eps=0.2, generator=generator()))
-    assert all(callable(make(name, eps=0.1)) for name in attacks.ATTACKS)
     with pytest.raises(InputError, match="'cw'.*none, fgsm, n-fgsm, pgd"):
         make("cw", eps=0.1)
+
+
+# --- In l2 ----------------------------------------------------------------------------------------
+
+
+class TestL2:
+    EPS = 0.5
+
+    @pytest.fixture
+    def batch(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 5)).eval()
+        return model, *images(16)
+
+    def test_one_step_goes_along_the_gradient(self):
+        model = nn.Linear(36, 2, bias=False)
+        x, y = torch.full((4, 36), 0.5), torch.zeros(4, dtype=torch.int64)
+        up = (model.weight[1] - model.weight[0]).detach()
+        x_adv = fgsm(model, x, y, eps=0.1, norm="l2")
+        torch.testing.assert_close(x_adv - x, (0.1 * up / up.norm()).expand_as(x))
+        nn.init.zeros_(model.weight)  # no gradient moves nothing
+        assert torch.equal(fgsm(model, x, y, eps=0.1, norm="l2"), x)
+
+    @pytest.mark.parametrize("loss", attacks.LOSSES)
+    @pytest.mark.parametrize("random_start", [False, True])
+    def test_within_ball_and_box(self, batch, loss, random_start):
+        model, x, y = batch
+        options = {"eps": self.EPS, "norm": "l2", "loss": loss, "random_start": random_start}
+        x_adv = pgd(model, x, y, steps=20, generator=generator(), **options)
+        lengths = (x_adv - x).flatten(1).norm(dim=1)
+        assert (lengths <= self.EPS * (1 + 1e-5)).all() and lengths.max() > 0.9 * self.EPS
+        assert 0 <= x_adv.min() and x_adv.max() <= 1
+        before, after = (attacks.LOSSES[loss](model(z), y).detach() for z in (x, x_adv))
+        assert (after > before).all()
+
+    def test_projection_is_the_nearest_point_of_the_ball(self, batch):
+        """A step that is too long ends where the line from x meets the ball."""
+        model, x, y = batch
+        x = 0.4 + 0.2 * x  # far from the box
+        near, far = (
+            pgd(model, x, y, eps=0.1, norm="l2", steps=1, step_size=size, random_start=False)
+            for size in (0.1, 7.0)
+        )
+        torch.testing.assert_close(near, far)
+
+    def test_starts_are_uniform_in_the_ball(self):
+        x, y = torch.full((4000, 3), 0.5), torch.zeros(4000, dtype=torch.int64)
+        flat = linear([[0.0] * 3] * 2, [0.0] * 2)  # no gradient: it stays where it starts
+        start = pgd(flat, x, y, eps=0.3, norm="l2", steps=1, generator=generator()) - x
+        radii = start.norm(dim=1) / 0.3
+        assert radii.max() <= 1 + 1e-5
+        # of uniform points in three dimensions an eighth lies within half the radius
+        assert (radii < 0.5).float().mean().item() == pytest.approx(1 / 8, abs=0.02)
+        assert start.mean(0).abs().max() < 0.01
+
+    def test_as_foolbox_has_it(self, batch):
+        lib, (model, x, y) = pytest.importorskip("foolbox"), batch
+        theirs = lib.PyTorchModel(model, (0, 1))
+        fast = lib.attacks.L2FastGradientAttack().run(theirs, x, y, epsilon=self.EPS)
+        torch.testing.assert_close(fgsm(model, x, y, eps=self.EPS, norm="l2"), fast)
+        options = {"steps": 9, "random_start": False}
+        slow = lib.attacks.L2PGD(abs_stepsize=0.1, **options).run(theirs, x, y, epsilon=self.EPS)
+        ours = pgd(model, x, y, eps=self.EPS, step_size=0.1, norm="l2", **options)
+        torch.testing.assert_close(ours, slow)
 
 
 # --- The same bits as other libraries -------------------------------------------------------------

@@ -68,12 +68,6 @@ class TestPreprocess:
         torch.testing.assert_close(log, torch.full_like(log, -1.0), rtol=tiny, atol=0)
         torch.testing.assert_close(direction, torch.full_like(direction, sign), rtol=tiny, atol=0)
 
-    def test_float32_denormals_enter_linearly(self):
-        g = torch.tensor([1e-44, -1e-40])
-        log, direction = preprocess(g, 10.0)
-        assert (log == -1).all()
-        torch.testing.assert_close(direction, g * 22026.465794806718)
-
     @pytest.mark.parametrize("p, apart", [(3.0, 0.01), (10.0, 1e-9)])
     def test_p_sets_threshold_and_scale(self, p, apart):
         """However near, exp(p)·g is visibly below 1 only where the linear branch is taken."""
@@ -83,13 +77,12 @@ class TestPreprocess:
         assert log[0].item() == pytest.approx((math.log1p(apart) - p) / p) and log[1] == -1
 
     @pytest.mark.parametrize("p", [1e-3, 10.0, equations.MAX_P])
-    def test_zero_is_minus_one_and_zero_for_every_allowed_p(self, p):
-        assert preprocess(torch.zeros(1), p).flatten().tolist() == [-1.0, 0.0]
-
-    def test_derivative_is_finite_at_zero(self):
+    def test_zero_is_minus_one_and_zero_for_every_allowed_p_with_a_derivative(self, p):
         g = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-        preprocess(g, 10.0).sum().backward()
-        assert g.grad.item() == pytest.approx(math.exp(10))
+        found = preprocess(g, p)
+        assert found.flatten().tolist() == [-1.0, 0.0] and preprocess(g.float(), p)[1] == 0
+        found.sum().backward()
+        assert g.grad.item() == pytest.approx(math.exp(p))
 
 
 class TestStep:
@@ -127,16 +120,6 @@ class TestStep:
         torch.testing.assert_close(after, torch.cat((after_plus, after_minus), dim=-1))
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_in_place_is_out_of_place(self, form):
-        meta = random_phi(**form)
-        theta, gradient = normal(4), normal(4, seed=1)
-        state = 0.1 * normal(*meta.init_state(4).shape, seed=2)
-        next_theta, next_state = theta_step(theta, gradient, state, meta.phi(), **meta.form)
-        assert theta_step_([theta], [gradient], [state], meta.phi(), **meta.form) is None
-        assert torch.equal(theta, next_theta) and torch.equal(state, next_state)
-        assert not theta.requires_grad and not state.requires_grad
-
-    @pytest.mark.parametrize("form", FORMS)
     def test_gradcheck(self, form):
         meta = random_phi(hidden_size=3, **form)
         theta, gradient = 0.1 * normal(3), normal(3, seed=1)
@@ -144,13 +127,11 @@ class TestStep:
         inputs = [t.detach().requires_grad_() for t in (theta, gradient, state, meta.phi())]
         assert torch.autograd.gradcheck(lambda *a: theta_step(*a, **meta.form), inputs)
 
-    def test_nan_propagates_and_stays_in_its_coordinate(self):
-        meta = random_phi(dtype=torch.float32)
-        theta, state = torch.zeros(4), meta.init_state(4)
-        theta_step_(
-            [theta], [torch.tensor([1.0, math.nan, 0.0, -1.0])], [state], meta.phi(), **meta.form
-        )
-        assert theta.isnan().tolist() == [False, True, False, False]
+    def test_nan_stays_in_its_coordinate(self):
+        meta = random_phi()
+        theta, gradient = torch.zeros(3).double(), torch.tensor([1.0, math.nan, -1.0]).double()
+        theta_step_([theta], [gradient], [meta.init_state(3)], meta.phi(), **meta.form)
+        assert theta.isnan().tolist() == [False, True, False]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_keeps_the_dtype(self, dtype):
@@ -196,23 +177,18 @@ class TestMetaGradient:
 class TestRobustLoss:
     """Eq. 6 with a loss that is just x, and an attack that adds 100."""
 
-    def at(self, alpha):
+    @pytest.mark.parametrize("alpha, value", [(0.25, 0.25 * 4 + 0.75 * 104), (0, 104), (1, 4)])
+    def test_weights_the_clean_loss_by_alpha(self, alpha, value):
+        """For α = 1 nothing is crafted."""
         calls = []
 
         def attack(model, x, y):
             calls.append(x)
             return x + 100
 
-        value = equations.robust_loss(
-            lambda model, x, y: x, None, torch.tensor(4.0), None, attack=attack, alpha=alpha
-        )
-        return value.item(), len(calls)
-
-    def test_weights_the_clean_loss_by_alpha(self):
-        """For α = 1 nothing is crafted."""
-        assert self.at(0.25) == (0.25 * 4 + 0.75 * 104, 1)
-        assert self.at(1) == (4.0, 0)
-        assert self.at(0) == (104.0, 1)
+        args = lambda model, x, y: x, None, torch.tensor(4.0), None
+        assert robust_loss(*args, attack=attack, alpha=alpha).item() == value
+        assert len(calls) == (alpha < 1)
 
 
 class TestDirection:
@@ -235,19 +211,6 @@ class TestDirection:
             moments = following
             torch.testing.assert_close(d, -theta.detach(), rtol=1e-12, atol=0)
             assert (moments[2] == t + 1).all()
-
-    def test_coordinates_count_their_own_steps(self):
-        """Two histories side by side are each alone."""
-        a, b = wild(6, 2), wild(3, 2, seed=1)
-        moments = [torch.zeros(3, 2, dtype=torch.float64) for _ in range(2)]
-        for gradient in a[:3]:
-            _, moments[0] = adam_direction(gradient, moments[0])
-        for late, early in zip(a[3:], b, strict=True):
-            d, joint = adam_direction(torch.cat((late, early)), torch.cat(moments, dim=1))
-            single = [adam_direction(g, m) for g, m in zip((late, early), moments, strict=True)]
-            assert torch.equal(d, torch.cat([direction for direction, _ in single]))
-            moments = [m for _, m in single]
-            assert torch.equal(joint, torch.cat(moments, dim=1))
 
     def test_has_a_derivative_where_no_gradient_was_ever_seen(self):
         """As of pixels that are always black: a root's slope at 0 would make a second order NaN."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import SMALL, generator, weights
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from l2l_ref.attacks import fgsm, none, pgd
@@ -174,28 +173,6 @@ def test_in_inference_mode(attack):
                 return x[index], y[index]
 
         assert robust_accuracy(model, Everything(), attack) <= 1
-
-
-class Checkpointed(nn.Module):
-    """Its forward is one that `torch.autograd.grad` cannot differentiate."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=True)
-
-
-def test_a_model_with_reentrant_checkpoints():
-    inner = SMALL.draw(generator())
-    model, (x, y) = Checkpointed(inner), images()
-    inner[0].weight.grad = torch.ones_like(inner[0].weight)
-    for attack in (ours, partial(pgd, eps=EPS, random_start=False)):
-        assert torch.equal(attack(model, x, y), attack(inner, x, y))
-    assert (inner[0].weight.grad == 1).all() and inner[2].weight.grad is None
-    with pytest.raises(RuntimeError, match="use_reentrant"):  # what it hides could not be undone
-        ours(lambda x: model(x), x, y)
 
 
 def test_bounds_that_are_rounded_are_bounds():

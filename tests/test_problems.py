@@ -64,16 +64,6 @@ def test_theta0_of_any_module(build):
         assert (model[1].weight == 7).all() and not torch.equal(another[0].weight, model[0].weight)
 
 
-def test_theta0_has_pytorchs_default_spread():
-    model = problems.make("mnist").draw(generator())
-    weight, bias = model[1].weight, model[1].bias
-    assert weight.abs().max() <= 1 / 28 and bias.abs().max() <= 1 / 28  # 1/√784
-    assert weight.std().item() == pytest.approx(1 / 28 / 3**0.5, rel=0.02)
-    convnet = problems.make("cifar10").draw(generator())
-    assert convnet[0].weight.abs().max().item() == pytest.approx(27**-0.5, rel=0.05)
-    assert (convnet[1].weight == 1).all() and (convnet[1].bias == 0).all()
-
-
 def test_the_layout_of_images_changes_nothing_but_speed():
     model = problems.make("cifar10").draw(generator()).double()
     plain = torch.nn.Sequential(*copy.deepcopy(model))
