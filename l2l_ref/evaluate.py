@@ -1,17 +1,15 @@
 """How robust a model is: accuracy and loss under attack, and the mark of a collapsed run.
 
-Models are judged as they would be used, in eval mode: batch-norm normalises by its running
+Models are evaluated as they would be used, in eval mode: batch-norm normalises by its running
 statistics, so that no prediction depends on the other samples of its batch. A network trained for
-only a few steps has immature statistics (they move by a tenth per step) and is judged with them.
-Nothing is left behind: modes, buffers and `.grad` of the model come out as they went in, whatever
-the attack does.
+only a few steps has immature statistics (they move by a tenth per step) and is evaluated with them.
+Modes, buffers and `.grad` of the model come out as they went in, whatever the attack does.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ def robust_accuracy(
     Args (InputError for a number out of range, or no images):
         model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; a sample with a
             NaN logit counts as wrong.
-        images: the samples, judged in order, at least one: a pair of tensors (x, y), a map-style
+        images: the samples, taken in order, at least one: a pair of tensors (x, y), a map-style
             Dataset of (x, y), an iterable of batches (x, y) such as a DataLoader, or what has a
             length and `batch(index)`, such as `data.ImageSet`. They are moved to the model.
         attack: any callable (model, x, y) -> x_adv, or several, of which a sample must survive all;
@@ -65,7 +63,7 @@ def robust_accuracy(
     tries = [leaves_no_trace(attack) for attack in several for _ in range(restarts)]
     losses = {loss for attack in several if (loss := attacks.loss_of(attack))}
     robust = count = unseen = 0
-    with judged(model):
+    with eval_mode(model):
         for x, y in batches_of(model, images, batch_size):
             count += len(y)
             for attack in tries:
@@ -110,13 +108,13 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
 
 
 @contextmanager
-def judged(model: Callable) -> Iterator[None]:
+def eval_mode(model: Callable) -> Iterator[None]:
     """`untouched`, and in eval mode if it is an `nn.Module`; a warning if a function hides one
-    that is not."""
-    training, own = [], get_ident()
+    that is in training mode."""
+    training = []
 
     def hear(module: nn.Module, _: Any) -> None:
-        if module.training and isinstance(module, MODAL) and get_ident() == own:
+        if module.training and isinstance(module, MODAL):
             training.append(module)
 
     with untouched(model):
@@ -131,7 +129,7 @@ def judged(model: Callable) -> Iterator[None]:
             hook.remove()
     if training:
         warnings.warn(
-            f"the model behind this function was judged in training mode ({training[0]}): call "
+            f"the model behind this function was evaluated in training mode ({training[0]}): call "
             "its eval() first",
             stacklevel=4,
         )
@@ -150,12 +148,8 @@ def losses(
         loss: (model, x, y) -> 0-dim loss.
     Returns:
         (clean, attacked): two 0-dim tensors without a graph, on the model's device.
-    Raises:
-        InputError: no samples.
     """
-    if not len(x):
-        raise InputError("x has 0 samples, but a mean loss needs at least 1; add some.")
-    with judged(model):
+    with eval_mode(model):
         x_adv = leaves_no_trace(attack)(model, x, y)
         return loss(model, x, y), loss(model, x_adv, y)
 
@@ -166,7 +160,7 @@ def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:
     Args:
         attacked_loss: mean cross-entropy under attack, in nats; NaN is not a collapse.
         accuracy: in [0, 1].
-        classes: >= 2, else InputError.
+        classes: >= 2.
     Returns:
         True where the loss is within 1 % of ln(classes), that of the uniform prediction, and the
         accuracy near chance: at most 1.5 / classes, which leaves room for unbalanced classes.
@@ -175,9 +169,7 @@ def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:
 
 
 def is_chance(loss: float, classes: int) -> bool:
-    """Whether a cross-entropy is within 1 % of ln(classes); InputError for fewer than 2 classes."""
-    if not classes >= 2:
-        raise InputError(f"classes is {classes}, but must be >= 2; one class has no chance level.")
+    """Whether a cross-entropy is within 1 % of ln(classes)."""
     return abs(loss - math.log(classes)) <= 0.01 * math.log(classes)
 
 

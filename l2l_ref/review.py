@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from l2l_ref import attacks
 from l2l_ref.drawing import own_style, save_png
 from l2l_ref.errors import InputError
-from l2l_ref.evaluate import batches_of, is_right, judged
+from l2l_ref.evaluate import batches_of, eval_mode, is_right
 from l2l_ref.guard import leaves_no_trace
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
@@ -87,7 +87,7 @@ def review(
             alive &= is_right(model, leaves_no_trace(attack)(model, x, y), y)
         return alive
 
-    with judged(model):
+    with eval_mode(model):
         clean = is_right(model, x, y)
         radii = sorted({min(share * eps, 1.0) for share in FRACTIONS} | {1.0})
         by_eps, alive = {}, clean.clone()
@@ -112,7 +112,7 @@ def review(
             "PGD, margin": survivors(both(eps)[1]),
         }
         if surrogate is not None:
-            with judged(surrogate):
+            with eval_mode(surrogate):
                 x_adv = pgd(surrogate, x, y, eps=eps, steps=steps)
             tried["transfer"] = survivors(lambda *_: x_adv)
         for name, attack in (others or {}).items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from l2l_ref import attacks
@@ -22,7 +23,7 @@ Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train an optimizee: an optimizer, and the loss whose gradient it reads.
+    """A way to train an optimizee: an optimizer, and the loss whose gradient is its input.
 
     Attributes:
         label: as in figures and tables.
@@ -112,10 +113,12 @@ def train(
     batches, attack = endless(batches), leaves_no_trace(attack)
     optimizer = method.optimizer(model)
     device = next(model.parameters()).device
-    rates = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+    cosine = None
+    if method.cosine:  # a rate that is a tensor changes in place, as a CUDA graph needs it
+        cosine = LambdaLR(optimizer, lambda done: 0.5 * (1 + math.cos(math.pi * done / steps)))
 
     def mode(name: str) -> None:
-        """Schedule-free optimizers hold other weights to be judged than to be trained."""
+        """Schedule-free optimizers hold other weights to be evaluated than to be trained."""
         getattr(optimizer, name, lambda: None)()
 
     def update(x: Tensor, y: Tensor) -> None:
@@ -131,14 +134,14 @@ def train(
     mode("train")
     drawn = attacks.generators(attack), attacks.generators(record)
     graphed = Graphed(update, device, generators=drawn[0], capture=capture)
-    judged = model if average is None else average.module
-    probe = Graphed(lambda: record(judged), device, generators=drawn[1], capture=capture)
+    recorded_model = model if average is None else average.module
+    probe = Graphed(lambda: record(recorded_model), device, generators=drawn[1], capture=capture)
     recorded, recordings, marks = [0], [torch.stack(probe())], []
     for step in range(1, steps + 1):
         begin = mark(device)
-        if method.cosine:
-            set_rates(optimizer, rates, 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)))
         graphed(*next(batches))
+        if cosine is not None:
+            cosine.step()
         if average is not None:
             mode("eval")
             average.update_parameters(model)
@@ -147,7 +150,7 @@ def train(
         if step % every == 0 or step == steps:
             recorded.append(step)
             if calibration:
-                update_bn(calibration, judged)
+                update_bn(calibration, recorded_model)
             recordings.append(torch.stack(probe()))
     mode("eval")
     clean, attacked = torch.stack(recordings, dim=1).tolist()  # waits for the device
@@ -172,15 +175,6 @@ def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
             if theta.grad is None:
                 theta.grad = torch.zeros_like(theta)
             theta.grad.add_(theta.sign(), alpha=weight)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], factor: float) -> None:
-    """Learning rates, of which a tensor changes in place: a CUDA graph reads it."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(factor * rate)
-        else:
-            group["lr"] = factor * rate
 
 
 def mark(device: torch.device) -> float | torch.cuda.Event:

@@ -76,7 +76,7 @@ def test_one_restart_is_enough_to_break_a_sample_and_broken_ones_are_spared():
         x[len(attacked) - 1] = 1 - y[len(attacked) - 1].float()
         return x
 
-    images = Samples(torch.tensor([[0.1], [0.2], [0.8], [0.9]]), torch.tensor([0, 0, 1, 1]))
+    images = torch.tensor([[0.1], [0.2], [0.8], [0.9]]), torch.tensor([0, 0, 1, 1])
     assert robust_accuracy(threshold, images, attack) == 3 / 4
     attacked.clear()
     assert robust_accuracy(threshold, images, attack, restarts=2) == 2 / 4
@@ -95,11 +95,8 @@ def test_of_two_attacks_the_survivors_of_both_count():
 
         return attack
 
-    images = Samples(SEVEN.x[:6], SEVEN.y[:6])  # 0.1, 0.2, 0.4, 0.6, 0.8, 0.9; all right
+    images = SEVEN.x[:6], SEVEN.y[:6]  # 0.1, 0.2, 0.4, 0.6, 0.8, 0.9; all right
     low, high = breaks("low"), breaks("high")
-    assert robust_accuracy(threshold, images, low) == 5 / 6
-    assert robust_accuracy(threshold, images, high) == 3 / 6
-    met.clear()
     for attacks in ([low, high], [high, low], (low, high, none)):
         assert robust_accuracy(threshold, images, attacks, batch_size=4) == 2 / 6
     assert met[:3] == [("low", pytest.approx([0.1, 0.2, 0.4, 0.6])),
@@ -111,14 +108,6 @@ def test_of_two_attacks_the_survivors_of_both_count():
         ("low", 6), ("low", 5), ("high", 5), ("high", 2)]  # fmt: skip
 
 
-def test_never_attacks_an_empty_batch():
-    def attack(model, x, y):
-        assert len(y) > 0
-        return 1 - x
-
-    assert robust_accuracy(threshold, Samples(SEVEN.x[:6], SEVEN.y[:6]), attack, restarts=3) == 0
-
-
 @pytest.mark.parametrize("logits", [[math.nan, 0.0], [0.0, math.nan], [math.nan, math.nan]])
 def test_nan_logits_are_wrong(logits):
     for y in (0, 1):
@@ -128,7 +117,7 @@ def test_nan_logits_are_wrong(logits):
 
 @pytest.mark.parametrize("attack", [none, partial(fgsm, eps=0.0), rude], ids=["none", "0", "rude"])
 @pytest.mark.parametrize("training", [True, False])
-def test_judges_in_eval_mode_and_leaves_nothing_behind(attack, training):
+def test_evaluates_in_eval_mode_and_leaves_nothing_behind(attack, training):
     model, x, y = batch_norm_net()
     x_adv = attack(copy.deepcopy(model), x, y).detach()
     model.eval()
@@ -142,19 +131,6 @@ def test_judges_in_eval_mode_and_leaves_nothing_behind(attack, training):
         assert robust_accuracy(model, Samples(x, y), attack) == pytest.approx(expected)
         torch.testing.assert_close(losses(model, x, y, attack), expected_losses)
     assert snapshot(model) == before
-
-
-def test_modes_are_restored_when_the_attack_raises():
-    def attack(model, x, y):
-        raise KeyError("half way")
-
-    model, x, y = batch_norm_net()
-    before = snapshot(model)
-    with pytest.raises(KeyError):
-        robust_accuracy(model, Samples(x, y), attack)
-    with pytest.raises(KeyError):
-        losses(model, x, y, attack)
-    assert snapshot(model) == before and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(
@@ -178,13 +154,12 @@ def test_is_collapsed(loss, accuracy, classes, collapsed):
 
 def test_numbers_out_of_range_are_named():
     empty = Samples(torch.rand(0, 1), torch.rand(0))
-    for images, options, words in (
-        (SEVEN, {"restarts": 0}, "restarts is 0"),
-        (SEVEN, {"batch_size": -1}, "batch_size is -1"),
-        (SEVEN, {"restarts": 1.5}, "restarts is 1.5, but must be a whole number"),
-        (empty, {}, "0 samples"),
+    for images, attack, options, words in (
+        (SEVEN, none, {"restarts": 0}, "restarts is 0"),
+        (SEVEN, none, {"batch_size": -1}, "batch_size is -1"),
+        (SEVEN, none, {"restarts": 1.5}, "restarts is 1.5, but must be a whole number"),
+        (SEVEN, [], {}, "attack is an empty list"),
+        (empty, none, {}, "0 samples"),
     ):
         with pytest.raises(InputError, match=words):
-            robust_accuracy(threshold, images, none, **options)
-    with pytest.raises(InputError, match="classes is 1"):
-        is_collapsed(0.0, 1.0, 1)
+            robust_accuracy(threshold, images, attack, **options)
