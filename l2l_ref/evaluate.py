@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -111,10 +112,10 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
 def eval_mode(model: Callable) -> Iterator[None]:
     """`untouched`, and in eval mode if it is an `nn.Module`; a warning if a function hides one
     that is in training mode."""
-    training = []
+    training, own = [], get_ident()
 
     def hear(module: nn.Module, _: Any) -> None:
-        if module.training and isinstance(module, MODAL):
+        if module.training and isinstance(module, MODAL) and get_ident() == own:
             training.append(module)
 
     with untouched(model):
