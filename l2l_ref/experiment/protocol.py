@@ -89,7 +89,9 @@ class Experiment:
         c = self.setting.config
 
         def compute(_: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-            show = progress.begin(c.episodes, f"meta-training {name}, episode")
+            show = progress.begin(
+                c.episodes, f"meta-training φ {meta_seed} ({kind}, ε {eps:g}), episode"
+            )
             checkpoint = self.parts.path(name, "pt")
             check = tuning.check_of(self.setting, fold, kind, eps)
             self.phis[name], history = train_phi(

@@ -105,8 +105,8 @@ def verdicts(rows: list[dict[str, Any]], recipe: str) -> str:
                 loss = row.get("pgd_loss", row.get("attacked_loss"))
                 texts.append(f"{row['less']} {signed(loss)}")
         if texts:
-            lines.append(f"ε {eps:g}: loss of {own} less that of " + ", ".join(texts)
-                         + " (95 % over seeds, after the mean over φ)")  # fmt: skip
+            line = f"ε {eps:g}: loss of {own} less that of " + ", ".join(texts)
+            lines.append(line + " (95 % over seeds, after the mean over φ)" * ("±" in line))
     return "\n".join(lines)
 
 
