@@ -229,10 +229,12 @@ def with_phi(
     """
     groups = phi_groups(model)
     if missing := sorted(groups.keys() - phi.keys()):
+        names = {param: name for name, param in model.named_parameters()}
         raise InputError(
-            f"there is no φ for {', '.join(missing)} parameters, only for {', '.join(phi)}: take "
-            "one that was meta-trained with such layers (`new_phi` makes those of a model), or "
-            "name its group in an attribute `phi_group` of the layer"
+            f"there is no φ for {', '.join(missing)} parameters such as "
+            f"{names[groups[missing[0]][0]]}, only for {', '.join(phi)}: take one that was "
+            "meta-trained with such layers (batch-norm counts as convolutional; `new_phi` makes "
+            "those of a model), or name its group in an attribute `phi_group` of the layer"
         )
     return {name: (params, phi[name]) for name, params in groups.items()}
 

@@ -56,8 +56,11 @@ def test_what_is_not_there_is_named(file, tmp_path):
     path, _ = file
     with pytest.raises(InputError, match="has no φ ablation: choose one of attacked, clean"):
         l2l_ref.load(path, "ablation")
-    for name in ("mnist-unknown", tmp_path):
-        with pytest.raises(InputError, match=f"checkpoint {name} does not exist or cannot be open"):
+    for name, words in (
+        ("mnist-unknown", "mnist-unknown is no file and no φ of the package: it has cifar10-"),
+        (tmp_path, f"checkpoint {tmp_path} does not exist or cannot be opened"),
+    ):
+        with pytest.raises(InputError, match=words):
             l2l_ref.load(name)
     write_checkpoint(tmp_path / "other.pt", {"format": "another"})
     with pytest.raises(InputError, match="other.pt is not a meta_optimizer.pt"):
@@ -66,7 +69,9 @@ def test_what_is_not_there_is_named(file, tmp_path):
 
 def test_a_model_with_layers_that_no_phi_has_met(file):
     model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(InputError, match="no φ for convolutional parameters, only for linear"):
+    with pytest.raises(
+        InputError, match="no φ for convolutional parameters such as 0.weight, only for linear"
+    ):
         l2l_ref.LearnedOptimizer.for_model(model, l2l_ref.load(file[0]))
 
 
@@ -110,7 +115,7 @@ class TestRunPretrained:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            (["--load", "mnist"], "checkpoint mnist does not exist"),
+            (["--load", "mnist"], "mnist is no file and no φ of the package"),
             (["--load", NAME, "--p", "9"], "leave out --p"),
             (["--load", NAME, "--meta-seeds", "2", *LOADING], "holds .* but this run needs"),
         ],

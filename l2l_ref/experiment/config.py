@@ -146,7 +146,11 @@ class Config:
         require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
         require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
         require("meta_lr", 0 < self.meta_lr <= 1, self.meta_lr, "above 0 and at most 1")
-        self.meta_settings()  # raises for the others of meta-training
+        require("alpha", 0 <= self.alpha <= 1, self.alpha, "between 0 and 1")
+        try:
+            self.meta_settings()
+        except InputError as error:  # names one of the others of meta-training
+            raise InputError(f"--{error}") from None
         size = self.attack_step_size
         require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
         known = self.attack in ATTACKS or ":" in self.attack

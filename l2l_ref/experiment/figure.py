@@ -124,11 +124,11 @@ def draw_meta_training(
         panel.plot(episodes, history["episodes"], style, color=colour, lw=0.8, label=name)
         if history["checks"]:
             panel.plot(*zip(*history["checks"], strict=True), "o", color=colour, ms=4)
-    panel.set(xlabel="episode", ylabel="loss of its last unroll; circles: of a check")
+    panel.set(xlabel="episode", ylabel="loss of the last unroll (circles: validation, PGD-7)")
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,
                   title_fontsize=9, fontsize=8)  # fmt: skip
-    finish(figure, path, footer, 1)
+    finish(figure, path, footer.partition("\n")[2], 1)  # its first line is of the table
 
 
 def finish(figure: Any, path: Path, footer: str, columns: int) -> None:

@@ -74,7 +74,7 @@ class Display:
         if what == "line":
             return self.print(value)
         if what == "begin":
-            self.now[job] = value, 0.0, value
+            self.now[job] = value, 0.0, ""
         elif what == "share":
             self.now[job] = self.now[job][0], *value
         else:
@@ -94,7 +94,7 @@ class Display:
         if done > self.start:
             seconds = (time.monotonic() - self.begin) * (1 - done) / (done - self.start)
             ending = f"{duration(seconds)} left"
-        words = [words for *_, words in self.now.values()]
+        words = [words for *_, words in self.now.values() if words]
         if self.bars:
             self.bars[0].n = done
             self.bars[0].set_description_str(ending)

@@ -81,11 +81,9 @@ def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
     """Seeds, hardware, versions and command, for the foot of a table or figure."""
     e = environment
     commit = e["git_commit"]
-    loss = f"on {config.eval_on} images" + (" under attack" if config.attack != "none" else "")
-    if config.dataset == "quadratic":
-        loss = "of the function it minimises"
+    images = "" if config.dataset == "quadratic" else f" on {config.eval_on} images"
     return (
-        f"loss: after {config.steps} steps, {loss}; mean ± sample deviation\n"
+        f"{config.steps} steps, evaluated{images}; mean ± sample deviation\n"
         f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
         "\n"
         f"{e['device']}, threads: {e['threads']}"

@@ -96,7 +96,7 @@ def differences(results: Results) -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]], recipe: str) -> str:
-    """The loss of φ less that of `CONTROLS`, of `differences`; a line for each ε and row of φ."""
+    """The loss of φ minus that of `CONTROLS`, of `differences`; a line for each ε and row of φ."""
     lines = []
     for eps, own in product(dict.fromkeys(row["eps"] for row in rows), CONTROLS[recipe]):
         texts = []
@@ -105,7 +105,7 @@ def verdicts(rows: list[dict[str, Any]], recipe: str) -> str:
                 loss = row.get("pgd_loss", row.get("attacked_loss"))
                 texts.append(f"{row['less']} {signed(loss)}")
         if texts:
-            line = f"ε {eps:g}: loss of {own} less that of " + ", ".join(texts)
+            line = f"ε {eps:g}: loss of {own} minus that of " + ", ".join(texts)
             lines.append(line + " (95 % over seeds, after the mean over φ)" * ("±" in line))
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ class TestDisplay:
         display.hear(0, "share", (0.4, "b, 4/10"))
         # 4 of 20 were done, now 8, in 4 s
         assert display.done() == 0.4
-        assert capsys.readouterr().out == "40% of the run, 12 s left · b, 4/10 · c\n"
+        assert capsys.readouterr().out == "40% of the run, 12 s left · b, 4/10\n"
         parts.keep("b", {})
         display.hear(0, "end", None)
         assert display.done() == 0.7

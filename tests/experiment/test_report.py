@@ -227,11 +227,11 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
         row("L2L-Transfer (clean)", "Adam", 2.0, 0.25),
         row("L2L-Transfer (clean)", "Adam + L1", 1.0, 0.125),
     ]
-    of_clean = "ε 0.1: loss of L2L-Transfer (clean) less that of "
+    of_clean = "ε 0.1: loss of L2L-Transfer (clean) minus that of "
     end = "(95 % over seeds, after the mean over φ"
     assert summary.verdicts(rows, "paper") == (
         f"{of_clean}Adam +2.000 ± 0.250 {end})\n"
-        "ε 0.1: loss of L2L less that of Adam, learned rate -0.250 ± 0.100, Adam (attacked) + L1 "
+        "ε 0.1: loss of L2L minus that of Adam, learned rate -0.250 ± 0.100, Adam (attacked) + L1 "
         f"+0.500 {end})"
     )
     assert summary.verdicts(rows, "robust") == (

@@ -109,7 +109,7 @@ class TestWhatARunLeaves:
             summary, _ = read(folder)
             rows = {row["method"] for row in summary["table"] if row["runs"]}
             assert "Adam, learned rate" in rows and not any("L2L" in row for row in rows)
-        assert "loss of Adam, learned rate less that of Adam" in capsys.readouterr().out
+        assert "loss of Adam, learned rate minus that of Adam" in capsys.readouterr().out
         assert l2l_ref.load("a/meta_optimizer.pt")["linear"].nominal
 
     @pytest.mark.usefixtures("few_candidates")
@@ -209,7 +209,7 @@ class TestResumeAndLoad:
         run.main([*self.arguments[:-1], "a"])
         for file, arguments, words in (
             ("q/meta_optimizer.pt", [], "no φ for linear parameters, only for quadratic"),
-            ("nowhere.pt", [], "nowhere.pt does not exist"),
+            ("nowhere.pt", [], "nowhere.pt is no file"),
             ("q/metrics.csv", [], "metrics.csv cannot be read"),
             ("a/meta_optimizer.pt", ["--seed", "1"], "another half: that of .*, seed 0"),
             ("a/meta_optimizer.pt", ["--folds", "2"], "this run needs .*fold1"),
@@ -286,8 +286,8 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--eps", "nan"], "--eps is nan"),
         (["--eps", "1.5"], "--eps is 1.5"),
         (["--eps", "0.1", "0.1"], "free of repeats"),
-        (["--alpha", "2"], "alpha is 2.0: it must be in .0, 1."),
-        (["--average", "1"], "average is 1.0"),
+        (["--alpha", "2"], "--alpha is 2.0: it must be between 0 and 1"),
+        (["--average", "1"], "--average is 1.0"),
         (["--compare", "mine"], "--compare mine cannot be imported"),
         (["--p", "0"], "--p is 0.0: it must be above 0 and at most 80"),
         (["--p", "1000"], "--p is 1000.0"),
@@ -309,7 +309,7 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--dataset", "quadratic", "--attack", "fgsm"], "use --attack none"),
         (["--dataset", "cifar10", "--optimizee", "mlp"], "'mlp' does not go with cifar10"),
         (["--penalty", "-1"], "penalty is -1.0: it must be finite and at least 0"),
-        (["--penalty", "inf"], "penalty is inf"),
+        (["--penalty", "inf"], "--penalty is inf"),
         (["--curriculum", "0.6", "0.5"], r"curriculum is .0.6, 0.5.: .*0 <= a <= b <= 1"),
         (["--curriculum", "0", "1.1"], r"curriculum is .0.0, 1.1."),
         (["--curriculum", "0.5"], "--curriculum: expected 2 arguments"),
