@@ -124,7 +124,8 @@ def draw_meta_training(
         panel.plot(episodes, history["episodes"], style, color=colour, lw=0.8, label=name)
         if history["checks"]:
             panel.plot(*zip(*history["checks"], strict=True), "o", color=colour, ms=4)
-    panel.set(xlabel="episode", ylabel="loss of the last unroll (circles: validation, PGD-7)")
+    words = "loss of the last unroll (circles: validation, PGD-7)"
+    panel.set(xlabel="episode", ylabel=words, yscale="log")  # early episodes run away
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,
                   title_fontsize=9, fontsize=8)  # fmt: skip
