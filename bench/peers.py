@@ -10,7 +10,6 @@ The YARDSTICKS do something else, whose time tells how much theirs is.
 
 from collections.abc import Callable
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ def builders(
     else:
         eager = partial(meta_gradient_with, equations.unroll_meta_gradient)
         if on_gpu:  # its blocks suit the cache of a CPU
-            eager = partial(meta_gradient_autograd, equations.unroll)
+            eager = partial(meta_gradient_autograd, equations.update)
         table = {
             OURS: partial(meta_gradient_with, ours.unroll_meta_gradient),
             "nn.LSTM": meta_gradient_lstm,
@@ -240,14 +239,18 @@ def meta_gradient_lstm(case: Case) -> Peer:
     return Peer(run, case.ns)
 
 
-def meta_gradient_autograd(unroll: Callable, case: Case, note: str = "") -> Peer:
-    """Autograd through a function with the signature of `equations.unroll`."""
+def meta_gradient_autograd(update: Callable, case: Case, note: str = "") -> Peer:
+    """Autograd through T calls of a function with the signature of `equations.update`."""
     must_fit(case, UNROLL_BYTES * len(case.gradients))
 
     def run() -> Tensor:
         phi = case.phi.clone().requires_grad_()
-        u, _ = unroll(case.gradients, case.state, phi, case.thetas, **case.meta.form)
-        return torch.autograd.grad(u, phi, case.cotangents)[0]
+        state, updates = case.state, []
+        for t, gradient in enumerate(case.gradients):
+            theta = None if case.thetas is None else case.thetas[t]
+            u, state = update(theta, gradient, state, phi, **case.meta.form)
+            updates.append(u)
+        return torch.autograd.grad(torch.stack(updates), phi, case.cotangents)[0]
 
     return Peer(run, case.ns, note)
 
@@ -255,13 +258,7 @@ def meta_gradient_autograd(unroll: Callable, case: Case, note: str = "") -> Peer
 def meta_gradient_compiled(case: Case) -> Peer:
     """Autograd through T times the compiled update: the graph of all steps takes a minute to
     compile for T = 20, and then runs no faster."""
-    update = fresh_compile(equations.update)
-
-    def unroll(*data: Tensor | None, **form) -> tuple[Tensor, Tensor]:
-        with patch.object(equations, "update", update):
-            return equations.unroll(*data, **form)
-
-    return meta_gradient_autograd(unroll, case, "one step a graph")
+    return meta_gradient_autograd(fresh_compile(equations.update), case, "one step a graph")
 
 
 def fresh_compile(function: Callable) -> Callable:

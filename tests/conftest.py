@@ -3,11 +3,9 @@
 import itertools
 import math
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -42,13 +40,11 @@ SMALL = problems.Problem(
 )
 
 
-CPU_LEVELS = ["avx512", "avx2", "baseline"]
 NO_GPU = None  # why, where there is none to test on
 if not torch.cuda.is_available():
     NO_GPU = "there is none here"
 elif not built("cuda"):
     NO_GPU = f"the CUDA engine is not built ({BUILD_CUDA})"
-left_out = []  # how many tests that need one, of each process
 
 
 def needs_gpu(item: pytest.Item) -> bool:
@@ -60,24 +56,12 @@ def needs_gpu(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items):
     """Without a GPU, what needs one is a line at the end, not a skip each."""
     if NO_GPU:
-        here = [item for item in items if not needs_gpu(item)]
-        left_out.append(len(items) - len(here))
-        items[:] = here
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):  # of a worker of pytest-xdist
-        session.config.workeroutput["left_out"] = left_out
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    left_out.extend(getattr(node, "workeroutput", {}).get("left_out", []))
+        items[:] = [item for item in items if not needs_gpu(item)]
 
 
 def pytest_terminal_summary(terminalreporter):
-    if max(left_out, default=0):
-        terminalreporter.write_line(f"{max(left_out)} more need a GPU: {NO_GPU}")
+    if NO_GPU:
+        terminalreporter.write_line(f"without the tests that need a GPU: {NO_GPU}")
 
 
 def generator(seed=0, device="cpu") -> torch.Generator:
@@ -87,13 +71,6 @@ def generator(seed=0, device="cpu") -> torch.Generator:
 def weights(model: nn.Module) -> Tensor:
     """A copy of all parameters on one axis."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-def small_batch(b=4) -> tuple[Tensor, Tensor]:
-    """For `SMALL`, in float64."""
-    noise = generator(100)
-    x = torch.rand(b, 5, generator=noise, dtype=torch.float64)
-    return x, torch.randint(3, (b,), generator=noise)
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -138,18 +115,6 @@ def zeroing(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def call_script(*arguments: str, cwd: Path, processes: int | None = None):
-    """run.py as a process, or as several by torchrun."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                    str(processes)]  # fmt: skip
-    script = str(Path(__file__).resolve().parents[1] / "run.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, script, *arguments], cwd=cwd, timeout=300,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
-
-
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
     """An empty folder, which is the current one."""
@@ -165,6 +130,7 @@ def backend(request):
     return request.param
 
 
+@cache
 def drawn(name: str, *sizes: int) -> data.Data:
     """Pictures of ten kinds: blots, moved about, under noise; so many to train and to test on."""
     g = generator()
@@ -186,19 +152,12 @@ def small_digits() -> data.Data:
     return drawn("mnist", 1200, 300)
 
 
-@pytest.fixture(scope="session")
-def small_textures() -> data.Data:
-    """600 + 200 in the place of CIFAR-10."""
-    return drawn("cifar10", 600, 200)
-
-
 @pytest.fixture
-def small_data(monkeypatch, small_digits, small_textures):
-    """`data.load` gives the small sets, whatever it is asked for."""
-    sets = {"mnist": small_digits, "cifar10": small_textures}
+def small_data(monkeypatch, small_digits):
+    """`data.load` gives small sets, whatever it is asked for."""
 
     def load(name, data_dir, *, device="cpu", **options):
-        found = sets[name]
+        found = small_digits if name == "mnist" else drawn("cifar10", 600, 200)
         train, test = (data.ImageSet(one.images.to(device), one.labels.to(device))
                        for one in (found.train, found.test))  # fmt: skip
         return replace(found, train=train, test=test)
@@ -226,23 +185,14 @@ def seen_pictures(monkeypatch) -> set[bytes]:
 @pytest.fixture
 def few_candidates(monkeypatch):
     """The grids of the baselines have two candidates at most, for tests of something else."""
-    monkeypatch.setattr(tuning, "candidates", partial(first_two, tuning.candidates))
+    every = tuning.candidates
 
+    def first_two(config, eps):
+        count = max(1, 2 // config.tune_every)
+        return {label: dict(list(grid.items())[:count])
+                for label, grid in every(config, eps).items()}  # fmt: skip
 
-def first_two(candidates, config, eps):
-    count = max(1, 2 // config.tune_every)
-    return {label: dict(list(grid.items())[:count])
-            for label, grid in candidates(config, eps).items()}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def real_data_dir() -> Path:
-    """A folder with the real MNIST in torchvision's layout; the test skips where there is none."""
-    named = os.environ.get("L2L_DATA_DIR")
-    folder = Path(named or Path(__file__).resolve().parents[1].parent / "shared" / "data")
-    if not (folder / "MNIST" / "raw").is_dir():
-        pytest.skip("no real MNIST: set L2L_DATA_DIR to a folder that torchvision can read")
-    return folder
+    monkeypatch.setattr(tuning, "candidates", first_two)
 
 
 @pytest.fixture
@@ -329,7 +279,8 @@ def on_gpu(operator):
     return run
 
 
-KERNELS = build_info()["kernels"] if built() else CPU_LEVELS  # of this build, on this machine
+# Of this build, on this machine.
+KERNELS = build_info()["kernels"] if built() else ["avx512", "avx2", "baseline"]
 
 
 @pytest.fixture(params=[*KERNELS, "emulated", "cuda"])

@@ -6,7 +6,7 @@ from functools import partial
 import conftest
 import pytest
 import torch
-from conftest import FORMS, SMALL, generator, small_batch, wild
+from conftest import FORMS, SMALL, generator, wild
 from torch import nn
 
 from l2l_ref import attacks, equations
@@ -25,6 +25,13 @@ close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 
 
 random_phi = partial(conftest.random_phi, dtype=torch.float64)
+
+
+def small_batch():
+    """Four samples for `SMALL`, in float64."""
+    noise = generator(100)
+    x = torch.rand(4, 5, generator=noise, dtype=torch.float64)
+    return x, torch.randint(3, (4,), generator=noise)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -208,7 +208,7 @@ def test_batches_that_end():
 
     def meta_trained(batches):
         trained = copy.deepcopy(phi)
-        episode = Episode(SMALL.draw(generator()), batches, ours, classes=3)
+        episode = Episode(SMALL.draw(generator()), batches, ours)
         meta_train(trained, MetaSettings(1, steps=20, unroll=5), lambda n: episode)
         return weights(trained)
 

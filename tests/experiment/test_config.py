@@ -1,6 +1,5 @@
 """The command line: what is complete without being asked for, and what beats what."""
 
-import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -26,7 +25,6 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
                                "episode_steps": (100, 300), "episodes": 100, "record_every": 20,
                                "curriculum": (0.5, 0.75)}),
         ("--dataset cifar10 --attack pgd", {"episodes": 50, "episode_steps": (100, 300)}),
-        ("--dataset cifar10 --attack fgsm --recipe robust", {"episodes": 30}),
         # a miniature of its meta-training learns nothing
         ("--dataset cifar10 --quick", {"load": "cifar10-fgsm-2-255", "steps": 40,
                                        "eps": (2 / 255,)}),
@@ -37,38 +35,27 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
         ("--dataset cifar10 --recipe penalty", {"episodes": 30, "episode_steps": (100, 300),
                                                 "penalty": 1}),
         # quadratics have neither curriculum nor penalty
-        ("--dataset quadratic --recipe paper", QUADRATIC),
         ("--dataset quadratic --recipe robust", QUADRATIC),
         ("--dataset quadratic --recipe penalty", QUADRATIC),
         # robust reads clean gradients and is judged under attack
         ("--recipe robust", {**ROBUST, "penalty": 0}),
         ("--recipe robust --no-nominal", {**ROBUST, "nominal": False}),
-        ("--nominal", {"nominal": True}),
-        ("--penalty 0.5", {"penalty": 0.5}),
         # the attack chooses alpha
         ("--attack pgd", {"alpha": 0.2}),
         ("--attack none", {"alpha": 1}),
         ("--alpha 0.7", {"alpha": 0.7, "read_alpha": 0.7}),
         # a curve has about fifty points
-        ("--steps 4", {"record_every": 1}),
-        ("--steps 100", {"record_every": 2}),
         ("--steps 101", {"record_every": 3}),
         ("--steps 100 --record-every 7", {"record_every": 7}),
         # what is given beats --quick
         ("--quick", {"seeds": 2}),
         ("--quick --seeds 7", {"seeds": 7}),
         ("--eps 8/255 0.5", {"eps": (8 / 255, 0.5)}),
-        ("--no-graphs --no-nominal", {"graphs": False, "nominal": False}),
     ],
 )  # fmt: skip
 def test_what_is_complete_and_what_beats_what(command, expected):
     config = asdict(cli.parse(command.split()))
     assert {name: config[name] for name in expected} == expected
-
-
-def test_meta_training_has_three_hundred_unrolls():
-    c = cli.parse([])
-    assert c.episodes * math.ceil(c.episode_steps[0] / c.unroll) >= 300
 
 
 def test_penalty_is_robust_but_for_what_it_reads():
@@ -79,7 +66,6 @@ def test_penalty_is_robust_but_for_what_it_reads():
     assert replace(penalty, recipe="robust", penalty=0.0, **episodes) == robust
 
 
-@pytest.mark.parametrize("flag", ["--no-quick", "--no-resume", "--no-strict-data"])
-def test_switches_without_an_opposite(flag):
-    with pytest.raises(InputError, match=f"unrecognized arguments: {flag}"):
-        cli.parse([flag])
+def test_a_switch_without_an_opposite():
+    with pytest.raises(InputError, match="unrecognized arguments: --no-quick"):
+        cli.parse(["--no-quick"])

@@ -19,17 +19,18 @@ from l2l_ref.experiment.queue import Parts, Piece
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300  # seconds, of a machine that is busy with other things
-RUN = ["--dataset", "quadratic", "--quick", "--episodes", "20", "--steps", "40", "--seeds", "5",
-       "--nominal"]  # fmt: skip
+OPTIONS = ["--dataset", "quadratic", "--quick"]
+RUN = [*OPTIONS, "--episodes", "20", "--steps", "40", "--seeds", "5", "--nominal"]
+SHORT = [*OPTIONS, "--episodes", "2", "--steps", "10", "--seeds", "1", "--jobs", "1"]
 CPU = torch.device("cpu")
 
 
-def start(*arguments, cwd: Path):
+def start(*arguments, cwd: Path, shell=(), python=(), **environment) -> subprocess.Popen:
     """run.py, in a group of its own, as a shell would start it."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
+        [*shell, sys.executable, *python, str(ROOT / "run.py"), *arguments],
         cwd=cwd, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
 
@@ -41,16 +42,12 @@ def descendants(pid: int) -> list[int]:
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]  # fmt: skip
 
 
-def wait_for(what, job) -> None:
-    end = time.monotonic() + PATIENCE
+def wait_for(what, job=None) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not what():
-        assert time.monotonic() < end and job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        assert job is None or job.poll() is None, job.communicate()
         time.sleep(0.01)
-
-
-def begun(folder: Path, count: int = 1):
-    """Whether there are so many parts, or checkpoints of them."""
-    return lambda: len([*folder.glob("parts/*.json"), *folder.glob("parts/*.pt")]) >= count
 
 
 def end(job, code: int = 0) -> str:
@@ -67,13 +64,6 @@ def alone(tmp_path_factory):
     return folder
 
 
-def assert_same(folder: Path, alone: Path) -> None:
-    """The same bits, and no file that the run of one process does not leave."""
-    assert same_results(folder, alone)
-    ours, theirs = ({p.name for p in out.rglob("*")} for out in (folder, alone))
-    assert ours == theirs
-
-
 def hear(job, words: str) -> None:
     """Wait until it has said that."""
     for line in job.stdout:
@@ -86,7 +76,7 @@ def test_what_a_killed_child_leaves_the_others_compute_and_with_the_first_all_en
     """One run, killed and resumed again and again; another joins it, and begins it."""
     command = [*RUN, "--out", "r", "--jobs", "3", "--resume"]
     job = start(*command, cwd=tmp_path)
-    wait_for(begun(tmp_path / "r"), job)
+    wait_for(lambda: list(tmp_path.glob("r/parts/*.[jp]*")), job)  # results and checkpoints
     os.kill(descendants(job.pid)[0], signal.SIGKILL)
     hear(job, "a process was killed (SIGKILL): the others go on")
     os.killpg(job.pid, signal.SIGINT)  # control-C meets all of them
@@ -97,14 +87,13 @@ def test_what_a_killed_child_leaves_the_others_compute_and_with_the_first_all_en
     children = descendants(job.pid)
     job.kill()
     end(job, -signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{child}/exe").exists() for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(Path(f"/proc/{child}/exe").exists() for child in children))
     both = [start(*command, cwd=tmp_path), start(*command, cwd=tmp_path)]
     for job in both:
         assert end(job).count("| Adam, learned rate") == 1
-    assert_same(tmp_path / "r", alone)
+    assert same_results(tmp_path / "r", alone)
+    ours, theirs = ({p.name for p in out.rglob("*")} for out in (tmp_path / "r", alone))
+    assert ours == theirs
 
 
 def fail(how: str, number: int, progress) -> None:
@@ -162,7 +151,6 @@ class TestHowMany:
 )  # fmt: skip
 def test_cores_of_a_container(files, count, tmp_path, monkeypatch):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))

@@ -8,22 +8,21 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import call_script, pictures
+from conftest import pictures
 
 import l2l_ref
 import run
 from l2l_ref import data
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import machine, protocol, tuning
+from l2l_ref.experiment import cli, machine, protocol, tuning
 
 LOADING, TINY = ([*options, "--seeds", "2"] for options in (conftest.LOADING, conftest.TINY))
-CURVES = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT", "Adam",
-          "Adam (attacked)"}  # fmt: skip
-TABLE = CURVES | {"Transfer-NOT (clean)", "Adam, learned rate", "SGD", "Adam + L1",
-                  "Adam + penalty + L1", "SGD + penalty + L1, cosine", "Adam (attacked) + L1",
-                  "Adam (attacked) + L1, cosine", "Adam (attacked) + penalty + L1",
-                  "Adam (N-FGSM) + L1"}  # fmt: skip
+TABLE = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT",
+         "Transfer-NOT (clean)", "Adam, learned rate", "Adam", "SGD", "Adam + L1",
+         "Adam + penalty + L1", "SGD + penalty + L1, cosine", "Adam (attacked)",
+         "Adam (attacked) + L1", "Adam (attacked) + L1, cosine", "Adam (attacked) + penalty + L1",
+         "Adam (N-FGSM) + L1"}  # fmt: skip
 ADAM = torch.optim.Adam, "step"  # of φ
 FILES = {"config.json", "metrics.csv", "summary.json", "meta_optimizer.pt", "curves.png",
          "meta_training.png", "parts"}  # fmt: skip
@@ -80,8 +79,7 @@ class TestWhatARunLeaves:
                 starts[row["eps"], row["seed"]].add(row["attacked_loss"])
         assert all(len(losses) == 1 for losses in starts.values())
         # Transfer-NOT's φ does not depend on ε and is trained once
-        names = summary["meta_training"].keys()
-        kinds = sorted(n.split("-")[0] for n in names)
+        kinds = sorted(name.split("-")[0] for name in summary["meta_training"])
         assert kinds == ["ablation", "ablation", "attacked", "attacked", "clean"]
         printed = capsys.readouterr().out
         # nobody mistakes the stand-in for the real set
@@ -92,10 +90,8 @@ class TestWhatARunLeaves:
             assert f"| {method} " in printed
         assert all(0 <= row["pgd_accuracy"]["mean"] <= 1 for row in summary["table"])
         config = config_of("r")
-        assert config["settings"]["steps"] == 4
-        assert config["command"].startswith("python run.py")
+        assert config["settings"]["steps"] == 4 and config["command"].startswith("python run.py")
         environment = config["environment"]
-        assert environment["torch"] == torch.__version__
         assert environment["backend"] == resolve("auto")
         assert environment["data"] == "stand-in" and len(environment["data_sha256"]) == 64
         assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -116,9 +112,8 @@ class TestWhatARunLeaves:
     def test_cifar_has_two_phi_and_as_many_folds_as_are_asked_for(self, workdir, small_data):
         run.main(["--dataset", "cifar10", "--attack", "pgd", "--eps", "0.03", *TINY, "--out", "r",
                   "--attack-steps", "2", "--seeds", "1", "--steps", "2", "--episode-steps", "2",
-                  "--eval-steps", "1",
-                  "--folds", "2"])  # fmt: skip
-        summary, rows = read("r")
+                  "--eval-steps", "1", "--folds", "2"])  # fmt: skip
+        _, rows = read("r")
         assert {row["fold"] for row in rows} == {"0", "1"}
         assert set(phis_of("r")["attacked-fold1-phi0-eps0.03"]) == {"convolutional", "linear"}
 
@@ -132,12 +127,6 @@ class TestWhatARunLeaves:
         assert not any("NOT" in method or "attacked" in method for method in methods)
         assert all(row["clean_loss"] == row["attacked_loss"] for row in rows)
         assert ("pgd_accuracy" in summary["table"][0]) == (dataset == "mnist")
-
-    def test_runs_do_not_overwrite_each_other(self, workdir, small_data):
-        for _ in range(2):
-            run.main([*TINY, "--dataset", "quadratic"])
-        names = {path.name for path in (workdir / "runs").iterdir()}
-        assert names == {"quadratic-none-paper-quick", "quadratic-none-paper-quick-2"}
 
 
 @pytest.mark.usefixtures("few_candidates")
@@ -213,11 +202,7 @@ class TestResumeAndLoad:
             ("q/metrics.csv", [], "metrics.csv cannot be read"),
             ("a/meta_optimizer.pt", ["--seed", "1"], "another half: that of .*, seed 0"),
             ("a/meta_optimizer.pt", ["--folds", "2"], "this run needs .*fold1"),
-            (
-                "a/meta_optimizer.pt",
-                ["--eval-on", "validation"],
-                "on what --eval-on validation evaluates",
-            ),
+            ("a/meta_optimizer.pt", ["--eval-on", "validation"], "on what --eval-on validation"),
         ):
             with pytest.raises(InputError, match=words):
                 run.main([*LOADING, "--load", file, *arguments, "--out", "x"])
@@ -284,7 +269,6 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--eps", "8/0"], "'8/0' is not a number"),
         (["--eps", "-0.1"], "--eps is -0.1: it must be between 0 and 1"),
         (["--eps", "nan"], "--eps is nan"),
-        (["--eps", "1.5"], "--eps is 1.5"),
         (["--eps", "0.1", "0.1"], "free of repeats"),
         (["--alpha", "2"], "--alpha is 2.0: it must be between 0 and 1"),
         (["--average", "1"], "--average is 1.0"),
@@ -294,36 +278,28 @@ def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
         (["--seed", "9" * 30], "below 2.63"),
         (["--eps", "9" * 400 + "/1"], "is not a number"),
         (["--device", "meta"], "--device meta is not available"),
-        (["--out", "file/x"], "--out file/x cannot be written .Not a directory."),
+        (["--device", "tpu9"], "--device tpu9 is not available"),
         (["--average", "0", "--load", "x.pt"], "leave out --average, --episode-steps, --episodes"),
         (["--out", "other", "--resume"], "--out other holds no run, but other files"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
         (["--unroll", "0"], "--unroll is 0: it must be at least 1"),
         (["--unroll", "many"], "invalid int value: 'many'"),
-        (["--steps", "2.5"], "invalid int value: '2.5'"),
-        (["--seeds", "0"], "--seeds is 0"),
         (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
         (["--attack-step-size", "0"], "--attack-step-size is 0.0"),
-        (["--batch-size", "0"], "--batch-size is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--dataset", "quadratic", "--attack", "fgsm"], "use --attack none"),
         (["--dataset", "cifar10", "--optimizee", "mlp"], "'mlp' does not go with cifar10"),
         (["--penalty", "-1"], "penalty is -1.0: it must be finite and at least 0"),
         (["--penalty", "inf"], "--penalty is inf"),
         (["--curriculum", "0.6", "0.5"], r"curriculum is .0.6, 0.5.: .*0 <= a <= b <= 1"),
-        (["--curriculum", "0", "1.1"], r"curriculum is .0.0, 1.1."),
         (["--curriculum", "0.5"], "--curriculum: expected 2 arguments"),
         (["--episode-steps", "9", "8"], r"--episode-steps is .9, 8.: .*smallest and largest"),
         (["--episode-steps", "0"], r"--episode-steps is .0."),
         (["--episode-steps", "1", "2", "3"], r"--episode-steps is .1, 2, 3."),
-        (["--record-every", "0"], "--record-every is 0: it must be at least 1"),
         (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
         (["--images", "501"], "--images is 501 but a candidate trains on 500 images of stand-in"),
         (["--dataset", "quadratic", "--images", "500"], "quadratics have none"),
         (["--eval-on", "me"], "invalid choice: 'me'"),
-        (["--eps-warmup", "0.5"], "unrecognized arguments: --eps-warmup"),
-        (["--device", "tpu9"], "--device tpu9 is not available"),
-        (["--backend", "gpu"], "invalid choice: 'gpu'"),
         (["--out", "file"], "--out file is a file"),
         (["--out", "full"], "--out full is not empty: add --resume"),
         (["--out", "broken", "--resume"], "config.json is broken"),
@@ -342,20 +318,6 @@ def test_mistakes_are_one_clear_sentence(workdir, small_data, arguments, words):
     assert sorted(workdir.rglob("*")) == before  # nothing half-written
 
 
-def test_fused_backend_names_what_is_missing(workdir, small_data, monkeypatch):
-    monkeypatch.setattr("l2l_ref.backend.built", lambda: False)
-    with pytest.raises(InputError, match="'fused' needs the compiled extension.*setup.py build"):
-        run.main([*TINY, "--backend", "fused"])
-
-
-class TestAsAProcess:
-    def test_mistake_exits_with_2_and_no_traceback(self, tmp_path):
-        done = call_script("--eps", "2", cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith("run.py: --eps is 2.0")
-
-    def test_help_fits_two_screens(self, tmp_path):
-        done = call_script("--help", cwd=tmp_path)
-        assert done.returncode == 0 and done.stderr == ""
-        assert len(done.stdout.splitlines()) <= 75
-        assert max(map(len, done.stdout.splitlines())) <= 100
+def test_help_fits_two_screens():
+    lines = cli.parser().format_help().splitlines()
+    assert len(lines) <= 75 and max(map(len, lines)) <= 100

@@ -68,49 +68,41 @@ def test_methods_of_a_seed_share_theta0_and_batches(setting, monkeypatch):
     assert not torch.equal(a0[0], a1[0]) and not torch.equal(a0[-2], a1[-2])
 
 
-def test_curves_are_those_of_the_paper():
+NOT = {
+    "Transfer-NOT": ("clean", 0.0, 0.0, "transfer"),
+    "Transfer-NOT (clean)": ("clean", 1.0, 0.0, "transfer"),
+}
+PENALISED = {"Adam, learned rate": ("ablation", 1.0, pytest.approx(0.3), "transfer")}
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("", {**NOT, "L2L": ("attacked", 0.5, 0.0, "meta"),
+              "L2L-Transfer (clean)": ("attacked", 1.0, 0.0, "transfer"),
+              "L2L-Transfer (mixed)": ("attacked", 0.5, 0.0, "transfer"),
+              "Adam, learned rate": ("ablation", 0.5, 0.0, "transfer")}),
+        ("--attack none", {"L2L": ("attacked", 1.0, 0.0, "meta"),
+                           "L2L-Transfer": ("attacked", 1.0, 0.0, "transfer"),
+                           "Adam, learned rate": ("ablation", 1.0, 0.0, "transfer")}),
+        # the penalty is in units of ε, and Transfer-NOT, which knows of no attack, has none
+        ("--recipe robust --penalty 1.5", {
+              **NOT, **PENALISED, "L2L": ("attacked", 1.0, pytest.approx(0.3), "meta"),
+              "L2L-Transfer (clean)": ("attacked", 1.0, pytest.approx(0.3), "transfer"),
+              "L2L-Transfer (mixed)": ("attacked", 0.5, pytest.approx(0.3), "transfer")}),
+        ("--recipe penalty", PENALISED),
+        ("--dataset quadratic", {"L2L-Transfer": ("attacked", 1.0, 0.0, "transfer"),
+                                 "Adam, learned rate": ("ablation", 1.0, 0.0, "transfer")}),
+    ],
+)  # fmt: skip
+def test_curves_are_those_of_the_paper(command, expected):
     """Label: which φ, α and λ of the loss whose gradients it reads, and the half it trains on."""
-
-    def curves(*arguments):
-        c = cli.parse([*arguments])
-        found = {}
-        for kind in phis.kinds_of_phi(c):
-            for m in phis.phi_methods(c, kind, 0.2, kind):
-                assert m.label not in found and not m.cosine and m.l1 == 0
-                found[m.label] = m.optimizer, m.alpha, m.penalty, m.half
-        return found
-
-    assert curves("--attack", "fgsm") == {
-        "L2L": ("attacked", 0.5, 0.0, "meta"),
-        "L2L-Transfer (clean)": ("attacked", 1.0, 0.0, "transfer"),
-        "L2L-Transfer (mixed)": ("attacked", 0.5, 0.0, "transfer"),
-        "Transfer-NOT": ("clean", 0.0, 0.0, "transfer"),
-        "Transfer-NOT (clean)": ("clean", 1.0, 0.0, "transfer"),
-        "Adam, learned rate": ("ablation", 0.5, 0.0, "transfer"),
-    }
-    assert curves("--attack", "pgd")["L2L"] == ("attacked", 0.2, 0.0, "meta")
-    assert curves("--recipe", "robust")["L2L"] == ("attacked", 1.0, 0.0, "meta")
-    assert curves("--attack", "none") == {
-        "L2L": ("attacked", 1.0, 0.0, "meta"),
-        "L2L-Transfer": ("attacked", 1.0, 0.0, "transfer"),
-        "Adam, learned rate": ("ablation", 1.0, 0.0, "transfer"),
-    }
-    # the penalty is in units of ε, and Transfer-NOT, which knows of no attack, has none
-    assert curves("--recipe", "robust", "--penalty", "1.5") == {
-        "L2L": ("attacked", 1.0, pytest.approx(0.3), "meta"),
-        "L2L-Transfer (clean)": ("attacked", 1.0, pytest.approx(0.3), "transfer"),
-        "L2L-Transfer (mixed)": ("attacked", 0.5, pytest.approx(0.3), "transfer"),
-        "Transfer-NOT": ("clean", 0.0, 0.0, "transfer"),
-        "Transfer-NOT (clean)": ("clean", 1.0, 0.0, "transfer"),
-        "Adam, learned rate": ("ablation", 1.0, pytest.approx(0.3), "transfer"),
-    }
-    assert curves("--recipe", "penalty") == {
-        "Adam, learned rate": ("ablation", 1.0, pytest.approx(0.3), "transfer"),
-    }
-    assert curves("--dataset", "quadratic") == {
-        "L2L-Transfer": ("attacked", 1.0, 0.0, "transfer"),
-        "Adam, learned rate": ("ablation", 1.0, 0.0, "transfer"),
-    }
+    c = cli.parse(command.split())
+    kinds = phis.kinds_of_phi(c)
+    methods = [method for kind in kinds for method in phis.phi_methods(c, kind, 0.2, kind)]
+    assert not any(method.cosine or method.l1 for method in methods)
+    found = {m.label: (m.optimizer, m.alpha, m.penalty, m.half) for m in methods}
+    assert found == expected and len(found) == len(methods)
 
 
 def test_bad_ends_are_marked(setting):
@@ -139,17 +131,6 @@ def test_each_method_trains_on_its_half_or_so_many_images_of_it(
     own = pictures(getattr(fold, half).first(images))
     probed = pictures(fold.validation if half == "fit" else fold.test)
     assert seen_pictures & own and seen_pictures <= own | probed
-
-
-def test_transfer_not_meets_no_attack(setting):
-    """Its φ is meta-trained with α = 1: no attack is called, and ε changes nothing."""
-    (fold,) = folds(setting)
-    clean, other, attacked = (
-        train_phi(setting, fold.meta, kind, eps, 0, 0, lambda *a: None)[0]
-        for kind, eps in (("clean", 0.1), ("clean", 0.3), ("attacked", 0.3))
-    )
-    assert all(map(torch.equal, clean.parameters(), other.parameters()))
-    assert not all(map(torch.equal, clean.parameters(), attacked.parameters()))
 
 
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):

@@ -2,20 +2,16 @@
 
 import os
 import pwd
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_jobs import SHORT, end, start
 
 import run
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import figure
 
-ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["--dataset", "quadratic", "--quick", "--episodes", "2", "--steps", "10", "--seeds", "1",
-         "--jobs", "1"]  # fmt: skip
 NOTEBOOK = """
 import runpy, sys
 class Stream:
@@ -28,24 +24,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def script(arguments, workdir, shell=None, **environment):
-    command = [*(shell or []), sys.executable, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=workdir, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(
-    "arguments, shell, environment",
+    "options, environment",
     [
-        (["-c", NOTEBOOK, ROOT / "run.py"], None, {"MPLBACKEND": "no-such-backend"}),
-        ([ROOT / "run.py"], ["sh", "-c", 'exec "$@" >&-', "sh"], {"MATPLOTLIBRC": "broken"}),
+        ({"python": ["-c", NOTEBOOK]}, {"MPLBACKEND": "no-such-backend"}),
+        ({"shell": ["sh", "-c", 'exec "$@" >&-', "sh"]}, {"MATPLOTLIBRC": "broken"}),
     ],
     ids=["notebook, MPLBACKEND", "no stdout, matplotlibrc"],
 )
-def test_all_of_it_is_there(arguments, shell, environment, workdir):
+def test_all_of_it_is_there(options, environment, workdir):
     (workdir / "broken").write_text("text.usetex: True\nfont.size: 1e9\n")
-    done = script([*map(str, arguments), *SHORT, "--out", "r"], workdir, shell, **environment)
-    assert done.returncode == 0, done.stderr
+    end(start(*SHORT, "--out", "r", cwd=workdir, **options, **environment))
     assert {"curves.png", "summary.json"} <= {path.name for path in Path("r").iterdir()}
 
 
@@ -57,17 +46,16 @@ def test_dollars_and_a_tilde(workdir, monkeypatch):
 
 
 def test_bytes_that_are_no_text(workdir, few_candidates):
-    run.main([*SHORT, "--out", os.fsdecode(b"r\xff")])
-    assert os.path.exists(b"r\xff/curves.png")
     for part, n in (("train", 20), ("test", 4)):
         for label in range(10):
             place = Path(os.fsdecode(b"donn\xe9es"), "mnist", part, str(label))
             place.mkdir(parents=True)
             for i in range(n):
                 Image.new("L", (28, 28), 20 * label + i).save(place / f"{i}.png")
-    options = ["--quick", "--steps", "4", "--episodes", "1", "--batch-size", "16", "--jobs", "1"]
-    run.main([*options, "--data-dir", os.fsdecode(b"donn\xe9es"), "--out", "a"])
-    assert Path("a/curves.png").exists()
+    run.main(["--quick", "--steps", "4", "--episodes", "1", "--batch-size", "16", "--jobs", "1",
+              "--data-dir", os.fsdecode(b"donn\xe9es"),
+              "--out", os.fsdecode(b"r\xff")])  # fmt: skip
+    assert os.path.exists(b"r\xff/curves.png")
 
 
 def test_without_a_name_and_a_home(workdir, monkeypatch):
@@ -84,9 +72,8 @@ def test_without_a_name_and_a_home(workdir, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
 def test_a_full_disk_behind_stdout_is_named(workdir):
     shell = ["sh", "-c", 'exec "$@" > /dev/full', "sh"]
-    done = script([str(ROOT / "run.py"), *SHORT, "--out", "r"], workdir, shell)
-    words = "run.py: No space left on device (stopped; --resume continues)\n"
-    assert (done.returncode, done.stderr) == (2, words)
+    said = end(start(*SHORT, "--out", "r", cwd=workdir, shell=shell), 2)
+    assert said == "run.py: No space left on device (stopped; --resume continues)\n"
 
 
 @pytest.mark.parametrize("flag", ["--out", "--load", "--data-dir"])

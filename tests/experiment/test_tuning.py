@@ -94,7 +94,7 @@ class TestGrid:
         """All candidates run once, the best third on the other seeds too."""
         assert choose(outcomes) == (chosen, later)
 
-    @pytest.mark.parametrize("count, stay", [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
+    @pytest.mark.parametrize("count, stay", [(1, 1), (3, 1), (4, 2)])
     def test_a_third_is_rounded_up(self, choose, count, stay):
         outcomes = {str(i): losses(i, i) for i in range(count)}
         assert choose(outcomes) == ("0", [(str(i), 1) for i in range(stay)])
@@ -162,15 +162,15 @@ class TestCandidates:
         assert set(self.grids("--attack", "none")) == {"Adam", "SGD", "Adam + L1"}
         quadratic = self.grids("--dataset", "quadratic")
         assert {label: len(grid) for label, grid in quadratic.items()} == {"Adam": 6, "SGD": 5}
-        assert len(self.grids("--quick")["Adam"]) == 3  # every other one
+        assert list(self.grids("--quick")["Adam"]) == ["lr 0.0001", "lr 0.001", "lr 0.01"]
 
     def test_of_the_users_own_optimizers(self, tmp_path, monkeypatch):
         """A rate is tuned where there is one; a name that is taken stands in full."""
-        code = (
-            "import torch\ndef nadam(model, lr): return torch.optim.NAdam(model.parameters(), lr)\n"
+        (tmp_path / "own_optimizers.py").write_text(
+            "from torch.optim import Adam as A, NAdam\n"
+            "def nadam(model, lr): return NAdam(model.parameters(), lr)\n"
+            "def Adam(model): return A(model.parameters())\n"
         )
-        code += "def Adam(model): return torch.optim.Adam(model.parameters())\n"
-        (tmp_path / "own_optimizers.py").write_text(code)
         monkeypatch.syspath_prepend(tmp_path)
         found = self.grids("--compare", "own_optimizers:nadam", "own_optimizers:Adam")
         counts = {label: len(grid) for label, grid in list(found.items())[-4:]}
@@ -181,35 +181,8 @@ class TestCandidates:
         assert method.optimizer(model).param_groups[0]["lr"] == 0.03 and method.alpha == 0.5
         (method,) = found["own_optimizers:Adam"].values()
         assert isinstance(method.optimizer(model), torch.optim.Adam) and method.alpha == 1
-        with pytest.raises(
-            InputError, match="--compare own_optimizers:gone cannot .* no attribute 'gone'"
-        ):
+        with pytest.raises(InputError, match="--compare own_.*:gone cannot .* attribute 'gone'"):
             prepare(cli.parse([*TINY, "--compare", "own_optimizers:gone"]))
-
-    def test_the_best_of_each_is_used(self, small_data, monkeypatch):
-        """Of the miniature: 0.01 collapses, else the larger is the better."""
-
-        def validate(setting, method, fold, eps, seed):
-            lr = method.optimizer.args[0]
-            return outcome(9 - lr - 2 * method.l1 - method.penalty, collapsed=lr == 0.01)
-
-        monkeypatch.setattr(tuning, "validate", validate)
-        setting = prepare(cli.parse(TINY))
-        (fold,) = folds(setting)
-        grids = tuning.grids(setting, fold, 0.1)
-        chosen = {grid.label: grid.chosen(computed(grid.pieces())) for grid in grids}
-        assert chosen == {
-            "Adam": "lr 0.001",  # of 1e-4, 1e-3, 1e-2 (every other one in the miniature)
-            "SGD": "lr 1",
-            "Adam + L1": "lr 0.003, L1 0.003",
-            "Adam + penalty + L1": "lr 0.03, L1 0.001, penalty 1",
-            "SGD + penalty + L1, cosine": "lr 0.3, L1 0.001, penalty 1",
-            "Adam (attacked)": "lr 0.001",
-            "Adam (attacked) + L1": "lr 0.03, L1 0.001",
-            "Adam (attacked) + L1, cosine": "lr 0.03, L1 0.001",
-            "Adam (attacked) + penalty + L1": "lr 0.03, L1 0.001, penalty 1",
-            "Adam (N-FGSM) + L1": "lr 0.03, L1 0.001",
-        }
 
 
 @pytest.mark.parametrize("recipe, row", [("paper", "L2L"), ("robust", "L2L-Transfer (clean)")])
