@@ -145,13 +145,12 @@ class TestHowMany:
 
 
 @pytest.mark.parametrize(
-    "files, count",
-    [({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "max 100000"}, 6), ({}, 6),
-     ({"cpu.max": "50000 100000"}, 1)],
-)  # fmt: skip
-def test_cores_of_a_container(files, count, tmp_path, monkeypatch):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
+    "quota, count",
+    [("150000 100000\n", 2), ("max 100000\n", 6), (None, 6), ("50000 100000\n", 1)],
+)
+def test_cores_of_a_container(quota, count, tmp_path, monkeypatch):
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert machine.cores() == count

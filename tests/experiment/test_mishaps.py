@@ -45,15 +45,15 @@ class TestTwoRunsAndOneFolder:
         assert folders == {"quadratic-none-paper-quick" + number: True for number in ("", "-2")}
 
     def test_of_two_that_chose_the_same_folder_one_ends(self, workdir, monkeypatch):
-        """The data take their time: one claims what the other chose before."""
-        prepare = run.prepare
+        """While one has chosen it and not claimed it yet, the other begins there."""
+        make = folder.make
 
-        def slow(config, number):
-            if config.seed == 2:
-                run.main([*SHORT, "--seed", "1", "--out", "r"])
-            return prepare(config, number)
+        def slow(out):
+            monkeypatch.setattr(folder, "make", make)
+            run.main([*SHORT, "--seed", "1", "--out", "r"])
+            make(out)
 
-        monkeypatch.setattr(run, "prepare", slow)
+        monkeypatch.setattr(folder, "make", slow)
         with pytest.raises(InputError, match="--out r is not empty"):
             run.main([*SHORT, "--seed", "2", "--out", "r"])
         assert read_json(Path("r/config.json"), "")["settings"]["seed"] == 1

@@ -72,12 +72,6 @@ class TestWhatARunLeaves:
         # one row a method, ε, seed and step (0 to 4)
         assert len(rows) == len(TABLE) * 2 * 2 * 5
         assert {row["step"] for row in rows} == set("01234")
-        # every method of a seed starts from the same θ₀
-        starts = {(r["eps"], r["seed"]): set() for r in rows}
-        for row in rows:
-            if row["step"] == "0":
-                starts[row["eps"], row["seed"]].add(row["attacked_loss"])
-        assert all(len(losses) == 1 for losses in starts.values())
         # Transfer-NOT's φ does not depend on ε and is trained once
         kinds = sorted(name.split("-")[0] for name in summary["meta_training"])
         assert kinds == ["ablation", "ablation", "attacked", "attacked", "clean"]
@@ -88,13 +82,11 @@ class TestWhatARunLeaves:
         assert {row["data"] for row in rows} == {saved["data"]} == {summary["data"]} == {"stand-in"}
         for method in TABLE:
             assert f"| {method} " in printed
-        assert all(0 <= row["pgd_accuracy"]["mean"] <= 1 for row in summary["table"])
         config = config_of("r")
         assert config["settings"]["steps"] == 4 and config["command"].startswith("python run.py")
         environment = config["environment"]
         assert environment["backend"] == resolve("auto")
         assert environment["data"] == "stand-in" and len(environment["data_sha256"]) == 64
-        assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
         assert not list(folder.rglob("*.partial"))
 
     @pytest.mark.usefixtures("few_candidates")
@@ -249,11 +241,10 @@ class TestResumeAndLoad:
 
 
 @pytest.mark.usefixtures("few_candidates")
-@pytest.mark.parametrize("more", [[], ["--images", "64"]])
 def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
-    workdir, small_data, small_digits, seen_pictures, more
+    workdir, small_data, small_digits, seen_pictures
 ):
-    run.main([*TINY, "--seeds", "1", "--eval-on", "validation", *more, "--out", "r"])
+    run.main([*TINY, "--seeds", "1", "--eval-on", "validation", "--out", "r"])
     meta, transfer = small_digits.train.halves(0)
     assert not seen_pictures & (pictures(small_digits.test) | pictures(transfer))
     assert seen_pictures <= pictures(meta) and len(seen_pictures) > 100

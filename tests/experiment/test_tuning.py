@@ -94,11 +94,6 @@ class TestGrid:
         """All candidates run once, the best third on the other seeds too."""
         assert choose(outcomes) == (chosen, later)
 
-    @pytest.mark.parametrize("count, stay", [(1, 1), (3, 1), (4, 2)])
-    def test_a_third_is_rounded_up(self, choose, count, stay):
-        outcomes = {str(i): losses(i, i) for i in range(count)}
-        assert choose(outcomes) == ("0", [(str(i), 1) for i in range(stay)])
-
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
     def test_one_that_is_not_finite_comes_last_but_before_a_collapse(self, choose, loss):
         broken = losses(loss, loss)
