@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -89,8 +88,6 @@ def run_as_script(
     except InputError as error:
         end(2, f"{name}: {shortened(str(error))}")
     except OSError as error:  # no room, no permission, a disk that fails, a reader that left
-        if not error.filename:  # of stdout, whose buffer must go somewhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         where = f"{error.filename}: " if error.filename else ""
         end(2, f"{name}: {shortened(where)}{error.strerror or error} ({interrupted})")
     except KeyboardInterrupt as stopped:
