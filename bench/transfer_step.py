@@ -4,7 +4,7 @@ python -m bench.transfer_step
 
 Clocks calls of `transfer.train` without recordings, batches of noise and attack included,
 for the MNIST MLP and the CIFAR-10 convnet, with φ in the form of each recipe (the robust one is
-odd and sees θ). The opponents train the same model with Adam, on clean batches and on batches under
+odd and sees θ). The baselines train the same model with Adam, on clean batches and on batches under
 PGD-7. An untrained φ does the work of a trained one. Writes transfer_step.json into --out.
 """
 
@@ -28,7 +28,7 @@ from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train
 
 EPS = {"mnist": 0.1, "cifar10": 0.03}
-OPPONENT = "Adam (PGD-7)"  # the ratios are over its time
+BASELINE = "Adam (PGD-7)"  # the ratios are over its time
 BATCH = 128  # samples
 FORM = ("output_scale", "theta_input", "odd", "nominal")  # what recipes set of `MetaOptimizer`
 
@@ -65,25 +65,25 @@ def runner(
 
 
 def measured(dataset: str, options: Any) -> dict[str, Any]:
-    """One model: milliseconds a step of every method, and OPPONENT's time over each."""
+    """One model: milliseconds a step of every method, and BASELINE's time over each."""
     problem, eps, samples = problems.make(dataset), EPS[dataset], 20 * BATCH
     pixels = torch.randint(256, (samples, *sources.KINDS[dataset].shape), dtype=torch.uint8)
     images = data.ImageSet(pixels, torch.arange(samples) % problem.classes)
     methods = [learned(problem, recipe, options.backend, eps) for recipe in RECIPES]
     methods.append(Method("Adam (clean)", partial(adam, 1e-3)))
-    methods.append(Method(OPPONENT, partial(adam, 1e-3), alpha=0.0))
+    methods.append(Method(BASELINE, partial(adam, 1e-3), alpha=0.0))
     runs = {m.label: runner(problem, m, images, eps, options.steps) for m in methods}
     for run in runs.values():
         run()
     clocked = measure.interleave(runs, options.seconds)
     times = {name: measure.summary(s, 1e3 / options.steps) for name, s in clocked.items()}
-    opponent = times[OPPONENT]["median"]
+    baseline = times[BASELINE]["median"]
     return {
         "dataset": dataset,
         "optimizee": problem.name,
         "eps": eps,
         "methods": times,
-        "ratios": {name: opponent / row["median"] for name, row in times.items()},
+        "ratios": {name: baseline / row["median"] for name, row in times.items()},
     }
 
 
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
     report = limits.machine("transfer_step", arguments, options.backend)
     report |= {"steps": options.steps, "batch_size": BATCH, "rows": []}
     print(f"{limits.where(report)}, threads: {options.threads}, batches of {BATCH}\n")
-    print(f"{'model':<20}{'method':<24}{f'{OPPONENT} / it':>18}   ms per step [quartiles]")
+    print(f"{'model':<20}{'method':<24}{f'{BASELINE} / it':>18}   ms per step [quartiles]")
     for dataset in EPS:
         row = measured(dataset, options)
         report["rows"].append(row)

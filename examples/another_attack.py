@@ -24,7 +24,7 @@ def main(data_dir: str = "data", episodes: int = 20, steps: int = 60) -> list[fl
         return l2l_ref.Episode(model, images.batches(128, generator), attack)
 
     phi = l2l_ref.new_phi(problem.build(), generator=torch.Generator().manual_seed(0))
-    settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)
+    settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=3e-3, alpha=0.5, input_alpha=0.5)
     history = l2l_ref.meta_train(
         phi, settings, draw,
         on_episode=lambda done, loss: print(f"episode {done}: meta-loss {loss:.3f}"),

@@ -66,7 +66,7 @@ def truncated_unrolls(
     """
     steps, strength = episode.steps or settings.steps, settings.strength(number)
     alpha, input_alpha = (
-        1 + strength * (alpha - 1) for alpha in (settings.alpha, settings.read_alpha)
+        1 + strength * (alpha - 1) for alpha in (settings.alpha, settings.input_alpha)
     )
     two_losses = input_alpha != alpha or settings.penalty > 0 or settings.average > 0
     batches, attack = endless(episode.batches), guarded(episode.attack)

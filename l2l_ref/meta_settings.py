@@ -17,7 +17,7 @@ class MetaSettings:
         meta_lr: learning rate of that Adam; on log η, of the nominal term, it is `ETA_LR`.
         schedule: "constant", or "cosine" from those rates to 0 over all episodes.
         clip: largest norm of the meta-gradient; of that of log η likewise.
-        read_alpha: α in Eq. 6 of the loss whose gradient is the input of φ.
+        input_alpha: α in Eq. 6 of the loss whose gradient is the input of φ.
         penalty: λ of that loss (`equations.penalised`).
         alpha: α in Eq. 6 of the meta-loss; the paper has one α for both.
         curriculum: shares of the episodes, (a, b): clean ones up to a, then α moves evenly from 1
@@ -34,7 +34,7 @@ class MetaSettings:
     meta_lr: float = 1e-3
     schedule: str = "constant"
     clip: float = 1.0
-    read_alpha: float = 0.5
+    input_alpha: float = 0.5
     penalty: float = 0.0
     alpha: float = 0.5
     curriculum: tuple[float, float] = (0.0, 0.0)
@@ -50,7 +50,7 @@ class MetaSettings:
             "meta_lr": (0 <= self.meta_lr < math.inf, finite),
             "schedule": (self.schedule in ("constant", "cosine"), "'constant' or 'cosine'"),
             "clip": (self.clip > 0, "above 0"),
-            "read_alpha": (0 <= self.read_alpha <= 1, share),
+            "input_alpha": (0 <= self.input_alpha <= 1, share),
             "penalty": (0 <= self.penalty < math.inf, finite),
             "alpha": (0 <= self.alpha <= 1, share),
             "curriculum": (

@@ -94,7 +94,7 @@ def by_autograd(meta, model, batches, way):
 def test_the_closed_form_is_autograd_through_the_unroll(backend, theta_input, odd, nominal, way):
     """To first order: gradients, d and the θ that φ saw are constants. Two unrolls, the states
     and moments of the first carried on."""
-    names = "read_alpha", "alpha", "penalty", "curriculum", "average"
+    names = "input_alpha", "alpha", "penalty", "curriculum", "average"
     options = dict(zip(names, WAYS[way], strict=False))
     settings = MetaSettings(3, steps=STEPS, unroll=UNROLL, **options)
     phi = new_phi(SMALL.build(), generator=generator(1), hidden_size=4, output_scale=0.1,

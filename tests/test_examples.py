@@ -113,7 +113,7 @@ class TestThePaperOnAPage:
             attack = partial(fgsm, eps=self.EPS)
             return Episode(self.problem(page, number)[1], self.batches(number), attack)
 
-        alphas = {"alpha": self.ALPHA, "read_alpha": self.ALPHA}
+        alphas = {"alpha": self.ALPHA, "input_alpha": self.ALPHA}
         settings = MetaSettings(2, meta_lr=page.META_LR, schedule="cosine", **alphas)
         assert (settings.steps, settings.unroll) == (page.STEPS, page.UNROLL)
         meta_train(ours, settings, draw, backend=backend)

@@ -97,7 +97,7 @@ def test_it_meta_trains_to_the_bits_of_ours(library, small_digits):
             return Episode(PROBLEM.draw(noise), batches, attack)
 
         phi = new_phi(PROBLEM.build(), generator=generator(1))
-        settings = MetaSettings(2, steps=8, unroll=4, meta_lr=3e-3, alpha=0.5, read_alpha=0.5)
+        settings = MetaSettings(2, steps=8, unroll=4, meta_lr=3e-3, alpha=0.5, input_alpha=0.5)
         return meta_train(phi, settings, draw).norm, weights(phi)
 
     norm, phi = trained(library())

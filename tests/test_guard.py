@@ -60,7 +60,7 @@ def endless_images():
 def test_meta_training_computes_the_same_bits_under_any_attack(attack, alphas):
     def trained(attack):
         phi = new_phi(SMALL.build(), generator=generator(), odd=True, nominal=True)
-        settings = MetaSettings(3, steps=6, unroll=3, read_alpha=alphas[0], alpha=alphas[1])
+        settings = MetaSettings(3, steps=6, unroll=3, input_alpha=alphas[0], alpha=alphas[1])
         history = meta_train(
             phi, settings, lambda n: Episode(SMALL.draw(generator(n)), endless_images(), attack)
         )

@@ -41,7 +41,7 @@ def new_phi(**settings) -> nn.ModuleDict:
 
 
 def settings(**changes) -> MetaSettings:
-    clean = {"read_alpha": 1.0, "alpha": 1.0}
+    clean = {"input_alpha": 1.0, "alpha": 1.0}
     return MetaSettings(**{"episodes": 4, "steps": 12, "unroll": 5, **clean, **changes})
 
 
@@ -236,7 +236,7 @@ def test_the_curriculum_goes_by_the_number_of_the_episode():
         drawn.append(number)
         return replace(draw(number), attack=attack)
 
-    chosen = settings(episodes=2, alpha=0.0, read_alpha=0.0, curriculum=(0.5, 0.5))
+    chosen = settings(episodes=2, alpha=0.0, input_alpha=0.0, curriculum=(0.5, 0.5))
     meta_train(new_phi(), chosen, own)
     assert drawn == [0, 1] and attacked == {1}
 

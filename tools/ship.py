@@ -61,7 +61,7 @@ def main() -> None:
         "data_sha256": saved["data_sha256"],
         "command": about["command"],
         "commit": about["environment"]["git_commit"],
-        "judged_by": f"{config['eval_on']} images, {config['steps']} steps",
+        "evaluated_on": f"{config['eval_on']} images, {config['steps']} steps",
         "results_of": f"all φ of that run; this is number {seed}, the best on validation images",
         "results": results,
         "config": {name: v for name, v in config.items() if name not in ("data_dir", "out")},

@@ -1,4 +1,4 @@
-"""Samples: what an experiment cuts, trains on and judges by. Labelled images are such."""
+"""Samples: what an experiment cuts, trains on and evaluates on. Labelled images are such."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

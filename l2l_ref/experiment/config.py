@@ -65,7 +65,7 @@ class Config:
     # collapses, so some of the clean one stays.
     alpha: float = option(META, "α of Eq. 6, the share of the clean loss", 0.5,
         {"pgd": 0.2, "none": 1.0, "robust": 0.0, "robust none": 1.0}, of="φ")
-    read_alpha: float = option(  # that of the loss whose gradient φ reads
+    input_alpha: float = option(  # that of the loss whose gradient φ reads
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
     penalty: float = option(META, "λ/eps of the loss whose gradient φ takes as input", 0.0,
         {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ",
@@ -161,7 +161,7 @@ class Config:
             require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
         require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
         require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
-        if self.penalty and self.read_alpha == 0:
+        if self.penalty and self.input_alpha == 0:
             raise InputError(
                 f"--penalty is {self.penalty} but --alpha 0 has no clean loss that it could be "
                 "added to: leave one of them out"
@@ -183,7 +183,7 @@ class Config:
             meta_lr=self.meta_lr,
             schedule=self.meta_schedule,
             clip=self.clip,
-            read_alpha=1.0 if clean else self.read_alpha,
+            input_alpha=1.0 if clean else self.input_alpha,
             penalty=0.0 if clean else self.penalty * eps,
             alpha=1.0 if clean else self.alpha,
             curriculum=self.curriculum,
@@ -218,7 +218,7 @@ def complete(given: dict[str, Any]) -> Config:
     words.add(given.get("attack") or OPTIONS["attack"].value(words))
     settings = {name: option.value(words) for name, option in OPTIONS.items()}
     if recipe == "paper" and "alpha" in given:  # the paper has one α for all
-        settings |= {"read_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
+        settings |= {"input_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
     if given.keys() & (names_of("φ") | {"meta_seeds", "folds", "eval_on"}):
         settings["load"] = None  # what comes with the package is not that φ
     settings |= given

@@ -48,7 +48,7 @@ def kinds_of_phi(config: Config) -> tuple[str, ...]:
 
 def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
     """The curves of a φ of a kind (docs/decisions); `phi` makes it a model's optimizer."""
-    read: dict[str, Any] = {"alpha": c.read_alpha, "penalty": c.penalty * eps}
+    read: dict[str, Any] = {"alpha": c.input_alpha, "penalty": c.penalty * eps}
     clean: dict[str, Any] = {"penalty": c.penalty * eps}
     if kind == ABLATION:
         return [Method(LEARNED_RATE, phi, **read)]

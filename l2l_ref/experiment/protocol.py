@@ -104,7 +104,7 @@ class Experiment:
                 )
             return history
 
-        alphas = [1.0] if kind == CLEAN else {c.alpha, c.read_alpha}
+        alphas = [1.0] if kind == CLEAN else {c.alpha, c.input_alpha}
         updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
         updates += (kind != CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
         cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)

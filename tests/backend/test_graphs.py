@@ -130,10 +130,10 @@ def noise_images(dataset, count, device):
 EPISODES = {
     "mlp-paper": ("mlp", "fgsm", False, {}),
     "mlp-robust": ("mlp", "pgd", True, {}),
-    "mlp-average": ("mlp", "pgd", False, {"read_alpha": 0.0, "alpha": 0.0, "average": 0.5}),
+    "mlp-average": ("mlp", "pgd", False, {"input_alpha": 0.0, "alpha": 0.0, "average": 0.5}),
     "convnet-robust": ("convnet", "pgd", True, {}),
     "convnet-average": ("convnet", "fgsm", False, {"average": 0.5}),
-    "quadratic": ("quadratic", "none", False, {"read_alpha": 1.0, "alpha": 1.0}),
+    "quadratic": ("quadratic", "none", False, {"input_alpha": 1.0, "alpha": 1.0}),
     "mlp-nominal": ("mlp", "fgsm", False, {}),
     "mlp-penalty-nominal": ("mlp", "pgd", True, {"penalty": 0.1}),
     "convnet-nominal": ("convnet", "pgd", True, {"average": 0.5, "penalty": 0.1}),
@@ -157,7 +157,7 @@ def meta_run(name, capture, backend="auto", device=CPU):
     """All that an episode leads to, φ learning on the way."""
     optimizee, attack, robust, chosen = EPISODES[name]
     problem = problems.make(DATASETS[optimizee], batch_size=8)
-    alphas = {"read_alpha": 1.0, "alpha": 0.0} if robust else {"read_alpha": 0.5, "alpha": 0.5}
+    alphas = {"input_alpha": 1.0, "alpha": 0.0} if robust else {"input_alpha": 0.5, "alpha": 0.5}
     settings = MetaSettings(1, steps=11, unroll=3, **alphas | chosen)
     phi = new_phi(problem, device, odd=robust, theta_input=robust, nominal="nominal" in name)
     sgd, stream = torch.optim.SGD(phi.parameters()), generator(7)

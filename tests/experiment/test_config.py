@@ -7,7 +7,7 @@ import pytest
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli
 
-ROBUST = {"read_alpha": 1, "alpha": 0, "odd": True, "theta_input": True, "nominal": True,
+ROBUST = {"input_alpha": 1, "alpha": 0, "odd": True, "theta_input": True, "nominal": True,
           "curriculum": (0, 0), "episode_steps": (100, 1000)}  # fmt: skip
 QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
              "episode_steps": (100,), "episodes": 100, "meta_lr": 1e-2}  # fmt: skip
@@ -18,7 +18,7 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
     [
         # without arguments it is the paper's MNIST
         ("", {"dataset": "mnist", "attack": "fgsm", "eps": (0.1,), "recipe": "paper", "steps": 100,
-              "batch_size": 128, "alpha": 0.5, "read_alpha": 0.5, "p": 10, "meta_lr": 3e-3,
+              "batch_size": 128, "alpha": 0.5, "input_alpha": 0.5, "p": 10, "meta_lr": 3e-3,
               "episode_steps": (100,), "nominal": False, "curriculum": (0, 0.5), "penalty": 0,
               "eval_on": "test", "images": None}),
         ("--dataset cifar10", {"steps": 1000, "folds": 1, "optimizee": "convnet", "meta_lr": 1e-3,
@@ -43,7 +43,7 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
         # the attack chooses alpha
         ("--attack pgd", {"alpha": 0.2}),
         ("--attack none", {"alpha": 1}),
-        ("--alpha 0.7", {"alpha": 0.7, "read_alpha": 0.7}),
+        ("--alpha 0.7", {"alpha": 0.7, "input_alpha": 0.7}),
         # a curve has about fifty points
         ("--steps 101", {"record_every": 3}),
         ("--steps 100 --record-every 7", {"record_every": 7}),

@@ -181,7 +181,7 @@ class TestResumeAndLoad:
         (_, rows_a), (b, rows_b) = read("a"), read(out)
         assert rows_a == rows_b and "recipe robust" in b["title"]
         settings = config_of(out)["settings"]
-        assert settings["odd"] and settings["read_alpha"] == 1.0 and settings["average"] == 0.5
+        assert settings["odd"] and settings["input_alpha"] == 1.0 and settings["average"] == 0.5
         settings = phis_of("a")["attacked-fold0-phi0-eps0.1"]["linear"]["settings"]
         assert settings["odd"] and settings["theta_input"]
 

@@ -181,7 +181,7 @@ def test_settings_of_each_kind(small_data, monkeypatch):
 
     def losses(kind, *arguments):
         settings, _ = drawn(prepared(*arguments), monkeypatch, kind)
-        return settings.read_alpha, settings.alpha, settings.penalty
+        return settings.input_alpha, settings.alpha, settings.penalty
 
     assert losses("attacked") == losses("ablation") == (0.5, 0.5, 0.0)
     assert losses("attacked", "--recipe", "robust") == (1.0, 0.0, 0.0)
