@@ -65,7 +65,7 @@ class Config:
     # collapses, so some of the clean one stays.
     alpha: float = option(META, "α of Eq. 6, the share of the clean loss", 0.5,
         {"pgd": 0.2, "none": 1.0, "robust": 0.0, "robust none": 1.0}, of="φ")
-    input_alpha: float = option(  # that of the loss whose gradient φ reads
+    input_alpha: float = option(  # that of the loss whose gradient is the input of φ
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
     penalty: float = option(META, "λ/eps of the loss whose gradient φ takes as input", 0.0,
         {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ",

@@ -48,18 +48,18 @@ def kinds_of_phi(config: Config) -> tuple[str, ...]:
 
 def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]:
     """The curves of a φ of a kind (docs/decisions); `phi` makes it a model's optimizer."""
-    read: dict[str, Any] = {"alpha": c.input_alpha, "penalty": c.penalty * eps}
     clean: dict[str, Any] = {"penalty": c.penalty * eps}
+    learned_on = {"alpha": c.input_alpha, **clean}
     if kind == ABLATION:
-        return [Method(LEARNED_RATE, phi, **read)]
+        return [Method(LEARNED_RATE, phi, **learned_on)]
     if kind == CLEAN:
         return [Method("Transfer-NOT", phi, alpha=0.0), Method("Transfer-NOT (clean)", phi)]
     if c.dataset == "quadratic":  # has no halves
         return [Method("L2L-Transfer", phi)]
     if c.attack == "none":
-        return [Method("L2L", phi, half="meta", **read), Method("L2L-Transfer", phi, **clean)]
+        return [Method("L2L", phi, half="meta", **learned_on), Method("L2L-Transfer", phi, **clean)]
     return [
-        Method("L2L", phi, half="meta", **read),
+        Method("L2L", phi, half="meta", **learned_on),
         Method("L2L-Transfer (clean)", phi, **clean),
         Method("L2L-Transfer (mixed)", phi, alpha=c.transfer_alpha, **clean),
     ]

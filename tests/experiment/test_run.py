@@ -241,7 +241,7 @@ class TestResumeAndLoad:
 
 
 @pytest.mark.usefixtures("few_candidates")
-def test_judged_by_validation_a_run_touches_neither_test_set_nor_transfer_half(
+def test_on_validation_a_run_touches_neither_test_set_nor_transfer_half(
     workdir, small_data, small_digits, seen_pictures
 ):
     run.main([*TINY, "--seeds", "1", "--eval-on", "validation", "--out", "r"])

@@ -212,7 +212,7 @@ def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, m
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_judged_by_validation_all_is_of_the_meta_training_half(small_data, number):
+def test_on_validation_all_is_of_the_meta_training_half(small_data, number):
     plain = folds(prepared("--folds", "2"))[number]
     fold = folds(prepared("--folds", "2", "--eval-on", "validation"))[number]
     assert pictures(fold.meta) == pictures(fold.transfer) == pictures(plain.fit)
