@@ -151,10 +151,12 @@ def make(
         options = {"steps": steps, "step_size": step_size, "loss": loss}
         return partial(pgd, eps=eps, generator=generator, **options)
     if ":" in name:
-        attack = foreign.adapted(foreign.imported(name, "attack"), eps=eps)
+        found = foreign.imported(name, "attack")
+        attack = foreign.adapted(found, eps=eps)
         if generator is not None:
             attack = partial(foreign.seeded, attack, generator)
-        return guarded(attack, eps=eps, name=name)
+        in_ball = getattr(found, "norm", "linf") == "linf"  # an attribute says if it is not
+        return guarded(attack, eps=eps if in_ball else None, name=name)
     known = f"{', '.join(ATTACKS)}, or MODULE:FUNCTION."
     raise InputError(f"attack is {name!r}, which is unknown; choose one of {known}")
 

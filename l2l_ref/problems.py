@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
+from l2l_ref.foreign import imported
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> P
 
     Args:
         dataset: "mnist", "cifar10" or "quadratic".
-        optimizee: "mlp" (MNIST), "convnet" (CIFAR-10) or "logistic" (either).
+        optimizee: "mlp" (MNIST), "convnet" (CIFAR-10), "logistic" (either), or MODULE:FUNCTION, a
+            function () -> a module that takes the images to ten logits.
         batch_size: how many functions a quadratic problem holds.
 
     Raises:
@@ -171,6 +173,11 @@ def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> P
         raise InputError(f"dataset '{dataset}' is unknown: choose mnist, cifar10 or quadratic")
     names = OPTIMIZEES.get(dataset, ("quadratic",))
     name = optimizee or names[0]
+    if ":" in name and dataset in OPTIMIZEES:
+        own = imported(name, "optimizee")
+        if not isinstance(own(), nn.Module):
+            raise InputError(f"--optimizee {name} returns no module: name a function that does")
+        return Problem(name, own, cross_entropy, classes=10)
     if name not in names:
         raise InputError(
             f"optimizee '{name}' does not go with {dataset}: choose one of {', '.join(names)}"

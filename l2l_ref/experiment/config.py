@@ -34,8 +34,8 @@ class Config:
     recipe: str = option(WHAT, "paper: as printed, after a curriculum; robust: φ takes clean "
         "gradients and θ as input, its loss is attacked, it is odd, with a nominal term; penalty: "
         "that term alone, on l + eps·|dl/dx|", "paper", choices=RECIPES, of="φ")
-    optimizee: str = option(WHAT, "network to train", "mlp",
-        {"cifar10": "convnet", "quadratic": "quadratic"}, ("mlp", "convnet", "logistic"))
+    optimizee: str = option(WHAT, "mlp, convnet, logistic or MODULE:FUNCTION",
+        "mlp", {"cifar10": "convnet", "quadratic": "quadratic"}, metavar="NAME")
     attack_steps: int = option(WHAT, "PGD steps", 7)
     attack_step_size: float | None = option(WHAT, "pixel values", said="2.5·eps/steps")
 
