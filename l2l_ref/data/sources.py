@@ -37,11 +37,7 @@ KINDS = {
 
 
 def find(kind: Kind, root: Path) -> Data | None:
-    """A data set below `root`, in the first layout that is there.
-
-    Raises:
-        InputError: it is there but broken; the message names the file or folder.
-    """
+    """A data set below `root`, in the first layout that is there; an InputError if it is broken."""
     if os.path.lexists(root / kind.name) and not (root / kind.folder).exists():
         return from_folders(kind, root / kind.name)
     top = root / Path(kind.folder).parts[0]  # may be a file, without raw, or a link to nowhere
