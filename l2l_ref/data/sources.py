@@ -1,8 +1,4 @@
-"""Where images come from: torchvision's layout, class folders, a download.
-
-Data that is there but broken is an `InputError` that names the file or folder; data that is not
-there is None.
-"""
+"""Where images come from: torchvision's layout, class folders, a download."""
 
 import hashlib
 import os
@@ -11,30 +7,23 @@ import sys
 import tempfile
 import textwrap
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from l2l_ref.data.images import Data, ImageSet
 from l2l_ref.errors import InputError, shortened
 
 CLASSES = 10
 MNIST = "6019fe9bf4c2c256d446828213e33f053c0e4bb68978d9cf2b5efa0cc8dc5753"  # checksum of the real
-PICTURES = ".png", ".jpg", ".jpeg"
 PATIENCE = 10  # seconds that a silent network may take
 
 
-class Found(NamedTuple):
-    """A data set as it was found."""
-
-    source: str  # what the pixels really are
-    tensors: tuple[Tensor, ...]  # train images, train labels, test images, test labels
-    checksum: str  # of labels and pixels, whatever their order
-
-
 class Kind(NamedTuple):
+    name: str
     title: str
     dataset: str  # class in torchvision.datasets
     folder: str  # where it keeps its files
@@ -42,31 +31,22 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "mnist": Kind("MNIST", "MNIST", "MNIST/raw", (1, 28, 28)),
-    "cifar10": Kind("CIFAR-10", "CIFAR10", "cifar-10-batches-py", (3, 32, 32)),
+    "mnist": Kind("mnist", "MNIST", "MNIST", "MNIST/raw", (1, 28, 28)),
+    "cifar10": Kind("cifar10", "CIFAR-10", "CIFAR10", "cifar-10-batches-py", (3, 32, 32)),
 }
 
 
-def find(name: str, root: Path) -> Found | None:
-    """The data set `name` below `root`, in the first layout that is there.
-
-    Raises:
-        InputError: it is there but broken.
-    """
-    kind = KINDS[name]
-    folder = Path(kind.folder)
-    if (root / folder).exists():
-        return from_torchvision(kind, root)
-    if os.path.lexists(root / name):
-        return from_folders(kind, root / name)
-    if os.path.lexists(root / folder.parts[0]):  # a file, a folder without raw, a link to nowhere
-        return from_torchvision(kind, root)
-    return None
+def find(kind: Kind, root: Path) -> Data | None:
+    """A data set below `root`, in the first layout that is there; an InputError if it is broken."""
+    if os.path.lexists(root / kind.name) and not (root / kind.folder).exists():
+        return from_folders(kind, root / kind.name)
+    top = root / Path(kind.folder).parts[0]  # may be a file, without raw, or a link to nowhere
+    return from_torchvision(kind, root) if os.path.lexists(top) else None
 
 
-def from_torchvision(kind: Kind, root: Path) -> Found:
+def from_torchvision(kind: Kind, root: Path) -> Data:
     """torchvision's own layout."""
-    dataset, folder, tensors = getattr(torchvision(), kind.dataset), root / kind.folder, []
+    dataset, folder, parts = getattr(torchvision(), kind.dataset), root / kind.folder, []
     for part in ("train", "test"):
         try:
             loaded = dataset(root, train=part == "train")
@@ -83,14 +63,14 @@ def from_torchvision(kind: Kind, root: Path) -> Found:
                 f"the {part} set in {folder} has images {list(images.shape)} and {len(labels)} "
                 f"labels of {classes} classes, not {list(kind.shape)} and {CLASSES}: replace it"
             )
-        tensors += [images, labels]
-    found = with_checksum(kind.title, tuple(tensors))
-    if kind.dataset == "MNIST" and found.checksum != MNIST:  # torchvision checks CIFAR-10 itself
-        return found._replace(source="other images in MNIST's layout")
+        parts.append(ImageSet(images, labels))
+    found = with_checksum(kind.name, kind.title, *parts)
+    if kind.name == "mnist" and found.checksum != MNIST:  # torchvision checks CIFAR-10 itself
+        return replace(found, source="other images in MNIST's layout")
     return found
 
 
-def from_folders(kind: Kind, folder: Path) -> Found:
+def from_folders(kind: Kind, folder: Path) -> Data:
     """Class folders, as torchvision's `ImageFolder` has them.
 
     The first image of every class, then the second of every class, and so on: class by class, the
@@ -111,25 +91,26 @@ def from_folders(kind: Kind, folder: Path) -> Found:
             f"train and test in {folder} have {len(train)} and {len(test)} class folders: give "
             "both the same ten"
         )
-    tensors = []
+    sets = []
     for part in parts:
         labels = torch.tensor(part.targets)  # ascending
         ranks = torch.arange(len(labels)) - torch.searchsorted(labels, labels)  # in its class
         order = ranks.argsort(stable=True)
-        pixels = np.stack([decoded(part.imgs[i][0], kind) for i in order.tolist()])
-        tensors += [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels[order]]
+        images = torch.stack([decoded(part.imgs[i][0], kind) for i in order.tolist()])
+        sets.append(ImageSet(images, labels[order]))
     lossless = all(path.lower().endswith(".png") for part in parts for path, _ in part.imgs)
     source = kind.title + (" (PNG folders)" if lossless else " (JPEG copy)")
-    return with_checksum(source, tuple(tensors))
+    return with_checksum(kind.name, source, *sets)
 
 
 def is_picture(path: str) -> bool:
-    return path.lower().endswith(PICTURES) and not os.path.basename(path).startswith(".")
+    return path.lower().endswith((".png", ".jpg", ".jpeg")) and os.path.basename(path)[0] != "."
 
 
-def decoded(path: str, kind: Kind) -> np.ndarray:
-    """The pixels of an image file: uint8 [height, width, channels]."""
+def decoded(path: str, kind: Kind) -> Tensor:
+    """The pixels of an image file: uint8 [channels, height, width]."""
     from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
 
     channels, height, width = kind.shape
     wanted = "L" if channels == 1 else "RGB"
@@ -138,20 +119,18 @@ def decoded(path: str, kind: Kind) -> np.ndarray:
             if image.size != (width, height) or image.mode not in ("1", "L", "P", "RGB"):
                 found = f"it is {image.width}x{image.height} in mode {image.mode}"
                 raise ValueError(f"{found}, not {width}x{height} in {wanted}")  # that would lose
-            pixels = np.asarray(image.convert(wanted))
+            return pil_to_tensor(image.convert(wanted))
     except Exception as error:  # PIL has many ways to say that a file is no image
         raise InputError(f"cannot decode {path} ({brief(error)}): replace or remove it") from None
-    return pixels.reshape(height, width, channels)
 
 
-def with_checksum(source: str, tensors: tuple[Tensor, ...]) -> Found:
-    """Of (train images, train labels, test images, test labels)."""
+def with_checksum(name: str, source: str, train: ImageSet, test: ImageSet) -> Data:
     checksum = hashlib.sha256()
-    for images, labels in (tensors[:2], tensors[2:]):
+    for part in (train, test):
         # A digest for each sample, sorted, since each layout keeps the samples in its own order.
-        rows = torch.cat([labels[:, None].to(torch.uint8), images.flatten(1)], 1).numpy()
+        rows = torch.cat([part.labels[:, None].to(torch.uint8), part.images.flatten(1)], 1).numpy()
         checksum.update(b"".join(sorted(hashlib.sha256(row).digest() for row in rows)))
-    return Found(source, tensors, checksum.hexdigest())
+    return Data(name, source, train, test, checksum.hexdigest())
 
 
 def torchvision() -> Any:
@@ -172,8 +151,7 @@ def download(kind: Kind, root: Path) -> str:
     It grows in a hidden folder of `root` and moves into place when it is complete.
     """
     timeout, fresh = socket.getdefaulttimeout(), not root.exists()
-    where = f"{kind.title} to {shortened(root)}"
-    print(f"downloading {where}, which can take minutes", file=sys.stderr)
+    print(f"downloading {kind.title} to {shortened(root)}, which can take minutes", file=sys.stderr)
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(PATIENCE)

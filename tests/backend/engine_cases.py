@@ -1,12 +1,11 @@
 """What the tests of the fused engine share: problems of every shape, and what they are held to."""
 
 import math
-from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
+import pytest
 import torch
-from conftest import FORMS
 from torch import Tensor
 
 from l2l_ref import equations
@@ -37,25 +36,17 @@ class Case(NamedTuple):
         """[L, 2, H, M]."""
         return self.layers, 2, self.hidden, self.n * (2 if self.odd else 1)
 
-    def id(self) -> str:
-        """A readable name of the test."""
-        form = ("θ" if self.theta_input else "") + ("odd" if self.odd else "plain")
-        return f"N{self.n}-L{self.layers}-H{self.hidden}-T{self.steps}-{form}"
+
+def by_id(value) -> str:
+    """A readable name of a case, or of a dtype."""
+    if not isinstance(value, Case):
+        return str(value).removeprefix("torch.")
+    n, layers, hidden, theta_input, odd, steps, *_ = value
+    form = ("θ" if theta_input else "") + ("odd" if odd else "plain")
+    return f"N{n}-L{layers}-H{hidden}-T{steps}-{form}"
 
 
-def covering(sizes, hidden=(20, 1, 5, 8, 16, 32, 33), steps=(1,)) -> list[Case]:
-    """Every size once; layers, units, steps and forms take turns beside it."""
-    cases = []
-    for at, n in enumerate(sizes):
-        theta_input, odd = FORMS[at % 4]
-        layers, units = 1 + at % 3, hidden[at % len(hidden)]
-        cases.append(Case(n, layers, units, theta_input, odd, steps[at % len(steps)], seed=at))
-    return cases
-
-
-def by_id(case) -> str:
-    """For pytest's `ids`."""
-    return case.id() if isinstance(case, Case) else str(case).removeprefix("torch.")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 
 
 def phi(case: Case, dtype=torch.float64) -> Tensor:
@@ -66,7 +57,7 @@ def phi(case: Case, dtype=torch.float64) -> Tensor:
     return (torch.randn(size, generator=generator) * case.hidden**-0.5).to(dtype)
 
 
-def arguments(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
+def arguments(case: Case, dtype=torch.float64, device="cpu") -> dict[str, Tensor]:
     """What all operators take, and what some take more. Float32 numbers, whatever the dtype, so
     that both meet the same problem."""
     generator = torch.Generator().manual_seed(case.seed)
@@ -89,12 +80,18 @@ def arguments(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
         "thetas": 0.3 * normal(case.steps, case.n),  # whatever moved θ from row to row
     }
     tensors["state"][:, 0].tanh_()  # h is in ±1
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
 
 STEP = ("theta", "gradient", "state", "phi")
 UNROLL = ("gradients", "state", "cotangents", "phi", "thetas")
 BACKWARD = (*STEP, "d_next_theta", "d_next_state")
+OPERATORS = {
+    "theta_step_": STEP,
+    "theta_step": STEP,
+    "theta_step_backward": BACKWARD,
+    "unroll_meta_gradient": UNROLL,
+}
 
 
 def listed(theta: Tensor, gradient: Tensor, state: Tensor, phi: Tensor) -> tuple:
@@ -140,17 +137,6 @@ def run_all(module, case: Case, given: dict[str, Tensor]) -> list[Tensor]:
     return [result for run in RUNS for result in run(module, case, given)]
 
 
-@contextmanager
-def threads(count: int):
-    """So many work within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def edges(dtype) -> Tensor:
     """Gradients at the edge, of either sign: zeros, denormals, both sides of e^-10, the largest,
     infinities; some sizes between; and last a NaN."""
@@ -171,11 +157,6 @@ def trajectory(module, case: Case, dtype) -> tuple[Tensor, Tensor]:
         module.theta_step_(*listed(theta, gradient, state, phi), **case.form)
         path.append(theta.clone())
     return torch.stack(path), state
-
-
-def without(coordinate: int, case: Case, x: Tensor) -> Tensor:
-    """x but for a coordinate, whose two signs the odd form keeps apart."""
-    return x[..., [m for m in range(x.shape[-1]) if m % case.n != coordinate]]
 
 
 @cache

@@ -1,5 +1,8 @@
 """Numbers at the edge: the fused operators have the infinities and NaN of the reference, and no
-others, and a coordinate keeps its NaN to itself."""
+others, and a coordinate keeps its NaN to itself.
+
+Every kernel has its own arithmetic of infinities.
+"""
 
 import math
 
@@ -7,68 +10,60 @@ import pytest
 import torch
 from conftest import every_form
 from engine_cases import (
-    DTYPES,
-    RUNS,
     Case,
     arguments,
-    by_id,
     edges,
+    every_dtype,
     run_gradients,
     run_unroll,
     run_update,
-    without,
 )
 
 from l2l_ref import equations
 
 inf, nan = math.inf, math.nan
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-# Every kernel has its own arithmetic of infinities; the forms take turns beside them.
-everywhere = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
 
 
-def expect_same(actual, reference, dtype):
+def expect_same(actual, reference):
     """The same infinities and NaN, and what is finite is close."""
     for a, r in zip(actual, reference, strict=True):
-        torch.testing.assert_close(a, r, rtol=TOLERANCE[dtype], atol=1e-5, equal_nan=True)
+        rtol = 1e-4 if a.dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(a, r, rtol=rtol, atol=1e-5, equal_nan=True)
 
 
-def run_both(fused, run, case, given, dtype):
-    expect_same(run(fused, case, given), run(equations, case, given), dtype)
+def run_both(fused, run, case, given):
+    """What the fused operator returns, as the reference does."""
+    actual = run(fused, case, given)
+    expect_same(actual, run(equations, case, given))
+    return actual
 
 
-@everywhere
+@every_dtype
 @every_form
 class TestExtremeGradients:
     def test_update(self, level, fused, theta_input, odd, dtype):
         g = edges(dtype)
         case = Case(len(g), 2, 7, theta_input, odd)
-        given = arguments(case, dtype) | {"gradient": g}
-        u, h, c = run_update(fused, case, given)
-        expect_same((u, h, c), run_update(equations, case, given), dtype)
+        u, *_ = run_both(fused, run_update, case, arguments(case, dtype) | {"gradient": g})
         assert u[:-1].isfinite().all() and u[-1:].isnan().all()
 
     def test_derivatives(self, level, fused, theta_input, odd, dtype):
         """One coordinate at a time, as dφ is a sum; the gradient's own is finite but for NaN."""
         for g in edges(dtype):
             case = Case(1, 2, 7, theta_input, odd)
-            given = arguments(case, dtype) | {"gradient": g[None]}
-            run_both(fused, run_gradients, case, given, dtype)
+            run_both(fused, run_gradients, case, arguments(case, dtype) | {"gradient": g[None]})
 
     def test_unroll(self, level, fused, theta_input, odd, dtype):
         g = edges(dtype)
         case = Case(len(g) - 3, 2, 7, theta_input, odd, steps=3)  # without infinities and NaN
         given = arguments(case, dtype) | {"gradients": g[:-3].repeat(3, 1).roll(1, 0)}
-        assert run_unroll(fused, case, given)[0].isfinite().all()
-        run_both(fused, run_unroll, case, given, dtype)
+        assert run_both(fused, run_unroll, case, given)[0].isfinite().all()
         for bad in (inf, -inf, nan):
             given["gradients"][1, 5] = bad
-            (d_phi,) = run_unroll(fused, case, given)
-            assert d_phi.isnan().any()
-            run_both(fused, run_unroll, case, given, dtype)
+            assert run_both(fused, run_unroll, case, given)[0].isnan().any()
 
 
-@everywhere
+@every_dtype
 def test_the_edge_of_eq_5_is_on_the_log_side(level, fused, dtype):
     """There the direction is exactly 1, where e^p·g is 1 but for a bit: one unit whose gate is that
     bit, g = tanh(w·(direction - 1)) with a large w, tells them apart."""
@@ -89,55 +84,40 @@ def test_the_edge_of_eq_5_is_on_the_log_side(level, fused, dtype):
     assert seen > 10
 
 
-@everywhere
+@every_dtype
 @pytest.mark.parametrize("value", [-1e30, 1e30, inf, -inf, nan])
-class TestExtremeTensors:
-    @pytest.mark.parametrize("row", [0, 1], ids=["h", "c"])
-    def test_states(self, level, fused, row, value, dtype):
-        case = Case(20, 2, 7, True, True, steps=2)
-        given = arguments(case, dtype)
-        for layer in (0, 1):
-            for unit in range(3):
-                given["state"][layer, row, unit, 4 * unit + 7 * layer] = value
-        for run in RUNS:
-            run_both(fused, run, case, given, dtype)
-
-    @pytest.mark.parametrize("odd", [False, True])
-    def test_theta(self, level, fused, odd, value, dtype):
+@pytest.mark.parametrize(
+    "name, at",
+    [("state", (0, 0, 2, 8)), ("state", (1, 1, 1, 11)), ("theta", 3), ("phi", 5), ("phi", -3)],
+)
+def test_extreme_tensors(level, fused, name, at, value, dtype):
+    """In h, in c, in a matrix of the LSTM and in the head."""
+    for odd in (False, True):
         case = Case(20, 2, 7, True, odd, steps=2)
         given = arguments(case, dtype)
-        given["theta"][3] = value
-        run_both(fused, run_gradients, case, given, dtype)
-        run_both(fused, run_unroll, case, given, dtype)
-
-    def test_phi(self, level, fused, value, dtype):
-        """In the middle of a weight matrix, in a bias, and in the head."""
-        for at in (5, 4 * 7 * 3 + 4 * 7 * 7 + 2, -3, -1):
-            case = Case(5, 1, 7, True, steps=1)
-            given = arguments(case, dtype)
-            given["phi"][at] = value
-            run_both(fused, run_update, case, given, dtype)
-            if math.isinf(value):
-                # dφ may have more NaN than the reference, never fewer: lanes without a coordinate
-                # hold zeros, and zero times an infinite weight is NaN.
-                (actual,), (reference,) = (run_unroll(m, case, given) for m in (fused, equations))
-                assert (actual.isnan() >= reference.isnan()).all()
-                both = ~actual.isnan()
-                expect_same([actual[both]], [reference[both]], dtype)
-            else:
-                run_both(fused, run_unroll, case, given, dtype)
+        given[name][at] = value
+        run_both(fused, run_update, case, given)
+        if name != "phi" or not math.isinf(value):  # lanes without a coordinate hold zeros, and
+            run_both(fused, run_gradients, case, given)  # zero times an infinite weight is NaN
+            run_both(fused, run_unroll, case, given)
 
 
-@everywhere
+@every_dtype
 @every_form
 def test_a_nan_touches_no_other_coordinate(level, fused, theta_input, odd, dtype):
     case = Case(70, 2, 7, theta_input, odd)
     given = arguments(case, dtype)
-    clean = run_update(fused, case, given) + run_gradients(fused, case, given)[:-1]
+    others = torch.arange(2 * case.n) % case.n != 33  # the odd form has two columns of each
+
+    def results(given):
+        return run_update(fused, case, given) + run_gradients(fused, case, given)[:-1]
+
+    clean = results(given)
     for name in ("theta", "gradient", "state", "d_next_theta", "d_next_state"):
-        bad = given | {name: given[name].clone()}
-        bad[name][..., 33] = nan
-        dirty = run_update(fused, case, bad) + run_gradients(fused, case, bad)[:-1]
+        bad = given[name].clone()
+        bad[..., 33] = nan
+        dirty = results(given | {name: bad})
         for a, b in zip(clean, dirty, strict=True):
-            assert torch.equal(without(33, case, a), without(33, case, b))
+            apart = others[: a.shape[-1]]
+            assert torch.equal(a[..., apart], b[..., apart])
         assert any(b[..., 33].isnan().any() for b in dirty)

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 BITS = {np.float32: np.uint32, np.float64: np.uint64}
-ULP = {
-    "exp2": 3.5,
-    "exp2m1": 3.5,
-    "log": 3.5,
-    "sigmoid": 3.5,
-    "tanh": 4,
-}  # the sigmoid's: see below
+ULP = {"exp2": 3.5, "exp2m1": 3.5, "log": 3.5, "sigmoid": 3.5, "tanh": 4}
 every_dtype = pytest.mark.parametrize("dtype", BITS)
 every_name = pytest.mark.parametrize("name", ULP)
 
@@ -31,9 +25,8 @@ def exact(name, x):
     x = x.astype(np.float64 if x.dtype == np.float32 else np.longdouble)
     with np.errstate(all="ignore"):
         if name == "exp2m1":
-            small = np.abs(x) < 0.5
-            near = np.expm1(np.where(small, x, 0) * np.log(x.dtype.type(2)))
-            return np.where(small, near, np.exp2(x) - 1)
+            near = np.expm1(x * np.log(x.dtype.type(2)))
+            return np.where(np.abs(x) < 0.5, near, np.exp2(x) - 1)
         return 1 / (1 + np.exp(-x)) if name == "sigmoid" else getattr(np, name)(x)
 
 
@@ -55,10 +48,8 @@ def numbers(dtype, low, high, count=300_000):
     roots = (powers * 0.70710678118654752).astype(dtype)
     edges = np.concatenate((halves, powers.astype(dtype), -powers.astype(dtype), roots))
     near = [np.nextafter(edges, dtype(to)) for to in (np.inf, -np.inf)]
-    parts = [patterns, edges, *near, np.array([0.0, -0.0], dtype)]
-    for reach in (1e-3, 1, 30, 1500):
-        parts.append(random.uniform(-reach, reach, count // 3).astype(dtype))
-    x = np.concatenate(parts)
+    uniform = [random.uniform(-r, r, count // 3).astype(dtype) for r in (1e-3, 1, 30, 1500)]
+    x = np.concatenate((patterns, edges, *near, np.array([0.0, -0.0], dtype), *uniform))
     return x[(x >= low) & (x <= high)]  # neither infinities nor NaN where the bounds are finite
 
 
@@ -93,31 +84,26 @@ def test_special_values(function, dtype):
     }.items():
         assert function(name, x[: len(expected)]).tolist() == expected
     assert function("log", np.array([1, inf], dtype)).tolist() == [0, inf]
+    with pytest.raises(ValueError, match="no function 'cosh'"):
+        function("cosh", x)
 
 
 @every_dtype
 @every_name
 def test_nan_stays_nan_whatever_its_bits(function, name, dtype):
-    nan = np.array([np.inf], dtype).view(BITS[dtype])[0]
+    infinity = np.array([np.inf], dtype).view(BITS[dtype])[0]
     payloads = np.random.default_rng(0).integers(1, np.finfo(dtype).eps ** -1, 1000)
     payloads[:600] = np.arange(1, 601)
-    x = (nan | payloads.astype(BITS[dtype])).view(dtype)
+    x = (infinity | payloads.astype(BITS[dtype])).view(dtype)
     assert np.isnan(function(name, np.concatenate((x, -x)))).all()
 
 
 @every_dtype
-@pytest.mark.parametrize("name, low, high", [("sigmoid", 0, 1), ("tanh", -1, 1)])
-def test_saturates_without_leaving_its_range(function, name, low, high, dtype):
+@pytest.mark.parametrize("name, low", [("sigmoid", 0), ("tanh", -1)])
+def test_saturates_without_leaving_its_range(function, name, low, dtype):
     x = np.sort(numbers(dtype, -np.inf, np.inf))
     y = function(name, x)
-    assert (y >= low).all() and (y <= high).all()
+    assert (y >= low).all() and (y <= 1).all()
     steps = np.diff(y) / np.spacing(np.maximum(np.abs(y[1:]), np.finfo(dtype).tiny))
     assert steps.min() >= -4  # monotone but for the last bits
-    assert (y[x > 40] == high).all() and (y[x < -800] == low).all()
-
-
-def test_unknown_names_are_refused(function):
-    with pytest.raises(ValueError, match="no function 'cosh'"):
-        function("cosh", np.ones(1))
-    with pytest.raises(ValueError, match="no kernels 'sse9': choose one of"):
-        import_module("l2l_ref.backend._C").use_instruction_set("sse9")
+    assert (y[x > 40] == 1).all() and (y[x < -800] == low).all()

@@ -4,6 +4,8 @@ On the host the kernels run for any GPU one can imagine (`l2l_ref_emulated`), th
 an order that changes from barrier to barrier: where one is missing, a number is wrong.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import every_form, use_emulated
@@ -22,7 +24,6 @@ from engine_cases import (
 
 from l2l_ref import equations
 from l2l_ref.backend import BUILD_CUDA, build_info, operators, resolve, use_tensor_cores
-from l2l_ref.errors import InputError
 
 KB = 1024
 # processors, shared memory of a block and of a processor
@@ -34,7 +35,8 @@ GPUS = {
     "one processor": (1, 227 * KB, 228 * KB),
     "little shared memory": (1, 24 * KB, 48 * KB),
 }
-SMALL = [gpu for gpu in GPUS if gpu != "little shared memory"]
+*SMALL, LITTLE = GPUS
+on_gpu = partial(arguments, dtype=torch.float32, device="cuda")
 
 
 @pytest.fixture
@@ -48,58 +50,43 @@ def emulate(fused, monkeypatch):
 
 class TestLaunches:
     @every_form
-    @pytest.mark.parametrize("gpu", SMALL)
-    def test_every_gpu_has_the_same_results(self, fused, emulate, gpu, theta_input, odd):
-        """Blocks of 32 to 256 lanes, one to many blocks, runs of blocks a processor."""
-        emulate(gpu)
-        for n, hidden in ((1, 20), (70, 28), (130, 20), (777, 20), (2000, 9)):
-            case = Case(n, 2, hidden, theta_input, odd, steps=2)
-            for dtype, *tolerances in ((torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-4)):
-                given = arguments(case, dtype)
-                for run, tolerance in zip((run_update, run_unroll), tolerances, strict=True):
-                    expect_close(run(fused, case, given), expected(run, case), tolerance)
-
-    def test_a_step_has_the_same_bits_on_every_gpu(self, fused, emulate):
-        case, results = Case(777, 2, 20, True, True), []
-        for gpu in SMALL:
-            emulate(gpu)
-            results.append(run_update(fused, case, arguments(case, torch.float32)))
-        for other in results[1:]:
-            assert all(map(torch.equal, results[0], other))
+    @pytest.mark.parametrize(
+        "n, layers, hidden",
+        [(1, 2, 20), (33, 1, 1), (70, 2, 28), (130, 3, 7), (777, 2, 20), (2000, 2, 19)],
+    )
+    def test_every_gpu(self, fused, emulate, n, layers, hidden, theta_input, odd):
+        """Blocks of 32 to 256 lanes, one to many blocks, runs of blocks a processor. A step has the
+        same bits on each; on tensor cores, as three products of numbers with 11 digits, nearly."""
+        case = Case(n, layers, hidden, theta_input, odd, steps=2)
+        for dtype, of_step, of_sum in ((torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-4)):
+            given, steps = arguments(case, dtype), []
+            for gpu in SMALL:
+                emulate(gpu, tensor_cores=True)
+                expect_close(run_update(fused, case, given), expected(run_update, case), of_step)
+                emulate(gpu)
+                steps.append(run_update(fused, case, given))
+                assert all(map(torch.equal, steps[0], steps[-1]))
+                expect_close(run_unroll(fused, case, given), expected(run_unroll, case), of_sum)
+            expect_close(steps[0], expected(run_update, case), of_step)
 
     @pytest.mark.parametrize("run", RUNS)
     def test_what_does_not_fit_is_refused(self, fused, emulate, run):
         """Nothing is written either."""
-        emulate("little shared memory")
+        emulate(LITTLE)
         case = Case(9, 2, 5)
         expect_close(run(fused, case, arguments(case)), expected(run, case), 1e-10)
         case = Case(9, 2, 32)
         given = arguments(case)
-        before = given["theta"].clone(), given["state"].clone()
         with pytest.raises(RuntimeError, match="32 units need more shared memory than"):
             run(fused, case, given)
-        assert torch.equal(given["theta"], before[0]) and torch.equal(given["state"], before[1])
+        assert all(torch.equal(given[name], x) for name, x in arguments(case).items())
 
 
 class TestTensorCores:
-    """Steps of up to 20 units in float32, as three products of numbers with 11 digits."""
-
-    @every_form
-    @pytest.mark.parametrize("gpu", SMALL)
-    def test_update(self, fused, emulate, gpu, theta_input, odd):
-        emulate(gpu, tensor_cores=True)
-        for n, layers, hidden in ((1, 2, 20), (33, 1, 1), (130, 3, 7), (777, 2, 20), (2000, 2, 19)):
-            case = Case(n, layers, hidden, theta_input, odd)
-            given = arguments(case, torch.float32)
-            expect_close(run_update(fused, case, given), expected(run_update, case), 1e-5)
-
     def test_they_are_used_and_only_where_they_serve(self, fused, emulate):
         """The same bits as without, but for float32 and up to 20 units."""
-        for hidden, dtype, same in (
-            (20, torch.float32, False),
-            (21, torch.float32, True),
-            (20, torch.float64, True),
-        ):
+        float32, float64 = torch.float32, torch.float64
+        for hidden, dtype, same in ((20, float32, False), (21, float32, True), (20, float64, True)):
             case, results = Case(300, 2, hidden), []
             for tensor_cores in (False, True):
                 emulate("H200", tensor_cores)
@@ -117,24 +104,14 @@ class TestTensorCores:
         record_property("relative error of θ: multiply-adds, tensor cores", errors)
         assert errors[1] <= 1e-6 + 2 * errors[0]
 
-    def test_they_need_cuda(self, monkeypatch):
-        monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": kind == "cpu")
-        with pytest.raises(InputError, match="tensor cores need the fused engine with CUDA: 'U"):
-            use_tensor_cores(True)
-
     def test_on_a_gpu(self, cuda):
         if torch.cuda.get_device_capability()[0] < 8:
             pytest.skip("no tensor cores for TF32")
         case, results = Case(10_000, 2, 20, True, True), []
-        try:
-            for on in (False, True):
-                use_tensor_cores(on)
-                results.append(run_update(cuda, case, on_gpu(case)))
-        finally:
-            use_tensor_cores(False)
-        reference = expected(run_update, case)
-        for result in results:
-            expect_close([x.cpu() for x in result], reference, 1e-5)
+        for on in (True, False):
+            use_tensor_cores(on)
+            results.append([x.cpu() for x in run_update(cuda, case, on_gpu(case))])
+            expect_close(results[-1], expected(run_update, case), 1e-5)
         assert not torch.equal(results[0][0], results[1][0])
 
 
@@ -154,11 +131,6 @@ def test_no_register_is_spilled():
 def cuda(fused):
     """The functions of `fused`, on CUDA tensors."""
     return fused
-
-
-def on_gpu(case: Case, names=None, dtype=torch.float32, device="cuda"):
-    given = {name: x.to(device) for name, x in arguments(case, dtype).items()}
-    return given if names is None else [given[name] for name in names]
 
 
 class TestCuda:
@@ -190,36 +162,28 @@ class TestCuda:
     def test_a_cuda_graph(self, cuda):
         """Captured once, replayed: the trajectory of eager calls."""
         case = Case(3000, 2, 20, True, True, steps=4)
-        given = on_gpu(case)
-        tensors = {name: given[name].clone() for name in STEP}
-        step = [tensors[name] for name in STEP]
-        side, d_phi = torch.cuda.Stream(), []
+        own, twin = on_gpu(case), on_gpu(case)
 
-        def work():
-            cuda.theta_step_(*listed(*step), **case.form)
-            return run_unroll(cuda, case, given)[0]
+        def work(tensors):
+            cuda.theta_step_(*listed(*(tensors[name] for name in STEP)), **case.form)
+            return run_unroll(cuda, case, tensors)[0]
 
-        with torch.cuda.stream(side):
-            work()  # warm
+        with torch.cuda.stream(torch.cuda.Stream()):
+            work(own)  # warm
         torch.cuda.synchronize()
+        work(twin)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = work()
-        for name in STEP:
-            tensors[name].copy_(given[name])
+            d_phi = work(own)
         for _ in range(5):
             graph.replay()
-            d_phi.append(captured.clone())
-        theta, state = given["theta"].clone(), given["state"].clone()
-        for _ in range(5):
-            cuda.theta_step_([theta], [given["gradient"]], [state], given["phi"], **case.form)
-        assert torch.equal(tensors["theta"], theta) and torch.equal(tensors["state"], state)
-        (alone,) = run_unroll(cuda, case, given)
-        assert all(torch.equal(each, alone) for each in d_phi)
+            assert torch.equal(d_phi, work(twin))
+        assert all(torch.equal(own[name], twin[name]) for name in STEP)
 
     def test_a_step_in_place_allocates_nothing(self, cuda):
         case = Case(1000, 2, 20, True, True)
-        step = on_gpu(case, STEP)
+        given = on_gpu(case)
+        step = [given[name] for name in STEP]
         cuda.theta_step_(*listed(*step), **case.form)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -243,11 +207,9 @@ class TestCuda:
         some = on_gpu(few)
         theta, gradient = (some[name].repeat(n // 1000 + 1)[:n] for name in ("theta", "gradient"))
         state = torch.empty(case.state_shape, device="cuda")
-        for row in range(40):  # without a second copy of it all
-            at = divmod(row, 20)
-            for part in (0, 1):
-                own = some["state"][at[0], part, at[1]]
-                state[at[0], part, at[1]] = own.repeat(n // 1000 + 1)[:n]
+        rows = some["state"].flatten(0, 2)
+        for own, row in zip(state.flatten(0, 2), rows, strict=True):  # no second copy of it all
+            own.copy_(row.repeat(n // 1000 + 1)[:n])
         cuda.theta_step_([theta], [gradient], [state], some["phi"], **case.form)
         u, h, c = run_update(cuda, few, some)
         last = slice(n - n % 1000 - 1000, n - n % 1000)
@@ -257,12 +219,11 @@ class TestCuda:
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
     def test_several_gpus(self, cuda):
         """Each in turn, whatever the current device."""
-        case = Case(500, 2, 20, steps=2)
-        results = []
+        case, results = Case(500, 2, 20, steps=2), []
         for device in ("cuda:1", "cuda:0", "cuda:1"):
             given = on_gpu(case, device=device)
-            results.append([*run_update(cuda, case, given), *run_unroll(cuda, case, given)])
-            assert all(str(x.device) == device for x in results[-1])
-            results[-1] = [x.cpu() for x in results[-1]]
+            found = [*run_update(cuda, case, given), *run_unroll(cuda, case, given)]
+            assert all(str(x.device) == device for x in found)
+            results.append([x.cpu() for x in found])
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))

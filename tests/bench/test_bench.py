@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from bench import limits, measure, memory, operators, peers, transfer_step
 from bench.case import Unavailable, make_case
@@ -40,6 +42,26 @@ def test_operators_in_miniature(tmp_path, capsys):
     assert "ours                    1.00×" in capsys.readouterr().out
 
 
+def test_what_cannot_run_is_told_from_what_is_broken(monkeypatch):
+    options = operators.parse("--seconds 0 --no-compile --backend reference".split())
+    about = "step", 50, 1, 1, options, {"copied": 1e9, "flops": None}
+    none_left = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. 30 GiB. GPU 0 has 1."))
+    monkeypatch.setattr(peers, "step_lstm", none_left)
+    row = operators.measured(*about)
+    why = "fails here: CUDA out of memory. 30 GiB"
+    assert row["unavailable"] == {"nn.LSTM": why} and f"–  {why}" in operators.lines(row)
+    broken = Mock(theta_step_=Mock(side_effect=RuntimeError("illegal memory access")))
+    monkeypatch.setattr(peers, "operators", lambda *args: broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        operators.measured(*about)
+    monkeypatch.setattr(operators, "make_case", none_left)
+    row = operators.measured(*about)
+    assert not row["peers"] and why in operators.lines(row)
+    monkeypatch.setattr("bench.case.free_bytes", lambda device: 1600 * 37 * 2.4)
+    with pytest.raises(Unavailable, match="GB are free"):
+        peers.step_compiled(make_case(37, 1, odd=True))
+
+
 def test_a_peer_that_differs_is_caught():
     case = make_case(20, 2)
     peer = peers.meta_gradient_lstm(case)
@@ -60,10 +82,35 @@ def test_the_machine_is_measured():
     assert ("GFLOP/s" in line) == built() and "one thread" in line and "GB/s" in line
 
 
-def test_what_does_not_fit_is_not_tried(monkeypatch):
-    monkeypatch.setattr("bench.case.free_bytes", lambda device: 1600 * 37 * 2.4)
-    with pytest.raises(Unavailable, match="GB are free"):
-        peers.step_lstm(make_case(37, 1, odd=True))
+@pytest.mark.parametrize(
+    "operator, steps, form, each, once",
+    [
+        ("step", 7, {}, 7 * (2 * (2 * 2 * 20 * 4 + 4) + 4), 7 * 4 * 5301),  # h and c, θ; ∇; φ
+        ("step", 1, {"odd": True}, 1292, 4 * 5301),
+        ("meta_gradient", 20, {}, 320 + 2 * 20 * 4, 2 * 4 * 5301),  # state, ∇, cotangents; φ, dφ
+        ("meta_gradient", 20, {"theta_input": True}, 320 + 3 * 20 * 4, 2 * 4 * 5381),  # and θ
+    ],
+)
+def test_bytes(operator, steps, form, each, once):
+    one, two = (limits.traffic(operator, make_case(n, steps, **form)) for n in (1, 2))
+    assert two - one == each and one - each == once
+
+
+def test_rates_and_floors_of_gpus(monkeypatch):
+    h200 = {"capability": (9, 0), "multiprocessors": 132, "clocks.max.sm": "1980 MHz"}
+    a100 = {"capability": (8, 0), "multiprocessors": 108, "clocks.max.sm": "1410 MHz"}
+    assert limits.rates(about=a100)["flops"] == pytest.approx(19.5e12, rel=1e-2)
+    assert limits.rates(about={**h200, "clocks.max.sm": "[N/A]"})["flops"] is None
+    rates = {"copied": 4.0e12, "flops": limits.rates(about=h200)["flops"]}
+    found = limits.floors("step", make_case(1_000_000, 1), rates)
+    assert found == pytest.approx({"bytes": 0.163, "FLOP": 0.149}, rel=5e-3)
+    meta = limits.floors("meta_gradient", make_case(1000, 20), rates)
+    assert meta["FLOP"] == pytest.approx(3 * found["FLOP"])
+    told = Mock(side_effect=["580.1, 1980 MHz, [N/A], 700.00 W\n", FileNotFoundError])
+    monkeypatch.setattr(limits.subprocess, "check_output", told)
+    said = limits.driver("GPU-1")
+    assert (said["driver_version"], said["clocks.max.sm"]) == ("580.1", "1980 MHz")
+    assert "--id=GPU-1" in told.call_args.args[0] and limits.driver("GPU-1") == {}
 
 
 def test_memory_of_a_peer():
@@ -76,6 +123,7 @@ def test_interleaved_rounds():
     samples = measure.interleave(runs, seconds=0)
     assert [*map(len, samples.values())] == [3, 3] and 0.002 <= min(samples["b"]) < 0.005
     assert measure.summary([1.0, 2.0, 4.0], 10)["median"] == 20
+    assert peers.adam(make_case(1000, 7)).scale == 1e6  # by parameters, not coordinate-steps
 
 
 def test_transfer_step_in_miniature(tmp_path, monkeypatch):
@@ -96,7 +144,6 @@ def test_transfer_step_in_miniature(tmp_path, monkeypatch):
         ("--sizes 1.5", "whole number"),
         ("--threads 100000", "cores"),
         ("--seconds nan", "seconds"),
-        ("--device meta", "--device meta is not available here: use --device cpu"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
@@ -118,3 +165,23 @@ def test_profile(tmp_path):
             assert seconds[phase][what] > 0
     assert "LSTM" not in seconds["tuning"]  # where the baselines are
     assert done.stdout.split("\nall")[1].splitlines()[0].split()[-1] == "100.0"
+
+
+@pytest.mark.gpu
+def test_operators_on_the_gpu(tmp_path):
+    arguments = "--device cuda --sizes 300 5e3 --seconds 0.1 --no-compile"
+    operators.main([*arguments.split(), "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "operators.json").read_text())
+    rows = [(row["operator"], row["n"], row["unroll"]) for row in report["rows"]]
+    assert rows == [(o, n, t) for o, t in (("step", 1), ("meta_gradient", 20)) for n in (300, 5000)]
+    assert not any(row["unavailable"] for row in report["rows"])
+    assert report["rates"]["copied"] > 1e11 and report["gpu"]["driver_version"]
+    assert report["memory"]["peers"]["reference"]["bytes"] > 0
+
+
+@pytest.mark.gpu
+def test_the_clock_waits_for_the_gpu():
+    a = torch.randn(4096, 4096, device="cuda")
+    a @ a
+    found = measure.clock(lambda: a @ a, 10, torch.device("cuda:0"))
+    assert found > 2 * 4096**3 / 1e15  # faster than any GPU, were the launch alone clocked
