@@ -162,7 +162,7 @@ def meta_run(name, capture, backend="auto", device=CPU):
     phi = new_phi(problem, device, odd=robust, theta_input=robust, nominal="nominal" in name)
     sgd, stream = torch.optim.SGD(phi.parameters()), generator(7)
     if optimizee == "quadratic":
-        batches = problems.quadratics(8, stream, device)
+        batches = problems.Quadratics(8, device).batches(8, stream)
     else:
         batches = noise_images(DATASETS[optimizee], 40, device).batches(8, stream)
     noise = generator(5, device)
