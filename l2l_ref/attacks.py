@@ -10,9 +10,9 @@ or, of the libraries that it knows, `foreign.adapted(linf, eps=0.1)`.
 Whoever calls an attack here, in training or in evaluation, does it by `guarded`: whatever it does
 to modes, buffers, `.grad` or x is undone, and what it returns is checked.
 
-Throughout, `model` is any callable from x, float [b, ...] within the bounds, to logits
-[b, classes]; y holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and
-lies in the ball of radius eps around x and within the bounds, [0, 1] where nothing else is said.
+Throughout, `model` is any callable from x, float [b, ...] in [0, 1], to logits [b, classes]; y
+holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and lies in the ball
+of radius eps around x and in [0, 1]. A model that wants other pixels normalises them itself.
 """
 
 import math
@@ -38,7 +38,6 @@ def none(model: Callable, x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
-@partial(guarded, check=False)
 def fgsm(
     model: Callable,
     x: Tensor,
@@ -47,18 +46,16 @@ def fgsm(
     eps: float,
     norm: str = "linf",
     loss: str = "cross_entropy",
-    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """One step of length eps up the loss (Eq. 7; Goodfellow et al., 2015): `pgd` of a single step.
 
-    Args (InputError for a number out of range, or an x out of the bounds): as those of `pgd`.
+    Args (InputError for a number out of range, or an x outside [0, 1]): as those of `pgd`.
     """
-    _check(eps, 1, None, loss, norm)
-    check_samples(x, y)
-    if eps == 0 or not len(x):
-        return x
-    _check_inside(x, bounds)
-    return _step(model, x, x, y, eps, eps, norm, loss, bounds)
+    options = {"random_start": False, "norm": norm, "loss": loss}
+    return pgd(model, x, y, eps=eps, steps=1, step_size=eps or None, **options)
+
+
+fgsm.__dict__["is_guarded"] = True  # as `pgd` is
 
 
 @partial(guarded, check=False)
@@ -73,7 +70,7 @@ def n_fgsm(
     check_samples(x, y)
     if not len(x):
         return x
-    _check_inside(x, (0.0, 1.0))
+    _check_inside(x)
     start = _noise(x, generator).uniform_(-2 * eps, 2 * eps, generator=generator)
     start = start.to(x.device).add_(x)
     gradient = _input_gradient(model, start, y, "cross_entropy")
@@ -92,14 +89,13 @@ def pgd(
     random_start: bool = True,
     norm: str = "linf",
     loss: str = "cross_entropy",
-    bounds: tuple[float, float] = (0.0, 1.0),
     generator: Generator | None = None,
 ) -> Tensor:
     """Several such steps, each projected on the ball and the box (Eq. 8; Madry et al., 2018).
 
     A step goes along the gradient's sign in the l-infinity norm, along the gradient itself in l2.
 
-    Args (InputError for a number out of range, or an x out of the bounds):
+    Args (InputError for a number out of range, or an x outside [0, 1]):
         eps: radius of the ball, finite and >= 0; 0 is the identity.
         steps: number of gradient steps, >= 1.
         step_size: length of one step, finite and > 0; None is 2.5 * eps / steps.
@@ -107,18 +103,22 @@ def pgd(
         norm: of the ball, one of NORMS; of each sample.
         loss: what is raised, one of LOSSES. The margin does not vanish where a model is sure, nor
             where its logits are small, so it tells a robust model from one that hides its gradient.
-        bounds: the least and the greatest value of a pixel.
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
     _check(eps, steps, step_size, loss, norm)
     check_samples(x, y)
     if eps == 0 or not len(x):
         return x
-    _check_inside(x, bounds)
+    _check_inside(x)
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    x_adv = _uniform_in_ball(x, eps, norm, bounds, generator) if random_start else x
+    x_adv = _uniform_in_ball(x, eps, norm, generator) if random_start else x
     for _ in range(steps):
-        x_adv = _step(model, x_adv, x, y, eps, step_size, norm, loss, bounds)
+        gradient = _input_gradient(model, x_adv, y, loss)
+        if norm == "l2":
+            direction = gradient / _length(gradient).clamp_min(torch.finfo(x.dtype).tiny)
+        else:
+            direction = gradient.sign()
+        x_adv = _project_(direction.mul_(step_size).add_(x_adv), x, eps, norm)
     return x_adv
 
 
@@ -198,18 +198,6 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 LOSSES = {"cross_entropy": cross_entropy, "margin": margin}
 
 
-def _step(
-    model, x_adv: Tensor, x: Tensor, y: Tensor, eps: float, step_size: float,
-    norm: str, loss: str, bounds: tuple[float, float],
-) -> Tensor:  # fmt: skip
-    gradient = _input_gradient(model, x_adv, y, loss)
-    if norm == "l2":
-        direction = gradient / _length(gradient).clamp_min(torch.finfo(x.dtype).tiny)
-    else:
-        direction = gradient.sign()
-    return _project_(direction.mul_(step_size).add_(x_adv.detach()), x, eps, norm, bounds)
-
-
 def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
     """Of the sum, not the mean, so that one sample's gradient does not depend on the batch size.
 
@@ -248,19 +236,17 @@ def without_gradient(model: Callable, x: Tensor, y: Tensor, *, losses: Iterable[
     return ~torch.stack(slopes).any(0).flatten(1).any(1)
 
 
-def _project_(
-    x_adv: Tensor, x: Tensor, eps: float, norm: str, bounds: tuple[float, float]
-) -> Tensor:
-    """The nearest point of the ball, clamped to the bounds; in place, as fresh memory costs more.
+def _project_(x_adv: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """The nearest point of the ball, clamped to [0, 1]; in place, as fresh memory costs more.
 
-    Within the bounds it stays in the ball, as x is within them.
+    Clamping leads to no point outside the ball, as x is in [0, 1].
     """
     change = x_adv.sub_(x)
     if norm == "l2":
         change.mul_((eps / _length(change).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(1))
     else:
         change.clamp_(-eps, eps)
-    return change.add_(x).clamp_(*bounds)
+    return change.add_(x).clamp_(0, 1)
 
 
 def _length(change: Tensor) -> Tensor:
@@ -273,10 +259,7 @@ def _noise(x: Tensor, generator: Generator | None) -> Tensor:
     return torch.empty_like(x, device=x.device if generator is None else generator.device)
 
 
-def _uniform_in_ball(
-    x: Tensor, eps: float, norm: str, bounds: tuple[float, float],
-    generator: Generator | None,
-) -> Tensor:  # fmt: skip
+def _uniform_in_ball(x: Tensor, eps: float, norm: str, generator: Generator | None) -> Tensor:
     noise = _noise(x, generator)
     if norm == "l2":  # a uniform direction, and a radius whose power of the dimension is uniform
         noise.normal_(generator=generator)
@@ -285,17 +268,17 @@ def _uniform_in_ball(
         noise.mul_(eps * radius.pow(length.numel() / noise.numel()) / length)
     else:
         noise.uniform_(-eps, eps, generator=generator)
-    return _project_(noise.to(x.device).add_(x), x, eps, norm, bounds)
+    return _project_(noise.to(x.device).add_(x), x, eps, norm)
 
 
-def _check_inside(x: Tensor, bounds: tuple[float, float]) -> None:
+def _check_inside(x: Tensor) -> None:
     if x.numel() and readable(x):
         low, high = (value.item() for value in x.aminmax())
-        slack = 8 * torch.finfo(x.dtype).eps * max(1.0, *map(abs, bounds))
-        if not (bounds[0] - slack <= low and high <= bounds[1] + slack):
+        slack = 8 * torch.finfo(x.dtype).eps  # for rounding, as where images were resized
+        if not (-slack <= low and high <= 1 + slack):
             raise InputError(
-                f"x has values from {low:.4g} to {high:.4g}, but the bounds are {bounds}: attack "
-                "images in their own range and normalise them inside the model, or give bounds"
+                f"x has values from {low:.4g} to {high:.4g}, but pixels are in [0, 1]: give images "
+                "in that range and normalise them inside the model"
             )
 
 

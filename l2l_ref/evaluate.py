@@ -10,14 +10,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
 from l2l_ref import attacks
@@ -25,8 +21,6 @@ from l2l_ref.attacks import Attack
 from l2l_ref.equations import Loss, cross_entropy
 from l2l_ref.errors import InputError
 from l2l_ref.guard import check_samples, guarded, untouched
-
-MODAL = _NormBase, _DropoutNd  # compute otherwise in training mode
 
 
 def robust_accuracy(
@@ -40,8 +34,9 @@ def robust_accuracy(
     """The fraction of samples that the model, in eval mode, gets right under every attack on them.
 
     Args (InputError for a number out of range, or no images):
-        model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; a sample with a
-            NaN logit counts as wrong.
+        model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; where it is
+            another callable, call `eval` of what is behind it first. A sample with a NaN logit
+            counts as wrong.
         images: the samples, taken in order, at least one: a pair of tensors (x, y), a map-style
             Dataset of (x, y), an iterable of batches (x, y) such as a DataLoader, or what has a
             length and `batch(index)`, such as `data.ImageSet`. They are moved to the model.
@@ -110,30 +105,11 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
 
 @contextmanager
 def eval_mode(model: Callable) -> Iterator[None]:
-    """`untouched`, and in eval mode if it is an `nn.Module`; a warning if a function hides one
-    that is in training mode."""
-    training, own = [], get_ident()
-
-    def hear(module: nn.Module, _: Any) -> None:
-        if module.training and isinstance(module, MODAL) and get_ident() == own:
-            training.append(module)
-
+    """`untouched`, and in eval mode if it is an `nn.Module`; what a function hides is as it is."""
     with untouched(model):
         if isinstance(model, nn.Module):
             model.eval()
-            yield
-            return
-        hook = register_module_forward_pre_hook(hear)
-        try:
-            yield
-        finally:
-            hook.remove()
-    if training:
-        warnings.warn(
-            f"the model behind this function was evaluated in training mode ({training[0]}): call "
-            "its eval() first",
-            stacklevel=4,
-        )
+        yield
 
 
 @torch.no_grad()
@@ -149,11 +125,7 @@ def losses(
         loss: (model, x, y) -> 0-dim loss.
     Returns:
         (clean, attacked): two 0-dim tensors without a graph, on the model's device.
-    Raises:
-        InputError: no samples.
     """
-    if not len(x):
-        raise InputError("x has 0 samples, but a mean loss needs at least 1; add some.")
     with eval_mode(model):
         x_adv = guarded(attack)(model, x, y)
         return loss(model, x, y), loss(model, x_adv, y)

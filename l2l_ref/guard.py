@@ -3,16 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from l2l_ref.errors import InputError
-
-LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -20,7 +16,7 @@ def untouched(model: Callable) -> Iterator[None]:
     """Gives `model` back with its modes, buffers, `.grad` and `requires_grad` as they were.
 
     Inside, its parameters are frozen: whoever runs backward pays for the input's gradient alone.
-    Another thread that comes with the same model waits.
+    Not for threads that attack the same model at once.
 
     Args:
         model: an `nn.Module`. Other callables pass through: nothing is known of what they hide.
@@ -28,29 +24,27 @@ def untouched(model: Callable) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    with LOCKS.setdefault(model, RLock()):
-        modules = list(model.modules())
-        modes = [(m, m.training) for m in modules]
-        buffers = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
-        params = [p for m in modules for p in m._parameters.values() if p is not None]
-        leaves = [p for p in params if p.is_leaf and not p.is_inference()]
-        grads = [(p, p.requires_grad, p.grad) for p in leaves]
-        try:
-            # Batch-norm writes into copies. To switch `track_running_stats` off would change what
-            # instance-norm computes; old values written back would break a graph yet to run
-            # backward.
-            for own, kept in buffers:
-                own.update({name: b.clone() for name, b in kept.items() if b is not None})
-            for p in leaves:
-                p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
-            yield
-        finally:
-            for m, training in modes:
-                m.training = training
-            for own, kept in buffers:
-                own.update(kept)
-            for p, requires_grad, grad in grads:
-                p.requires_grad_(requires_grad).grad = grad
+    modules = list(model.modules())
+    modes = [(m, m.training) for m in modules]
+    buffers = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+    params = [p for m in modules for p in m._parameters.values() if p is not None]
+    leaves = [p for p in params if p.is_leaf and not p.is_inference()]
+    grads = [(p, p.requires_grad, p.grad) for p in leaves]
+    try:
+        # Batch-norm writes into copies. To switch `track_running_stats` off would change what
+        # instance-norm computes; old values written back would break a graph yet to run backward.
+        for own, kept in buffers:
+            own.update({name: b.clone() for name, b in kept.items() if b is not None})
+        for p in leaves:
+            p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for own, kept in buffers:
+            own.update(kept)
+        for p, requires_grad, grad in grads:
+            p.requires_grad_(requires_grad).grad = grad
 
 
 def guarded(

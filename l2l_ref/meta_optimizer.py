@@ -61,12 +61,7 @@ class MetaOptimizer(nn.Module):
         if not 0 < output_scale < float("inf"):
             raise InputError(f"output_scale is {output_scale}: it must be positive and finite")
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        self.form: Form = {
-            "p": p,
-            "output_scale": output_scale,
-            "theta_input": theta_input,
-            "odd": odd,
-        }
+        self.form = Form(p=p, output_scale=output_scale, theta_input=theta_input, odd=odd)
         self.lstm = nn.LSTM(3 if theta_input else 2, hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
         for weight in self.lstm.parameters():
@@ -165,9 +160,9 @@ class MetaOptimizer(nn.Module):
             step(thetas, gradients, states, self.phi() if phi is None else phi, **self.form)
         if moments is None or self.log_eta is None:
             return None
-        rows, sizes = [m.flatten(1) for m in moments], [theta.numel() for theta in thetas]
-        gradient = joined([g.flatten() for g in gradients])
-        direction, following = adam_direction(gradient, joined(rows))
+        rows, sizes = [m.view(3, -1) for m in moments], [theta.numel() for theta in thetas]
+        gradient = torch.cat([g.flatten() for g in gradients])
+        direction, following = adam_direction(gradient, torch.cat(rows, dim=1))
         torch._foreach_copy_(rows, following.split(sizes, dim=1))
         d, ways = (
             [part.view_as(theta) for part, theta in zip(x.split(sizes), thetas, strict=True)]
@@ -175,14 +170,6 @@ class MetaOptimizer(nn.Module):
         )
         torch._foreach_sub_(list(thetas), ways)
         return d
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Along the last axis; of one it is a view."""
-    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def no_autocast(theta: Tensor) -> AbstractContextManager:

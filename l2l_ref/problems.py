@@ -129,30 +129,28 @@ class Quadratics:
         return self
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        return quadratics(self.size, generator, self.device)
+        """Endless (W, y), drawn once from `generator` (on the CPU), standard normal entries.
+
+        The functions stay the same while one optimizee is trained, as in Andrychowicz et al. 2016.
+
+        Yields:
+            W: [self.size, 10, 10] and y: [self.size, 10], whatever `size` is.
+        """
+        n = Quadratic.dimension
+        w = torch.randn(self.size, n, n, generator=generator).to(self.device)
+        y = torch.randn(self.size, n, generator=generator).to(self.device)
+        while True:
+            yield w, y
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return next(self.batches(self.size, generator))
 
 
-def quadratics(
-    batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (W, y), drawn once from `generator` (on the CPU), standard normal entries.
-
-    The functions stay the same while one optimizee is trained, as in Andrychowicz et al. 2016.
-
-    Yields:
-        W: [batch_size, 10, 10] and y: [batch_size, 10].
-    """
-    n = Quadratic.dimension
-    w = torch.randn(batch_size, n, n, generator=generator).to(device)
-    y = torch.randn(batch_size, n, generator=generator).to(device)
-    while True:
-        yield w, y
-
-
-OPTIMIZEES = {"mnist": ("mlp", "logistic"), "cifar10": ("convnet", "logistic")}
+Builders = dict[str, Callable[[], nn.Module]]  # the first is the default
+OPTIMIZEES: dict[str, Builders] = {
+    "mnist": {"mlp": mlp, "logistic": lambda: logistic(28 * 28)},
+    "cifar10": {"convnet": convnet, "logistic": lambda: logistic(3 * 32 * 32)},
+}
 
 
 def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> Problem:
@@ -167,21 +165,21 @@ def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> P
     Raises:
         InputError: an unknown data set, or an optimizee that does not go with it.
     """
-    if dataset == "quadratic" and optimizee in (None, "quadratic"):
-        return Problem("quadratic", lambda: Quadratic(batch_size), squared_error, classes=0)
-    if dataset not in OPTIMIZEES and dataset != "quadratic":
-        raise InputError(f"dataset '{dataset}' is unknown: choose mnist, cifar10 or quadratic")
-    names = OPTIMIZEES.get(dataset, ("quadratic",))
-    name = optimizee or names[0]
-    if ":" in name and dataset in OPTIMIZEES:
-        own = imported(name, "optimizee")
-        if not isinstance(own(), nn.Module):
+    quadratic: Builders = {"quadratic": lambda: Quadratic(batch_size)}
+    known = {**OPTIMIZEES, "quadratic": quadratic}
+    if dataset not in known:
+        raise InputError(f"dataset '{dataset}' is unknown: choose one of {', '.join(known)}")
+    builds = known[dataset]
+    name = optimizee or next(iter(builds))
+    if ":" in name and dataset != "quadratic":
+        build = imported(name, "optimizee")
+        if not isinstance(build(), nn.Module):
             raise InputError(f"--optimizee {name} returns no module: name a function that does")
-        return Problem(name, own, cross_entropy, classes=10)
-    if name not in names:
+        return Problem(name, build, cross_entropy, classes=10)
+    if name not in builds:
         raise InputError(
-            f"optimizee '{name}' does not go with {dataset}: choose one of {', '.join(names)}"
+            f"optimizee '{name}' does not go with {dataset}: choose one of {', '.join(builds)}"
         )
-    pixels = 28 * 28 if dataset == "mnist" else 3 * 32 * 32
-    build = {"mlp": mlp, "convnet": convnet, "logistic": lambda: logistic(pixels)}[name]
-    return Problem(name, build, cross_entropy, classes=10)
+    if dataset == "quadratic":
+        return Problem(name, builds[name], squared_error, classes=0)
+    return Problem(name, builds[name], cross_entropy, classes=10)

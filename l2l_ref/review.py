@@ -5,7 +5,7 @@ left, loss over the steps of the attack, restarts, noise of the same size, image
 model, the worst of all attacks on each sample, and what must never be seen of an honest defence.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,6 @@ def review(
     eps: float,
     steps: int = 20,
     surrogate: Callable | None = None,
-    others: Mapping[str, attacks.Attack] | None = None,
     generator: Generator | None = None,
 ) -> Review:
     """Measure all of it; the model is in eval mode, and comes out as it went in.
@@ -67,7 +66,6 @@ def review(
         eps: l-infinity radius, in (0, 1).
         steps: of PGD, where nothing else is said.
         surrogate: a model that was trained independently, whose adversarial images are tried.
-        others: attacks of the same radius by name, to join the worst case.
         generator: draws random starts and noise.
 
     Raises:
@@ -115,8 +113,6 @@ def review(
             with eval_mode(surrogate):
                 x_adv = pgd(surrogate, x, y, eps=eps, steps=steps)
             tried["transfer"] = survivors(lambda *_: x_adv)
-        for name, attack in (others or {}).items():
-            tried[name] = survivors(attack)
         tried["worst case"] = torch.stack([alive, *tried.values()]).all(0)
         unseen = attacks.without_gradient(model, x, y, losses=attacks.LOSSES) & tried["worst case"]
     by_attack = {name: mean(alive) for name, alive in tried.items()}

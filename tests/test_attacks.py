@@ -206,17 +206,9 @@ def test_the_margin_climbs_where_the_cross_entropy_is_flat():
     assert made(model, x, y).item() == pytest.approx(0.3)  # from any start
 
 
-def test_the_margin_climbs_towards_the_best_wrong_class():
-    """Of the classes 1 and 2 only the better one has a part, so the other's pixel stays."""
-    model = linear([[0.0, 0.0, 0.0], [3.0, 0.0, -1.0], [0.0, 3.0, 0.0]], [0.0, 1.0, 0.0])
-    x, y = torch.tensor([[0.5, 0.5, 0.5]]), torch.tensor([0])
-    found = [fgsm(model, x, y, eps=0.125, loss=loss) for loss in ("margin", "cross_entropy")]
-    assert torch.equal(found[0], torch.tensor([[0.625, 0.5, 0.375]]))
-    assert torch.equal(found[1], torch.tensor([[0.625, 0.625, 0.375]]))
-
-
 def rude(model, x, y, *, eps):
-    """What an attack of another library may do on its way."""
+    """What an attack of another library may do; it pays for the input's gradient alone."""
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     model.eval()
     for p in list(model.parameters())[::2]:
         p.requires_grad_(False)
@@ -275,21 +267,6 @@ def test_guarded_when_it_raises(grads):
     with pytest.raises(IndexError):
         fgsm(model, x, y + 99, eps=0.1)
     assert snapshot(model) == before and torch.is_grad_enabled()
-
-
-def test_crafting_differentiates_the_input_alone():
-    model, (x, y) = norms_net(), images()
-    seen = []
-
-    @guarded
-    def attack(model, x, y):
-        x.requires_grad_()
-        F.cross_entropy(model(x), y).backward()
-        seen.extend((p.requires_grad, p.grad) for p in model.parameters())
-        return x
-
-    attack(model, x, y)
-    assert seen == [(False, None)] * len(list(model.parameters()))
 
 
 def test_parameters_that_are_computed_need_no_freezing():
@@ -421,16 +398,6 @@ class TestL2:
         assert (radii < 0.5).float().mean().item() == pytest.approx(1 / 8, abs=0.02)
         assert start.mean(0).abs().max() < 0.01
 
-    def test_as_foolbox_has_it(self, batch):
-        lib, (model, x, y) = pytest.importorskip("foolbox"), batch
-        theirs = lib.PyTorchModel(model, (0, 1))
-        fast = lib.attacks.L2FastGradientAttack().run(theirs, x, y, epsilon=self.EPS)
-        torch.testing.assert_close(fgsm(model, x, y, eps=self.EPS, norm="l2"), fast)
-        options = {"steps": 9, "random_start": False}
-        slow = lib.attacks.L2PGD(abs_stepsize=0.1, **options).run(theirs, x, y, epsilon=self.EPS)
-        ours = pgd(model, x, y, eps=self.EPS, step_size=0.1, norm="l2", **options)
-        torch.testing.assert_close(ours, slow)
-
 
 # --- The same bits as other libraries -------------------------------------------------------------
 
@@ -453,21 +420,7 @@ def by_torchattacks(model, x, y, eps, steps, step_size):
     yield lib.PGD(model, eps, step_size, steps, random_start=True)(x, y)
 
 
-def by_cleverhans(model, x, y, eps, steps, step_size):
-    """Its FGSM, and its PGD from x itself unless it refuses the step."""
-    pytest.importorskip("cleverhans")
-    from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
-    from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
-
-    box = {"clip_min": 0.0, "clip_max": 1.0, "y": y}
-    yield fast_gradient_method(model, x, eps, math.inf, **box)
-    if step_size <= eps:
-        yield projected_gradient_descent(
-            model, x, eps, step_size, steps, math.inf, rand_init=False, **box
-        )
-
-
-@pytest.mark.parametrize("library", [by_foolbox, by_torchattacks, by_cleverhans])
+@pytest.mark.parametrize("library", [by_foolbox, by_torchattacks])
 @pytest.mark.parametrize(
     "eps, steps, step_size", [(0.1, 7, 0.04), (8 / 255, 10, 2 / 255), (0.3, 3, 1.0)]
 )

@@ -67,22 +67,6 @@ def test_counts_by_hand(batch_size):
     assert accuracy(partial(pgd, eps=0.45)) == 0
 
 
-def test_one_restart_is_enough_to_break_a_sample_and_broken_ones_are_spared():
-    attacked = []
-
-    def attack(model, x, y):  # its k-th call breaks the k-th sample of those it is given
-        attacked.append(x.flatten().tolist())
-        x = x.clone()
-        x[len(attacked) - 1] = 1 - y[len(attacked) - 1].float()
-        return x
-
-    images = torch.tensor([[0.1], [0.2], [0.8], [0.9]]), torch.tensor([0, 0, 1, 1])
-    assert robust_accuracy(threshold, images, attack) == 3 / 4
-    attacked.clear()
-    assert robust_accuracy(threshold, images, attack, restarts=2) == 2 / 4
-    assert attacked == [pytest.approx([0.1, 0.2, 0.8, 0.9]), pytest.approx([0.2, 0.8, 0.9])]
-
-
 def test_of_two_attacks_the_survivors_of_both_count():
     """Each breaks another part; what the first broke the second does not meet."""
     met = []

@@ -65,9 +65,15 @@ def test_what_executes_is_not_loaded(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    write_checkpoint(tmp_path / "a.pt", {"evil": Evil()})
+    path = tmp_path / "a.pt"
+    write_checkpoint(path, {"evil": Evil()})
     with pytest.raises(Exception, match="eights_only"):
-        read_checkpoint(tmp_path / "a.pt")
+        read_checkpoint(path)
+    torch.save({"evil": Evil()}, path)  # without the seal
+    for content in (path.read_bytes(), b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="a.pt cannot be read"):
+            read_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import SMALL, every_form, generator, weights, wild
+from conftest import every_form, generator, weights, wild
 from conftest import random_phi as phi
 from torch import nn
 
@@ -76,21 +76,12 @@ def test_keeps_no_graph_and_runs_closures_with_gradients():
         loss.backward()
         return loss
 
+    places = [p.data_ptr() for p in model.parameters()]
     assert optimizer.step(closure).item() > 0
+    assert [p.data_ptr() for p in model.parameters()] == places  # as DDP and CUDA graphs need it
     assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
     assert all(p.grad is None for p in meta.parameters())
     assert not any(s["lstm"].requires_grad for s in optimizer.state.values())
-
-
-def test_channels_last_parameters_keep_their_layout():
-    meta = phi()
-    plain = nn.Conv2d(3, 4, 3)
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    for conv in (plain, last):
-        conv(torch.ones(1, 3, 8, 8)).square().sum().backward()
-        LearnedOptimizer(conv.parameters(), meta).step()
-    assert last.weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(plain.weight, last.weight)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +92,6 @@ def test_channels_last_parameters_keep_their_layout():
         (lambda m: LearnedOptimizer(m.to("meta").parameters(), phi()), "on meta but φ is on cpu"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), lr=-1.0), "lr is -1.0"),
         (lambda m: LearnedOptimizer(m.parameters(), phi(), weight_decay=math.nan), "decay is nan"),
-        (lambda m: LearnedOptimizer(m.parameters(), phi(), state_dtype=torch.int8), "torch.int8"),
         (
             lambda m: LearnedOptimizer(m.parameters(), nn.ModuleDict({"linear": phi()})),
             "no φ but a ModuleDict: .* LearnedOptimizer.for_model",
@@ -140,33 +130,12 @@ def test_phi_is_drawn_from_the_generator():
     assert (a[:-21].abs() <= 20**-0.5).all() and (a[-21:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
-def test_with_the_head_at_zero_it_is_adam(backend, dtype, rtol):
-    eta = 3e-3
-    meta = MetaOptimizer(nominal=True, odd=True, theta_input=True).to(dtype)
-    nn.init.constant_(meta.log_eta, math.log(eta))
-    ours, theirs = (SMALL.draw(generator()).to(dtype) for _ in range(2))
-    start = weights(ours)
-    learned = LearnedOptimizer(ours.parameters(), meta, backend=backend)
-    adam = torch.optim.Adam(theirs.parameters(), lr=meta.log_eta.exp().item())
-    rows = wild(100, len(weights(ours)), dtype)
-    for row in rows:
-        for model, optimizer in ((ours, learned), (theirs, adam)):
-            parts = row.split([p.numel() for p in model.parameters()])
-            for p, part in zip(model.parameters(), parts, strict=True):
-                p.grad = part.view_as(p).clone()
-            optimizer.step()
-    assert (weights(theirs) - start).abs().max() > 10 * eta
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=rtol, atol=rtol * eta)
-
-
 def test_eta_begins_at_a_thousandth():
     assert MetaOptimizer(nominal=True).log_eta.exp().item() == pytest.approx(1e-3)
     plain = MetaOptimizer()
     assert plain.log_eta is None and not plain.nominal and plain.init_moments(3) is None
     theta, state = plain(torch.zeros(3), torch.ones(3), plain.init_state(3))
     assert not theta.any() and state.any()  # an untrained φ without that term changes nothing
-    assert "nominal=False" in repr(LearnedOptimizer(net().parameters(), plain))
 
 
 @every_form

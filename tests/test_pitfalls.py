@@ -107,20 +107,6 @@ def test_any_number_of_samples_and_classes(norm, b, classes):
             use(model, (x, y), *[ONE] * (use is robust_accuracy))
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)])
-def test_a_model_that_a_function_hides_is_heard(layer):
-    model, images = net(layer), batch()
-    with pytest.warns(UserWarning, match="evaluated in training mode .*call its eval") as heard:
-        robust_accuracy(lambda x: model(x), images, ONE)
-    assert len(heard) == 1 and heard[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        robust_accuracy(model, images, ONE)
-        robust_accuracy(lambda x: net()(x), images, ONE)
-        model.eval()
-        robust_accuracy(lambda x: model(x), images, ONE)
-
-
 @pytest.mark.parametrize(
     "spoil, words",
     [

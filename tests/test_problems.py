@@ -39,9 +39,6 @@ def made_on_purpose() -> nn.Module:
     [
         problems.convnet,
         problems.make("quadratic").build,
-        lambda: nn.Embedding(5, 4),
-        lambda: nn.LSTM(3, 4),
-        lambda: nn.MultiheadAttention(4, 2),
         made_on_purpose,
     ],
 )
@@ -85,13 +82,13 @@ def test_the_layout_of_images_changes_nothing_but_speed():
 def test_quadratic_is_its_definition():
     problem = problems.make("quadratic", batch_size=3)
     model = problem.draw(generator())
-    batches = problems.quadratics(3, generator(5))
+    batches = problems.Quadratics(3).batches(3, generator(5))
     w, y = next(batches)
     again = next(batches)
     assert torch.equal(again[0], w) and torch.equal(again[1], y)  # one function while one θ trains
     by_hand = [(w[i] @ model.theta[i] - y[i]).pow(2).sum() for i in range(3)]
     torch.testing.assert_close(problem.loss(model, w, y), sum(by_hand) / 3)
-    other, _ = next(problems.quadratics(3, generator(6)))
+    other, _ = next(problems.Quadratics(3).batches(3, generator(6)))
     assert not torch.equal(other, w)
 
 

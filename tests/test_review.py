@@ -10,7 +10,7 @@ from torch import nn
 from l2l_ref import attacks, problems
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import losses
-from l2l_ref.review import STEPS, draw, find_alarms, review
+from l2l_ref.review import STEPS, Review, draw, find_alarms, review
 from l2l_ref.transfer import Method, train
 
 EPS = 0.1
@@ -96,9 +96,8 @@ def test_a_fake_defence_sets_it_off(fake, words, models, small_digits):
     assert found.by_attack["worst case"] < found.by_attack["PGD, cross-entropy"] - 0.1
 
 
-def test_the_page_and_other_attacks(models, small_digits, tmp_path):
-    found = asked(models[0], small_digits, others={"inverted": lambda model, x, y: 1 - x})
-    assert found.by_attack["inverted"] < 0.5
+def test_the_page(tmp_path):
+    found = Review(EPS, 9, {0.0: 1.0, 1.0: 0.0}, {1: 0.1, 9: 0.2}, {1: 0.5}, {"none": 1.0}, ["$"])
     draw(tmp_path / "page.png", found, "MNIST")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 

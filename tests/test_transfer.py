@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from l2l_ref import attacks
-from l2l_ref.equations import cross_entropy
 from l2l_ref.experiment.tuning import sgd
 from l2l_ref.transfer import Curve, Method, running_average, train
 
@@ -76,20 +75,6 @@ def test_sgd_by_hand_and_what_is_recorded(options):
     assert curve.ms_per_step > 0 and not curve.diverged
 
 
-def test_a_rate_in_a_tensor_changes_in_place():
-    """As a CUDA graph needs it; it falls to 0 after the last of three updates."""
-    rate = torch.tensor(0.01)
-    optimizers = []
-
-    def optimizer(model):
-        optimizers.append(torch.optim.SGD(model.parameters(), lr=rate))
-        return optimizers[0]
-
-    _, curve, _ = run(Method("", optimizer, cosine=True))
-    assert optimizers[0].param_groups[0]["lr"] is rate and rate.item() == 0
-    close(curve.clean, by_hand(0.01, cosine=True))
-
-
 def test_l1_reaches_parameters_that_the_loss_does_not():
     class Unused(nn.Linear):
         def forward(self, x):
@@ -114,17 +99,6 @@ def test_a_loss_that_is_not_finite_is_marked():
     assert curve.diverged
     assert Curve([0], [1.0], [math.nan], 1.0).diverged
     assert not Curve([0], [1.0], [1.0], 1.0).diverged
-
-
-def test_training_mode_and_batch_norm_statistics():
-    """Crafting leaves batch-norm's statistics alone: one update an update."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    x, y = torch.rand(8, 1, 2, 2), torch.arange(8) % 2
-    train(
-        model, Method("", partial(sgd, 0.1), alpha=0.0), iter([(x, y)] * 5), loss=cross_entropy,
-        attack=partial(attacks.pgd, eps=0.1, steps=3), steps=5, record=nothing,
-    )  # fmt: skip
-    assert model[2].num_batches_tracked.item() == 5 and model.training
 
 
 def test_its_running_average_is_recorded_and_normalises_anew():

@@ -95,14 +95,6 @@ def list_pretrained() -> list[str]:
 
 
 def card(name: str) -> dict[str, Any]:
-    """What a φ that comes with the package is: what it is good for and what not, its horizon in
-    updates, licence, data, command, commit and measured results.
-
-    Raises:
-        InputError: no such name.
-    """
-    if name not in list_pretrained():
-        raise InputError(
-            f"there is no φ called {name}: choose one of {', '.join(list_pretrained())}"
-        )
+    """What one of `list_pretrained()` is: what it is good for and what not, its horizon in updates,
+    licence, data, command, commit and measured results."""
     return read_json(FOLDER / f"{name}.json", "install l2l_ref again")
