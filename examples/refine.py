@@ -52,7 +52,8 @@ def main(
     torch.manual_seed(0)
     mnist = data.load("mnist", data_dir)
     meta, images = mnist.train.halves(0)
-    tuning, held_out, test = meta.rest(2000), meta.first(2000), mnist.test.first(2000)
+    count = min(2000, len(meta) // 6)
+    tuning, held_out, test = meta.rest(count), meta.first(count), mnist.test.first(2000)
 
     def adam(lr: float, **options: float) -> Method:
         return Method("Adam", lambda model: torch.optim.Adam(model.parameters(), lr=lr), **options)

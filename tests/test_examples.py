@@ -8,11 +8,24 @@ import torch
 from conftest import generator
 from torch import nn
 
-from examples import fair_comparison, own_loop, own_phi, paper, resnet, transformer
+from examples import (
+    fair_comparison,
+    networks,
+    own_loop,
+    own_phi,
+    paper,
+    perturbations,
+    refine,
+    resnet,
+    second_order,
+    transformer,
+)
+from l2l_ref import attacks
 from l2l_ref.attacks import fgsm, none
 from l2l_ref.episode import Episode
 from l2l_ref.equations import cross_entropy
-from l2l_ref.meta_optimizer import new_phi
+from l2l_ref.errors import InputError
+from l2l_ref.meta_optimizer import MetaOptimizer, new_phi
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 from l2l_ref.optimizer import LearnedOptimizer
@@ -60,6 +73,77 @@ def test_resnet(small_data, capsys):
     losses = resnet.main(steps=8, build=make("cifar10").build)
     assert all(map(math.isfinite, losses)) and losses[2] != losses[1]
     assert capsys.readouterr().out.count("on stand-in: test loss") == 3
+
+
+def test_perturbations_leave_the_ball_and_stay_in_the_box():
+    """`attacks.make` takes them as they are, and what they draw is of the generator."""
+    model, x, y = make("mnist").build(), torch.rand(8, 1, 28, 28), torch.arange(8)
+
+    def perturbed(name, seed=0):
+        made = attacks.make(f"examples.perturbations:{name}", eps=0.1, generator=generator(seed))
+        return made(model, x, y)
+
+    for name in ("l2", "l2_step", "noise", "blur", "brightness"):
+        change = perturbed(name) - x
+        assert (
+            change.abs().max() > 0.11 and 0 <= perturbed(name).min() <= perturbed(name).max() <= 1
+        )
+        if "l2" in name:
+            assert change.flatten(1).norm(dim=1).max() < 1 + 1e-5  # 10·eps
+    kinds = {perturbed("norms", seed).sub(x).abs().max().item() < 0.11 for seed in range(8)}
+    assert kinds == {True, False}  # FGSM, and a step in l2
+    assert torch.equal(perturbed("natural", 3), perturbed("natural", 3))
+    with pytest.raises(InputError, match="moved a pixel"):  # one that does not say so is held to it
+        perturbations.noise.norm = "linf"
+        perturbed("noise")
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "resnet18"])
+def test_networks(name):
+    x = torch.rand(2, *((3, 32, 32) if name == "resnet18" else (1, 28, 28)))
+    assert getattr(networks, name)()(x).shape == (2, 10)
+
+
+def test_refine(small_data, capsys, monkeypatch):
+    """Half attacked batches make a model that clean ones trained more robust."""
+    monkeypatch.setattr(refine, "LENGTHS", (30,))
+    monkeypatch.setattr(refine, "SEEDS", 2)
+    robust = refine.main(data_dir=small_data, trained=60)
+    assert robust["Adam, half attacked, 30 steps"] > robust["nothing"]
+    assert "| φ, clean batches, 30 steps |" in capsys.readouterr().out
+
+
+def test_second_order(small_data, capsys, monkeypatch):
+    monkeypatch.setattr(paper, "STEPS", 4)
+    monkeypatch.setattr(paper, "UNROLL", 2)
+    monkeypatch.setattr(second_order, "SEEDS", 2)
+    monkeypatch.setattr(second_order, "EVERY", 1)
+    losses = second_order.main(small_data, 2)
+    assert set(losses) == {1, 2} and all(map(math.isfinite, losses[1] + losses[2]))
+    assert "cosine of both dφ: median" in capsys.readouterr().out
+
+
+def test_the_second_order_is_the_whole_derivative():
+    """That of the meta-loss along a direction in φ, by differences; the first order is not."""
+    phi = MetaOptimizer(output_scale=0.1, generator=generator()).double()
+    torch.nn.init.normal_(phi.head.weight, generator=generator(1))
+    theta = torch.randn(15_910, generator=generator(2)).double().mul_(0.05).requires_grad_()
+    x = torch.rand(16, 784, generator=generator(3)).double()
+    batches = [(x, torch.arange(16) % 10)] * 3
+    gradient = torch.randn(15_910, generator=generator(4)).double()
+
+    def inputs():
+        return phi, theta, gradient, phi.init_state(15_910), batches, 1.0, 0.0
+
+    first, second = (second_order.meta_gradient(*inputs(), order=n)[0] for n in (1, 2))
+    way, values = torch.randn(len(first), generator=generator(5)).double(), []
+    start = nn.utils.parameters_to_vector(phi.parameters())
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(start + sign * 1e-6 * way, phi.parameters())
+        values.append(second_order.unrolled(*inputs(), 1)[0].item())
+    slope = (values[0] - values[1]) / 2e-6
+    assert abs(second @ way - slope) < 1e-4 * abs(slope)
+    assert abs(first @ way - slope) > 1e-2 * abs(slope)
 
 
 class TestThePaperOnAPage:

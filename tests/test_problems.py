@@ -17,6 +17,8 @@ from l2l_ref.meta_optimizer import phi_groups
     [
         ("mnist", None, 784 * 20 + 20 + 20 * 10 + 10, (1, 28, 28)),
         ("mnist", "logistic", 784 * 10 + 10, (1, 28, 28)),
+        ("mnist", "examples.networks:deep", 784 * 20 + 20 + 20 * 20 + 20 + 210, (1, 28, 28)),
+        ("mnist", "examples.networks:wide", 784 * 40 + 40 + 40 * 10 + 10, (1, 28, 28)),
         # three convolutions, three batch-norms, two linear layers
         ("cifar10", None, 448 + 2320 + 2320 + 3 * 32 + 8224 + 330, (3, 32, 32)),
         ("cifar10", "logistic", 3072 * 10 + 10, (3, 32, 32)),
@@ -107,6 +109,8 @@ def test_groups_go_by_the_kind_of_layer():
         ("svhn", None, "'svhn' is unknown"),
         ("mnist", "convnet", "'convnet' does not go with mnist"),
         ("quadratic", "mlp", "'mlp' does not go with quadratic"),
+        ("mnist", "examples.networks:narrow", "--optimizee examples.networks:narrow cannot be"),
+        ("mnist", "builtins:list", "--optimizee builtins:list returns no module"),
     ],
 )
 def test_mistakes_are_named(dataset, optimizee, words):
