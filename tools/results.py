@@ -16,14 +16,20 @@ ROOT = Path(__file__).resolve().parents[1]
 ROW = r"^\| \[`([\w.-]+)`\]\([\w.-]+\) \| `python run\.py ?(.*?)`"
 
 
+def commands() -> dict[str, str]:
+    """{folder of docs/: the options of its run}."""
+    return dict(re.findall(ROW, (ROOT / "docs/answers.md").read_text(), re.MULTILINE))
+
+
 def rows_of(folder: Path) -> dict[tuple[float, str], dict[str, float]]:
-    """The losses under PGD-7 of a run's table: {(ε, method): {"mean", "std"}}."""
-    table = json.loads((folder / "summary.json").read_text())["table"]
+    """The losses under PGD-7 of a run's table, if it is there: {(ε, method): {"mean", "std"}}."""
+    path = folder / "summary.json"
+    table = json.loads(path.read_text())["table"] if path.exists() else []
     return {(row["eps"], row["method"]): row["pgd_loss"] for row in table}
 
 
 def main(name: str = "", *options: str) -> None:
-    known = dict(re.findall(ROW, (ROOT / "docs/answers.md").read_text(), re.MULTILINE))
+    known = commands()
     if name not in known:
         sys.exit("choose one of " + ", ".join(known))
     out = Path("runs") / name
