@@ -16,7 +16,7 @@ COLOURS = {
     "the input-gradient penalty": "#E69F00",
     "attacked batches": "#CC3311",
 }
-OF_PHI = "L2L", "Transfer", "Adam, learned rate", "Nominal alone"
+OF_PHI = "L2L", "Transfer", "Adam, learned rate"
 
 
 def kind(trains_on: str) -> str:
@@ -36,16 +36,17 @@ def draw(path: Path, folders: list[Path]) -> None:
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     panels, handles = figure.subplots(1, 2, sharey=True), []
     for number, row in enumerate(rows, start=1):
-        marker = "*" if row["method"].startswith(OF_PHI) else "o"
+        name = row["method"].replace("Nominal alone", "Adam, learned rate")  # of old runs
+        marker = "*" if name.startswith(OF_PHI) else "o"
         style = {"marker": marker, "color": COLOURS[kind(row["trains_on"])], "ms": 7, "lw": 0}
         y, error = (100 * (row["pgd_accuracy"][key] or 0) for key in ("mean", "std"))
-        for panel, name, scale in zip(panels, ("accuracy", "seconds"), (100, 1), strict=True):
-            x = scale * row[name]["mean"]
+        for panel, field, scale in zip(panels, ("accuracy", "seconds"), (100, 1), strict=True):
+            x = scale * row[field]["mean"]
             panel.errorbar(x, y, error, elinewidth=0.6, **style)
             aside = (6, 3) if number % 2 else (-14, -9)
             panel.annotate(str(number), (x, y), aside, textcoords="offset points", fontsize=8)
         bad = ", some collapsed" * bool(row["collapsed"])
-        handles.append(Line2D([], [], label=f"{number} {row['method']}{bad}", **style))
+        handles.append(Line2D([], [], label=f"{number} {name}{bad}", **style))
     panels[0].set(xlabel="clean accuracy, %", ylabel="accuracy under the attack of the table, %")
     panels[1].set(xlabel="seconds of a training", xscale="log")
     colours = [Line2D([], [], color=c, lw=6, label=f"on {name}") for name, c in COLOURS.items()]
