@@ -62,11 +62,7 @@ def run_as_script(
     name: str, main: Callable[[list[str]], object], interrupted: str = "stopped"
 ) -> None:
     """Run `main` on the command line; a mistake is one sentence and exit code 2, and a signal one
-    and 128 plus its number.
-
-    Args:
-        interrupted: what to say of a program that did not come to its end.
-    """
+    and 128 plus its number. `interrupted` says what there is to do about a program that stopped."""
 
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)

@@ -49,28 +49,18 @@ def show(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """What a field's metadata say of it.
+    """What a field's metadata say of it."""
 
-    Attributes:
-        group: of the help; None for a setting without a flag.
-        help: one sentence; what the defaults are comes after it by itself.
-        default: where no exception holds.
-        exceptions: {words: the value there}, of which the last that holds wins. Words are a data
-            set, an attack, a recipe or "quick"; all must be those of the run. The recipe "penalty"
-            is "robust" too.
-        of: "φ" for what a loaded φ brings along, "place" for what may change when a run is
-            continued.
-        kind: parses an argument, where the field's type does not say how.
-    """
-
-    group: str | None = None
-    help: str = ""
-    default: Any = None
+    group: str | None = None  # of the help; None for a setting without a flag
+    help: str = ""  # one sentence; what the defaults are comes after it by itself
+    default: Any = None  # where no exception holds
+    # {words: the value there}, of which the last that holds wins. Words are a data set, an attack,
+    # a recipe or "quick"; all must be those of the run. The recipe "penalty" is "robust" too.
     exceptions: dict[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
-    of: str = ""
-    kind: Callable[[str], Any] | None = None
+    of: str = ""  # "φ": a loaded φ brings it along; "place": it may change when a run is continued
+    kind: Callable[[str], Any] | None = None  # parses an argument, where the type does not say how
 
     def value(self, words: set[str]) -> Any:
         """The default of a run that these words describe."""

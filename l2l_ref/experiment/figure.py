@@ -45,11 +45,7 @@ def draw_curves(
     """Draw the mean of each method in `STYLES`, ± one deviation, into the PNG at `path`.
 
     Runs that collapsed or diverged are counted in their panel, and curves that leave it are named,
-    so that no mean hides them.
-
-    Args:
-        runs: of `protocol.Experiment.results`.
-        summary: rows of `report.summarise`.
+    so that no mean hides them. `summary` is that of `report.summarise`.
     """
     from matplotlib.figure import Figure
 
@@ -105,11 +101,7 @@ def draw_curves(
 def draw_meta_training(
     path: Path, histories: dict[str, dict[str, Any]], title: str, footer: str
 ) -> None:
-    """Draw how each episode of meta-training ended, and as circles what the checks of φ said.
-
-    Args:
-        histories: of `protocol.Experiment.results`.
-    """
+    """Draw how each episode of meta-training ended, and as circles what the checks of φ said."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")

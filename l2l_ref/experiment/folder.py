@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, names_of
+from l2l_ref.experiment.config import Config, flag, names_of
 from l2l_ref.files import locked, plain, read_json, replace_with, sealed, write_json
 
 LOCK = ".lock"  # in a folder, held while its config.json or its report is written
@@ -44,10 +44,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
     -2, -3, … behind it where that is taken.
 
     A run never writes over another. With `--resume` that in `--out`, or the newest of the name, is
-    continued or joined if it is there, and begun if not.
-
-    Raises:
-        InputError: `--out` is taken, and not by a run that `--resume` may continue.
+    continued or joined if it is there, and begun if not. InputError if `--out` is taken otherwise.
     """
     if config.out is not None:
         folder = Path(config.out)
@@ -74,13 +71,8 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
 def join(config: Config, environment: dict[str, Any], command: str) -> tuple[Path, dict[str, Any]]:
     """Choose the folder of this run and make it, or join what is there; write its config.json.
 
-    A run that is continued keeps the environment it began in, and lists the others.
-
-    Returns:
-        The folder, and the environment that the run began in.
-
-    Raises:
-        InputError: a folder that is taken, or cannot be written; another run's settings or data.
+    A run that is continued keeps the environment it began in, and lists the others. Returns the
+    folder and that environment; InputError for a folder that cannot be written, or is another's.
     """
     folder = choose(config)
     value = plain({"command": command, "settings": asdict(config), "environment": environment})
@@ -112,18 +104,21 @@ def must_match(here: dict[str, Any], saved: dict[str, Any], folder: Path) -> Non
     Places may differ. The halves go by the order of the images, which differs between layouts, so
     the same pixels from another layout are other data.
     """
-    for name in sorted(here["settings"].keys() - names_of("place")):
-        before, now = (value["settings"].get(name) for value in (saved, here))
-        if before != now:
+
+    def facts(value: dict[str, Any]) -> dict[str, Any]:
+        settings = {
+            flag(name): one for name, one in value["settings"].items() if name not in places
+        }
+        return settings | {"data": describe(value["environment"])}
+
+    places = names_of("place")
+    before, now = facts(saved), facts(here)
+    for name in sorted(now):
+        if before.get(name) != now[name]:
             raise InputError(
-                f"{folder} was run with {name.replace('_', '-')} {before}, not {now}: resume with "
-                f"that, or {AFRESH}"
+                f"{folder} was run with {name} {before.get(name)}, not {now[name]}: give that, or "
+                f"{AFRESH}"
             )
-    before, now = (describe(value["environment"]) for value in (saved, here))
-    if before != now:
-        raise InputError(
-            f"{folder} was run on {before}, not {now}: give the same --data-dir, or {AFRESH}"
-        )
 
 
 def describe(value: dict[str, Any]) -> str:

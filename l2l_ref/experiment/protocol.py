@@ -51,11 +51,8 @@ class Contender:
 
 
 class Experiment:
-    """The pieces of the experiment of `setting.config`, which leave parts/ in `out`.
-
-    Args:
-        phis: φ by name (`load_phis`); those that are missing are meta-trained.
-    """
+    """The pieces of the experiment of `setting.config`, which leave parts/ in `out`; φ that are not
+    given by name (`load_phis`) are meta-trained."""
 
     def __init__(self, setting: Setting, out: Path, phis: dict[str, nn.ModuleDict] | None = None):
         self.setting, self.out, self.parts = setting, out, Parts(out / "parts")
@@ -166,13 +163,9 @@ class Experiment:
         return result
 
     def results(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-        """What all pieces left; also writes meta_optimizer.pt.
-
-        Returns:
-            The runs: one dict each, its `KEY` and what `run_method` returns.
-            {eps: {fold: {baseline: its tuned settings}}}.
-            {φ's name: its `History` as a dict}.
-        """
+        """What all pieces left: the runs, one dict each, its `KEY` and what `run_method` returns;
+        {eps: {fold: {baseline: its tuned settings}}}; {φ's name: its `History` as a dict}. Also
+        writes meta_optimizer.pt."""
         c, parts = self.setting.config, self.parts
         runs = [{**key, **parts[piece.name]} for key, piece in self.runs()]
         chosen: dict[str, dict[str, dict[str, str]]] = {}

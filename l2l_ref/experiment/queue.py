@@ -36,19 +36,13 @@ Tell = Callable[[str, str, float | None], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """Something to compute once.
-
-    Attributes:
-        compute: the results of all pieces so far, and a `Tell` of this piece -> its own result, a
-            dict of what JSON has.
-        cost: in evaluations of the gradient of a batch, roughly.
-        needs: names of pieces that come first, in a list of them too.
-    """
+    """Something to compute once."""
 
     name: str
-    compute: Callable[[Parts, Callable[[str, float | None], None]], Any]
-    cost: float
-    needs: tuple[str, ...] = ()
+    # The results of all pieces so far, and a `Tell` of this one -> its own result, which JSON has.
+    compute: Callable[[Parts, Callable[[str, float | None], None]], dict[str, Any]]
+    cost: float  # in evaluations of the gradient of a batch, roughly
+    needs: tuple[str, ...] = ()  # names of pieces that come first, in a list of them too
 
 
 def named(*words: object) -> str:
@@ -116,16 +110,11 @@ def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: tor
 
 
 class Display:
-    """Shows what the processes of a run are at: a bar on a terminal, elsewhere a line now and then.
-
-    Args:
-        pieces: all of the run.
-        parts: the names of those that are there.
-    """
+    """Shows what processes are at: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, pieces: Sequence[Piece] = (), parts: Iterable[str] = ()):
         self.costs = {piece.name: piece.cost for piece in pieces}
-        self.parts = parts
+        self.parts = parts  # the names of those that are there
         self.now: dict[int, tuple[str, str, float]] = {}  # by process: a piece, words, its share
         self.start = self.shown = self.done()
         self.begin = time.monotonic()
@@ -164,17 +153,11 @@ class Display:
 
 
 def share_out(work: Callable[..., None], arguments: tuple, jobs: int, display: Display) -> None:
-    """Run work(*arguments, number, tell) in `jobs` processes until all have returned.
+    """Run work(*arguments, number, tell), of a module, in `jobs` processes until all have returned.
 
     What one that is killed leaves, the others compute. They end when this process does, however it
-    ends.
-
-    Args:
-        work: a function of a module, so that another process can import it.
-
-    Raises:
-        InputError: all of them were killed.
-        Exception: what one of them raised; the others are ended.
+    ends, and when one of them raises an exception, which is raised here. InputError if all are
+    killed.
     """
     context, killed = get_context("spawn"), 0
     running: dict[Any, tuple[int, Any]] = {}  # the pipe of each: its number, the process

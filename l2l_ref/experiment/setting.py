@@ -7,13 +7,12 @@ was computed before it.
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.backend import available_device, resolve
@@ -121,15 +120,10 @@ def prepare(config: Config, number: int = 0) -> Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """A training of an optimizee. Methods that share a trial share θ₀, batches and attacks.
-
-    Attributes:
-        setting: of the run.
-        labels: name the trial, and with it its random streams.
-    """
+    """A training of an optimizee. Methods that share a trial share θ₀, batches and attacks."""
 
     setting: Setting
-    labels: tuple[Any, ...]
+    labels: tuple[Any, ...]  # name the trial, and with it its random streams
 
     def stream(self, what: str, device: torch.device | str = "cpu") -> torch.Generator:
         """The trial's generator for a purpose, from its beginning."""
@@ -147,14 +141,6 @@ class Trial:
         c, generator = self.setting.config, self.stream("attack", self.setting.device)
         return attacks.make(name or c.attack, eps=eps, steps=c.attack_steps, generator=generator)
 
-    def probe(
-        self, samples: data.Samples, eps: float
-    ) -> Callable[[nn.Module], tuple[Tensor, Tensor]]:
-        """model -> (clean loss, attacked loss), always on the same samples."""
-        x, y = samples.probe(self.setting.config.curve_samples, self.stream("batches"))
-        attack = Trial(self.setting, ("record", *self.labels)).attack(eps)
-        return partial(evaluate.losses, x=x, y=y, attack=attack, loss=self.setting.problem.loss)
-
     def train(
         self,
         method: Method,
@@ -165,18 +151,21 @@ class Trial:
         every: int | None = None,
     ) -> tuple[nn.Module, Curve, nn.Module]:
         """A fresh optimizee that `method` has trained on `samples`, at its running average, its
-        curve on `probe`, and itself."""
+        curve, always on the same of `probe`, and itself."""
         c, model = self.setting.config, self.model()
         average = running_average(model, 1 - 1 / max(1.0, AVERAGE_OVER * c.steps))
         calibration, _ = samples.probe(CALIBRATION, self.stream("calibration"))
+        x, y = probe.probe(c.curve_samples, self.stream("batches"))
+        attack = Trial(self.setting, ("record", *self.labels)).attack(eps)
+        loss = self.setting.problem.loss
         curve = train(
             model,
             method,
             samples.batches(c.batch_size, self.stream("batches")),
-            loss=self.setting.problem.loss,
+            loss=loss,
             attack=self.attack(eps, method.attack),
             steps=c.steps,
-            record=self.probe(probe, eps),
+            record=partial(evaluate.losses, x=x, y=y, attack=attack, loss=loss),
             every=every or c.record_every or math.ceil(c.steps / POINTS),
             capture=capturable(c),
             average=average,

@@ -47,6 +47,9 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
         ("--quick", {"seeds": 2}),
         ("--quick --seeds 7", {"seeds": 7}),
         ("--eps 8/255 0.5", {"eps": (8 / 255, 0.5)}),
+        # a φ of the package says what it is for
+        ("--load cifar10-pgd-0.03 --eps 0.1", {"dataset": "cifar10", "attack": "pgd",
+                                               "eps": (0.1,)}),
     ],
 )  # fmt: skip
 def test_what_is_complete_and_what_beats_what(command, expected):

@@ -92,13 +92,13 @@ class TestDisplay:
 
     def test_by_hand(self, parts, capsys, monkeypatch):
         """What an earlier run has done took no time now."""
-        now = iter([100.0, *[104.0] * 9])
+        now = iter([100.0, *[104.1] * 9])
         monkeypatch.setattr(time, "monotonic", lambda: next(now))
         parts.keep("a", {})
         display = Display([self.a, self.b, self.c], parts)
         display.hear(1, "c", "", 0.0)
         display.hear(0, "b", "b, 4/10", 0.4)
-        # 4 of 20 were done, now 8, in 4 s
+        # 4 of 20 were done, now 8, in 4.1 s
         assert display.done() == 0.4
         assert capsys.readouterr().out == "40% of the run, 00:12 left · b, 4/10\n"
         parts.keep("b", {})
