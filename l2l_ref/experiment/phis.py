@@ -114,7 +114,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
         if seen != f"{describe(setting.data)}, seed {c.seed}, --eval-on {on}":
             source, own = setting.data["data"], path in list_pretrained()
             # a miniature claims nothing, and without a network there is no other data
-            if not own or not (c.quick or source.endswith((digits.SOURCE, "stand-in"))):
+            if not (own and (c.quick or source.endswith((digits.SOURCE, "stand-in")))):
                 raise InputError(
                     f"--load {path} holds φ meta-trained on another half: that of {seen}. Give the "
                     "same, or this run would use images that they have seen"
@@ -130,7 +130,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 "--attack, --folds or --meta-seeds to what is there"
             )
         groups = saved[name if name in saved else alike[0]]
-        if missing := ", ".join(needed.keys() - groups.keys()):
+        if missing := ", ".join(sorted(needed.keys() - groups.keys())):
             raise InputError(
                 f"--load {path} has no φ for {missing} parameters, only for {', '.join(groups)}: "
                 "load one that was meta-trained on an optimizee with such layers"
