@@ -5,18 +5,18 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
 import shlex
+import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from l2l_ref.backend import resolve
-from l2l_ref.experiment import cli, folder, jobs, machine, report
+from l2l_ref.experiment import cli, folder, machine, queue, report
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.phis import load_phis
-from l2l_ref.experiment.progress import Display, Progress
 from l2l_ref.experiment.protocol import Experiment
-from l2l_ref.experiment.queue import compute_all
 from l2l_ref.experiment.setting import Setting, prepare
 from l2l_ref.files import locked
 
@@ -29,27 +29,26 @@ def main(arguments: list[str]) -> Path:
     backend = resolve(setting.config.backend, setting.device)
     environment = machine.environment(setting.device, backend, setting.data)
     command = shlex.join(["python", "run.py", *(a for a in arguments if a != "--resume")])
-    out, environment = folder.join(setting.config, setting.data, environment, command)
+    out, environment = folder.join(setting.config, environment, command)
     experiment = Experiment(setting, out, phis)
     pieces, parts = experiment.pieces(), experiment.parts
-    dict(parts)  # raises for one that is broken
-    number = jobs.number(config.jobs, pieces, parts, setting.device)
+    for name in parts:
+        parts[name]  # raises for one that is broken
+    number = queue.number(config.jobs, pieces, parts, setting.device)
     print(report.title(setting))
     print(f"{environment['device']}, {number} process" + "es" * (number > 1)
           + f", backend {backend}, results in {out}", flush=True)  # fmt: skip
-    display = Display(pieces, parts)
-    with display.of(number):
+    display = queue.Display(pieces, parts)
+    with display.bar:
         if number > 1:
-            jobs.share_out(work, (config, out), number, display)
+            queue.share_out(work, (config, out), number, display)
         else:
-            compute_all(pieces, parts, display.progress())
+            queue.compute_all(pieces, parts, partial(display.hear, 0))
     with locked(out / folder.LOCK):
-        left = experiment.results(), setting, environment, command
-        print("\n" + report.write(out, *left), flush=True)
-        report.draw(out, *left)
+        text = report.write(out, experiment.results(), setting, environment, command)
         folder.tidy(out)
-    names = sorted(path.name for path in out.iterdir() if path.name != folder.LOCK)
-    print(f"\n{out}: " + ", ".join(names), flush=True)
+    names = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"\n{text}\n\n{out}: {names}", flush=True)
     return out
 
 
@@ -58,15 +57,17 @@ def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.Module
     so that the bits depend on no number of cores or processes."""
     torch.set_num_threads(1)
     machine.keep_freed_memory()
+    # Of networks that are all but dead: the table marks what collapsed, bench.reevaluate warns.
+    warnings.filterwarnings("ignore", ".*gradient of exactly zero")
     setting = prepare(config, number)
     return load_phis(config.load, setting) if config.load else (setting, {})
 
 
-def work(config: Config, out: Path, number: int, progress: Progress) -> None:
+def work(config: Config, out: Path, number: int, tell: queue.Tell) -> None:
     """One of several processes of a run."""
     setting, phis = ready(config, number)
     experiment = Experiment(setting, out, phis)
-    compute_all(experiment.pieces(), experiment.parts, progress)
+    queue.compute_all(experiment.pieces(), experiment.parts, tell)
 
 
 if __name__ == "__main__":

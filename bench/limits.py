@@ -85,7 +85,8 @@ def machine(
 ) -> dict[str, Any]:
     """What the report of a benchmark begins with: its `origin`, the GPU, `rates`."""
     about = gpu(device)
-    begin = measure.origin(script, arguments, device, backend, ("noise", None))
+    noise = {"data": "noise", "data_sha256": None}
+    begin = measure.origin(script, arguments, device, backend, noise)
     return {**begin, "gpu": about, "rates": rates(device, about)}
 
 

@@ -18,7 +18,6 @@ from bench.case import Case, Peer, Unavailable, flops, make_case
 from bench.measure import count
 from bench.peers import OURS
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.machine import cores
 from l2l_ref.files import write_json
@@ -136,7 +135,7 @@ def peak_memory(options: Any) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Parse, measure, print, write."""
     options = parse(arguments)
-    folder.make(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     meta = make_case(1, 1, **options.form).meta
     report = limits.machine("operators", arguments, options.backend, options.device)
     report |= {"phi": meta.settings, "flops_per_coordinate_step": flops(meta), "rows": []}

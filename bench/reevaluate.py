@@ -18,10 +18,8 @@ from l2l_ref.experiment.cli import Parser, run_as_script
 from l2l_ref.experiment.config import Config, tuples
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.phis import load_phis
-from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.protocol import Experiment, Results
+from l2l_ref.experiment.protocol import Experiment
 from l2l_ref.experiment.setting import prepare
-from l2l_ref.experiment.summary import differences, summarise
 from l2l_ref.files import read_json, write_json
 
 
@@ -80,15 +78,14 @@ def main(arguments: list[str]) -> None:
     runs, worst = [], 0.0
     for key, piece in experiment.runs():
         if key["method"] in options.methods:
-            run = piece.compute(parts, Progress())
+            run = piece.compute(parts, lambda *_: None)
             worst = max(worst, abs(run["pgd_loss"] - parts[piece.name]["pgd_loss"]))
             runs.append({**key, **run})
-    results = Results(runs)
     found = origin("reevaluate", arguments, setting.device, setting.config.backend, setting.data)
-    rows = summarise(results)
+    rows = report.summarise(runs)
     footer = f"losses differ from the run's by at most {worst:.3g}\n{found['command']}"
     print("\n" + report.table(rows, setting.config, report.title(setting), footer))
-    found |= {"table": rows, "differences": differences(results), "loss_difference": worst}
+    found |= {"table": rows, "differences": report.differences(runs), "loss_difference": worst}
     write_json(options.folder / "reevaluation.json", found)
     print(f"\n{options.folder}: reevaluation.json")
 

@@ -16,7 +16,7 @@ from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.protocol import train_method
-from l2l_ref.experiment.trial import Trial
+from l2l_ref.experiment.setting import Trial
 from l2l_ref.files import write_json
 from l2l_ref.review import draw, review
 from l2l_ref.transfer import Method
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     # A label stands there once for each φ: the last one read is the first.
     first = {x.method.label: x for x in reversed(experiment.contenders(fold, eps))}
     for label in dict.fromkeys(options.methods):
-        method = first[label].make(experiment.parts)
+        method = first[label].chosen(experiment.parts)
         trial, model, *_ = train_method(setting, method, fold, eps, seed=0)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")

@@ -74,7 +74,7 @@ def instrument(clock: Clock) -> None:
         for name in names:
             setattr(owner, name, clock.timed(getattr(owner, name), **ranges))
 
-    patch(protocol, "train_phi", phase="meta-training")
+    patch(protocol.Experiment, "train_phi", phase="meta-training")
     patch(tuning.Grid, "run", phase="tuning")
     patch(protocol, "run_method", phase="transfer")
     patch(evaluate, "losses", phase="recording")

@@ -17,7 +17,6 @@ import torch
 from bench import limits, measure
 from l2l_ref import attacks, data, problems
 from l2l_ref.data import sources
-from l2l_ref.experiment import folder
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.config import RECIPES, complete
 from l2l_ref.experiment.machine import keep_freed_memory
@@ -94,7 +93,7 @@ def main(arguments: list[str]) -> None:
     top.add_argument("--steps", type=measure.count, default=100, metavar="N",
                      help="a call of `train` (100)")  # fmt: skip
     options = measure.parse(top, arguments)
-    folder.make(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()  # as run.py does
     torch.set_num_threads(options.threads)
     report = limits.machine("transfer_step", arguments, options.backend)

@@ -13,7 +13,7 @@ import torch
 import l2l_ref
 from l2l_ref import data, evaluate, problems
 from l2l_ref.attacks import none
-from l2l_ref.experiment.summary import interval, signed
+from l2l_ref.experiment.report import interval, signed
 from l2l_ref.transfer import Method, train
 
 ATTACK = partial(l2l_ref.pgd, eps=0.1)

@@ -7,7 +7,6 @@ import fcntl
 import io
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -40,7 +39,7 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file (`flock`), which is there only meanwhile and says who holds it.
+    """Hold the lock of a file (`flock`), which is there only meanwhile.
 
     The kernel frees it when this process ends, however it ends. If another process holds it, wait
     for that, or yield False.
@@ -56,9 +55,6 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
             try:
                 yield True
             finally:

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 from l2l_ref.errors import InputError, shortened
-from l2l_ref.experiment.config import OPTIONS, Config, complete, names_of, tuples
-from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT
+from l2l_ref.experiment.config import GROUPS, OPTIONS, Config, complete, flag, names_of, tuples
 from l2l_ref.pretrained import card, list_pretrained
 
 
@@ -34,12 +33,11 @@ def parser() -> Parser:
         formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=96),
         allow_abbrev=False,
     )
-    groups = {title: top.add_argument_group(title) for title in (WHAT, META, TRANSFER, RUN)}
+    groups = {title: top.add_argument_group(title) for title in GROUPS}
     for one in fields(Config):
         chosen = OPTIONS[one.name]
         if chosen.group is not None:
-            flag = "--" + one.name.replace("_", "-")
-            groups[chosen.group].add_argument(flag, **chosen.arguments(one.type))
+            groups[chosen.group].add_argument(flag(one.name), **chosen.arguments(one.type))
     return top
 
 
@@ -55,27 +53,19 @@ def parse(arguments: list[str]) -> Config:
         given = {key: its_own[key] for key in ("dataset", "attack", "eps")} | given
     clash = sorted(given.keys() & names_of("φ")) if "load" in given else []
     if clash:
-        names = ", ".join("--" + name.replace("_", "-") for name in clash)
+        names = ", ".join(map(flag, clash))
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
     return complete(tuples(given))
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends a program, as control-C does; its one argument is the signal."""
 
 
 def run_as_script(
     name: str, main: Callable[[list[str]], object], interrupted: str = "stopped"
 ) -> None:
     """Run `main` on the command line; a mistake is one sentence and exit code 2, and a signal one
-    and 128 plus its number.
-
-    Args:
-        interrupted: what to say of a program that did not come to its end.
-    """
+    and 128 plus its number. `interrupted` says what there is to do about a program that stopped."""
 
     def stop(number: int, _: Any) -> None:
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -85,15 +75,13 @@ def run_as_script(
             signal.signal(number, stop)
     try:
         main(sys.argv[1:])
+        return
     except InputError as error:
-        end(2, f"{name}: {shortened(str(error))}")
+        code, words = 2, f"{name}: {shortened(str(error))}"
     except OSError as error:  # no room, no permission, a disk that fails, a reader that left
-        where = f"{error.filename}: " if error.filename else ""
-        end(2, f"{name}: {shortened(where)}{error.strerror or error} ({interrupted})")
-    except KeyboardInterrupt as stopped:
-        end(128 + (stopped.args or (signal.SIGINT,))[0], f"\n{interrupted}")
-
-
-def end(code: int, words: str) -> None:
+        where = f"{shortened(error.filename)}: " if error.filename else ""
+        code, words = 2, f"{name}: {where}{error.strerror or error} ({interrupted})"
+    except KeyboardInterrupt as stopped:  # control-C brings no number
+        code, words = 128 + (stopped.args or (signal.SIGINT,))[0], f"\n{interrupted}"
     print(words, file=sys.stderr)
     sys.exit(code)

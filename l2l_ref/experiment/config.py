@@ -1,18 +1,104 @@
 """The configuration: one frozen dataclass, whose fields are the options, and how it is stored."""
 
-import math
-from dataclasses import dataclass, fields
-from typing import Any
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from l2l_ref.backend import BACKENDS
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.options import META, RUN, TRANSFER, WHAT, Option, option, path
 from l2l_ref.meta_settings import MetaSettings
 
+GROUPS = "experiment", "meta-training", "transfer and evaluation", "the run"  # of the help
+WHAT, META, TRANSFER, RUN = GROUPS
 DATASETS = ("mnist", "cifar10", "quadratic")
 ATTACKS = ("fgsm", "pgd", "none")
 RECIPES = ("paper", "robust", "penalty")
+
+
+def number(text: str) -> float:
+    """A float, or a fraction such as 8/255."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
+
+
+def path(text: str) -> str:
+    """A path, its ~ expanded, which a shell leaves alone after a =."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("it is empty, or no path at all")
+    return os.path.expanduser(text)
+
+
+def flag(name: str) -> str:
+    """The option of a field, as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def show(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field's metadata say of it."""
+
+    group: str | None = None  # of the help; None for a setting without a flag
+    help: str = ""  # one sentence; what the defaults are comes after it by itself
+    default: Any = None  # where no exception holds
+    # {words: the value there}, of which the last that holds wins. Words are a data set, an attack,
+    # a recipe or "quick"; all must be those of the run. The recipe "penalty" is "robust" too.
+    exceptions: dict[str, Any] = field(default_factory=dict)
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+    of: str = ""  # "φ": a loaded φ brings it along; "place": it may change when a run is continued
+    kind: Callable[[str], Any] | None = None  # parses an argument, where the type does not say how
+
+    def value(self, words: set[str]) -> Any:
+        """The default of a run that these words describe."""
+        value = self.default
+        for needed, other in self.exceptions.items():
+            if words.issuperset(needed.split()):
+                value = other
+        return value
+
+    def sentence(self) -> str:
+        """The help, with the defaults behind it."""
+        if self.default in (None, ()) or isinstance(self.default, bool):
+            return self.help
+        cases = {"": self.default} | self.exceptions
+        shown = [f"{words}: {show(value)}" if words else show(value)
+                 for words, value in cases.items() if "quick" not in words]  # fmt: skip
+        return f"{self.help} ({'; '.join(shown)})"
+
+    def arguments(self, type_: Any) -> dict[str, Any]:
+        """Those of `add_argument`, for a field of that type."""
+        text = self.sentence().replace("%", "%%")
+        if type_ is bool:
+            action = argparse.BooleanOptionalAction if self.default else "store_true"
+            return {"action": action, "help": text}
+        inner = [one for one in get_args(type_) if one not in (NoneType, Ellipsis)]
+        kind = self.kind or (inner or [type_])[0]
+        return {
+            "type": number if kind is float else kind,
+            "nargs": ("+", 2)[len(inner) - 1] if get_origin(type_) is tuple else None,
+            "choices": self.choices,
+            "metavar": self.metavar or (None if self.choices else "N" if kind is int else "X"),
+            "help": text,
+        }
+
+
+def option(*positional: Any, **more: Any) -> Any:
+    """The field of an `Option`; it has no default of its own, as that depends on the run."""
+    return field(metadata={"option": Option(*positional, **more)})
 
 
 # fmt: off
@@ -37,7 +123,6 @@ class Config:
     optimizee: str = option(WHAT, "mlp, convnet, logistic or MODULE:FUNCTION",
         "mlp", {"cifar10": "convnet", "quadratic": "quadratic"}, metavar="NAME")
     attack_steps: int = option(WHAT, "PGD steps", 7)
-    attack_step_size: float | None = option(WHAT, "pixel values", said="2.5·eps/steps")
 
     # On CIFAR-10 φ takes some 100 unrolls of clean episodes until it begins to learn. Under FGSM
     # 50 episodes are too few (docs/answers), under PGD one of 100-step episodes collapses. With
@@ -52,15 +137,13 @@ class Config:
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
     average: float = option(META, "decay d of the average θ̄ that the meta-loss is of", 0.0,
-        {"robust": 0.95, "quadratic": 0.0}, of="φ", said="robust: 0.95")
+        {"robust": 0.95, "quadratic": 0.0}, of="φ")
     # A meta-gradient is of one coordinate in so many (docs/trials).
     stride: int = option(default=1, exceptions={"mnist paper": 4, "robust": 4, "quadratic": 1},
         of="φ")
     unroll: int = option(META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ")
     meta_lr: float = option(META, "Adam's on φ", 3e-3,
         {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2}, of="φ")
-    meta_schedule: str = option(default="cosine", of="φ")
-    clip: float = option(default=1.0, of="φ")  # of the meta-gradient's norm
     # The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that φ
     # collapses, so some of the clean one stays.
     alpha: float = option(META, "α of Eq. 6, the share of the clean loss", 0.5,
@@ -68,21 +151,18 @@ class Config:
     input_alpha: float = option(  # that of the loss whose gradient is the input of φ
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0, "robust": 1.0}, of="φ")
     penalty: float = option(META, "λ/eps of the loss whose gradient φ takes as input", 0.0,
-        {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ",
-        said="penalty: 1.5, on CIFAR-10 1")
+        {"penalty": 1.5, "cifar10 penalty": 1.0, "quadratic": 0.0}, of="φ")
     # Literally, φ drifts to a constant predictor unless α and ε come in slowly.
     curriculum: tuple[float, float] = option(META, "fractions of the episodes at which attacks "
         "begin and are at full strength", (0.0, 0.5),
         {"cifar10": (0.5, 0.75), "robust": (0.0, 0.0), "quadratic": (0.0, 0.0)}, of="φ")
     p: float = option(META, "log range of Eq. 5", 10.0, of="φ")
-    nominal: bool = option(META, "θ ← θ + u - η·d, Adam's direction d", False,
-        {"robust": True, "quadratic": False}, of="φ", said="robust", opposite=True)
+    # θ ← θ + u - η·d with Adam's direction d.
+    nominal: bool = option(default=False, exceptions={"robust": True, "quadratic": False}, of="φ")
     # θ of a quadratic travels much farther than a network's.
     output_scale: float = option(default=0.01, exceptions={"robust": 0.1, "quadratic": 0.1}, of="φ")
     theta_input: bool = option(default=False, exceptions={"robust": True}, of="φ")
     odd: bool = option(default=False, exceptions={"robust": True}, of="φ")
-    hidden_size: int = option(default=20, of="φ")
-    num_layers: int = option(default=2, of="φ")
     meta_seeds: int = option(META, "φ meta-trained", 1)
     # A miniature of CIFAR-10's meta-training learns nothing.
     load: str | None = option(META, "use the φ of this meta_optimizer.pt, or of the package by its "
@@ -92,25 +172,23 @@ class Config:
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "quick": 40})
-    average_over: float = option(default=0.1)  # share of the steps in the average that is evaluated
-    images: int | None = option(TRANSFER, "that an optimizee trains on", said="all of its half")
+    images: int | None = option(TRANSFER, "that an optimizee trains on (all of its half)")
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
     folds: int = option(TRANSFER, "2: the halves change places too", 1)
-    transfer_alpha: float = option(default=0.5)  # the clean share in L2L-Transfer (mixed)
     attacked_alpha: float = option(  # that of Adam on attacked batches
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
     compare: tuple[str, ...] = option(TRANSFER, "more baselines: MODULE:FUNCTION, model[, lr] -> "
-        "optimizer", (), metavar="NAME", said="none")
+        "optimizer", (), metavar="NAME")
     tune_seeds: int = option(default=2, exceptions={"cifar10": 1, "quick": 1})
     tune_every: int = option(default=1, exceptions={"quick": 2, "cifar10 quick": 3})  # of a grid
     eval_samples: int = option(TRANSFER, "test images for the accuracies", 2000,
         {"quick": 500, "cifar10 quick": 100})
     curve_samples: int = option(default=1000, exceptions={"cifar10": 256, "quadratic": 1,
         "quick": 100})  # for the losses
-    record_every: int = option(TRANSFER, "updates between points of a curve",
-        exceptions={"cifar10 quick": 4}, said="steps/50")
+    # Updates between points of a curve; None is a fiftieth of them.
+    record_every: int | None = option(exceptions={"cifar10 quick": 4})
     eval_attack: str = option(TRANSFER, "attack of the evaluation: pgd or MODULE:FUNCTION",
         "pgd", metavar="NAME")
     eval_steps: int = option(TRANSFER, "steps of that PGD", 20)
@@ -122,45 +200,50 @@ class Config:
     seed: int = option(RUN, "base of all randomness", 0)
     device: str = option(RUN, "cpu, cuda, cuda:1, …", "auto", metavar="D", of="place")
     backend: str = option(RUN, "who runs the LSTM", "auto", choices=BACKENDS, of="place")
-    jobs: int | None = option(RUN, "processes, of a core or a GPU each", of="place",
-        said="all that pay")
-    graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place",
-        opposite=True)
+    jobs: int | None = option(RUN, "processes, of a core or a GPU each (all that pay)", of="place")
+    graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place")
     data_dir: str = option(RUN, "where data is or is downloaded to", "data", metavar="DIR",
         of="place", kind=path)
     strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
-    out: str | None = option(RUN, "results", metavar="DIR", of="place", kind=path,
-        said="runs/<dataset>-<attack>-<recipe>")
+    out: str | None = option(RUN, "results (runs/<dataset>-<attack>-<recipe>)", metavar="DIR",
+        of="place", kind=path)
     resume: bool = option(RUN, "continue or join the run in --out, or begin it", False, of="place")
     # fmt: on
 
     def __post_init__(self):
-        require("folds", self.folds in (1, 2), self.folds, "1 or 2")
-        for name in [one.name for one in fields(self) if one.type is int and one.name != "seed"]:
-            require(name, getattr(self, name) >= 1, getattr(self, name), "at least 1")
-        require("jobs", self.jobs is None or self.jobs >= 1, self.jobs, "at least 1")
-        few = self.images is not None and self.images < self.batch_size
-        require("images", not few, self.images, f"at least --batch-size, {self.batch_size}")
-        lengths = self.episode_steps
-        ordered = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
-        require("episode_steps", ordered, list(lengths), "a length, or smallest and largest")
-        require("p", 0 < self.p <= MAX_P, self.p, f"above 0 and at most {MAX_P}")
-        require("meta_lr", 0 < self.meta_lr <= 1, self.meta_lr, "above 0 and at most 1")
-        require("alpha", 0 <= self.alpha <= 1, self.alpha, "between 0 and 1")
+        counts = [one.name for one in fields(self) if one.type is int and one.name != "seed"]
+        lengths, radii = self.episode_steps, self.eps
+        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
+        rules |= {
+            "folds": (self.folds in (1, 2), "1 or 2"),
+            "jobs": (self.jobs is None or self.jobs >= 1, "at least 1"),
+            "images": (
+                self.images is None or self.images >= self.batch_size,
+                f"at least --batch-size, {self.batch_size}",
+            ),
+            "episode_steps": (
+                len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1],
+                "a length, or smallest and largest",
+            ),
+            "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),  # paper: it sets input_alpha too
+            "p": (0 < self.p <= MAX_P, f"above 0 and at most {MAX_P}"),
+            "eps": (
+                all(0 <= eps <= 1 for eps in radii) and len(set(radii)) == len(radii),
+                "between 0 and 1 (pixel values are in [0, 1]) and free of repeats",
+            ),
+            "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
+        }
+        for name, known in (("attack", ATTACKS), ("eval_attack", ("pgd",))):
+            value = getattr(self, name)
+            rules[name] = value in known or ":" in value, f"{', '.join(known)}, or MODULE:FUNCTION"
+        for name, (right, allowed) in rules.items():
+            if not right:
+                value = show(getattr(self, name))
+                raise InputError(f"{flag(name)} is {value}: it must be {allowed}")
         try:
             self.meta_settings()
-        except InputError as error:  # names one of the others of meta-training
-            raise InputError(f"--{error}") from None
-        size = self.attack_step_size
-        require("attack_step_size", size is None or 0 < size <= 1, size, "above 0 and at most 1")
-        known = self.attack in ATTACKS or ":" in self.attack
-        require("attack", known, self.attack, f"{', '.join(ATTACKS)}, or MODULE:FUNCTION")
-        known = self.eval_attack == "pgd" or ":" in self.eval_attack
-        require("eval_attack", known, self.eval_attack, "pgd, or MODULE:FUNCTION")
-        for eps in self.eps:
-            require("eps", 0 <= eps <= 1, eps, "between 0 and 1 (pixel values are in [0, 1])")
-        require("eps", len(set(self.eps)) == len(self.eps), list(self.eps), "free of repeats")
-        require("seed", 0 <= self.seed < 2**63, self.seed, "at least 0 and below 2^63")
+        except InputError as error:  # its first word is the name of a field
+            raise InputError(flag(str(error))) from None
         if self.penalty and self.input_alpha == 0:
             raise InputError(
                 f"--penalty is {self.penalty} but --alpha 0 has no clean loss that it could be "
@@ -181,8 +264,7 @@ class Config:
             steps=self.episode_steps[-1],
             unroll=self.unroll,
             meta_lr=self.meta_lr,
-            schedule=self.meta_schedule,
-            clip=self.clip,
+            schedule="cosine",
             input_alpha=1.0 if clean else self.input_alpha,
             penalty=0.0 if clean else self.penalty * eps,
             alpha=1.0 if clean else self.alpha,
@@ -192,14 +274,7 @@ class Config:
         )
 
 
-def require(name: str, ok: bool, value: Any, allowed: str) -> None:
-    """InputError unless `ok`, in the words of the command line."""
-    if not ok:
-        raise InputError(f"--{name.replace('_', '-')} is {value}: it must be {allowed}")
-
-
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}
-POINTS = 50  # of a curve
 
 
 def names_of(of: str) -> set[str]:
@@ -221,10 +296,7 @@ def complete(given: dict[str, Any]) -> Config:
         settings |= {"input_alpha": given["alpha"], "attacked_alpha": given["alpha"]}
     if given.keys() & (names_of("φ") | {"meta_seeds", "folds", "eval_on"}):
         settings["load"] = None  # what comes with the package is not that φ
-    settings |= given
-    if settings["record_every"] is None:
-        settings["record_every"] = math.ceil(settings["steps"] / POINTS)
-    return Config(**settings)
+    return Config(**settings | given)
 
 
 def tuples(settings: dict[str, Any]) -> dict[str, Any]:

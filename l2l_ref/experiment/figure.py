@@ -9,8 +9,7 @@ import torch
 
 from l2l_ref.drawing import own_style, save_png
 from l2l_ref.experiment.config import Config
-from l2l_ref.experiment.phis import LEARNED_RATE
-from l2l_ref.experiment.trial import ABLATION, CLEAN
+from l2l_ref.experiment.phis import ABLATION, CLEAN, LEARNED_RATE
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
 STYLES = {
@@ -46,11 +45,7 @@ def draw_curves(
     """Draw the mean of each method in `STYLES`, ± one deviation, into the PNG at `path`.
 
     Runs that collapsed or diverged are counted in their panel, and curves that leave it are named,
-    so that no mean hides them.
-
-    Args:
-        runs: those of `protocol.Results`.
-        summary: rows of `summary.summarise`.
+    so that no mean hides them. `summary` is that of `report.summarise`.
     """
     from matplotlib.figure import Figure
 
@@ -96,9 +91,7 @@ def draw_curves(
         panel.remove()
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
                   frameon=False, title=title, title_fontsize=11)  # fmt: skip
-    left_out = [
-        name for name in dict.fromkeys(row["method"] for row in summary) if name not in STYLES
-    ]
+    left_out = dict.fromkeys(row["method"] for row in summary if row["method"] not in STYLES)
     if left_out:
         footer = f"not drawn: {', '.join(left_out)}\n{footer}"
     finish(figure, path, footer, columns)
@@ -108,11 +101,7 @@ def draw_curves(
 def draw_meta_training(
     path: Path, histories: dict[str, dict[str, Any]], title: str, footer: str
 ) -> None:
-    """Draw how each episode of meta-training ended, and as circles what the checks of φ said.
-
-    Args:
-        histories: `protocol.Results.meta_training`.
-    """
+    """Draw how each episode of meta-training ended, and as circles what the checks of φ said."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 5.0), layout="constrained")
@@ -129,7 +118,7 @@ def draw_meta_training(
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,
                   title_fontsize=9, fontsize=8)  # fmt: skip
-    finish(figure, path, footer.partition("\n")[2], 1)  # its first line is of the table
+    finish(figure, path, footer, 1)
 
 
 def finish(figure: Any, path: Path, footer: str, columns: int) -> None:

@@ -1,18 +1,42 @@
-"""A run's folder: which it is, and that what is continued or joined there is the same run."""
+"""A run's folder: which it is, that what is continued there is the same run, and its parts."""
 
 import itertools
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, names_of
-from l2l_ref.files import locked, plain, read_json, sealed, write_json
+from l2l_ref.experiment.config import Config, flag, names_of
+from l2l_ref.files import locked, plain, read_json, replace_with, sealed, write_json
 
 LOCK = ".lock"  # in a folder, held while its config.json or its report is written
 AFRESH = "start afresh with another --out"
+
+
+class Parts:
+    """The results of a run's pieces by name, one JSON file each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, name: str, kind: str = "json") -> Path:
+        return self.folder / f"{name}.{kind}"
+
+    def __contains__(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def __getitem__(self, name: str) -> Any:
+        """InputError where the file is not as it was written."""
+        return read_json(self.path(name), "delete it and resume again")
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in self.folder.glob("*.json"))
+
+    def keep(self, name: str, value: Any) -> None:
+        text = json.dumps(sealed(value))
+        replace_with(self.path(name), lambda partial: partial.write_text(text))
 
 
 def choose(config: Config, root: Path = Path("runs")) -> Path:
@@ -20,10 +44,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
     -2, -3, … behind it where that is taken.
 
     A run never writes over another. With `--resume` that in `--out`, or the newest of the name, is
-    continued or joined if it is there, and begun if not.
-
-    Raises:
-        InputError: `--out` is taken, and not by a run that `--resume` may continue.
+    continued or joined if it is there, and begun if not. InputError if `--out` is taken otherwise.
     """
     if config.out is not None:
         folder = Path(config.out)
@@ -31,17 +52,15 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         attack = config.attack.replace(":", ".")  # of MODULE:FUNCTION
         recipe = "loaded" if config.load else config.recipe  # φ's own, which is not read yet
         name = "-".join([config.dataset, attack, recipe] + ["quick"] * config.quick)
-        folder = root / name
-        for number in itertools.count(2):
-            following = root / f"{name}-{number}"
-            if not folder.exists() or (config.resume and not following.exists()):
-                break
-            folder = following
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file: name a folder")
-    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        numbered = (root / (name + f"-{number}" * (number > 1)) for number in itertools.count(1))
+        newest = None
+        while (folder := next(numbered)).exists():
+            newest = folder
+        if config.resume and newest:
+            folder = newest
+    if folder.is_file() or (folder.exists() and any(p.name != LOCK for p in folder.iterdir())):
         if not (folder / "config.json").exists():
-            raise InputError(f"--out {folder} holds no run, but other files: name another folder")
+            raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:
             raise InputError(
                 f"--out {folder} is not empty: add --resume to continue that run, or name another"
@@ -49,80 +68,62 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
     return folder
 
 
-def join(
-    config: Config, data: tuple[str, str | None], environment: dict[str, Any], command: str
-) -> tuple[Path, dict[str, Any]]:
+def join(config: Config, environment: dict[str, Any], command: str) -> tuple[Path, dict[str, Any]]:
     """Choose the folder of this run and make it, or join what is there; write its config.json.
 
-    A run that is continued keeps the environment it began in, and lists the others.
-
-    Returns:
-        The folder, and the environment that the run began in.
-
-    Raises:
-        InputError: what `choose`, `make` and `must_match` raise.
+    A run that is continued keeps the environment it began in, and lists the others. Returns the
+    folder and that environment; InputError for a folder that cannot be written, or is another's.
     """
-    environment = plain(environment)
-    make(folder := choose(config))
-    with to_be_written(folder), locked(folder / LOCK):
-        path = folder / "config.json"
-        if path.exists() and not config.resume:
-            return join(config, data, environment, command)  # another run has chosen it too
-        value = plain({"command": command, "settings": asdict(config), "environment": environment})
-        if path.exists():
-            settings, value = value["settings"], read_json(path, AFRESH)
-            must_match(settings, value, data, folder)
-            first = value["environment"]
-            others = first.pop("continued_in", [])
-            if environment not in [first, *others]:
-                others.append(environment)
-            first["continued_in"] = others
-        write_json(path, sealed(value))
-        return folder, value["environment"]
-
-
-def make(folder: Path) -> None:
-    """Make the folder of a run; InputError where the file system says no."""
-    with to_be_written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def to_be_written(folder: Path) -> Iterator[None]:
-    """InputError where the file system says no."""
+    folder = choose(config)
+    value = plain({"command": command, "settings": asdict(config), "environment": environment})
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / LOCK):
+            path = folder / "config.json"
+            if path.exists() and not config.resume:
+                return join(config, environment, command)  # another run has chosen it too
+            if path.exists():
+                here, value = value, read_json(path, AFRESH)
+                must_match(here, value, folder)
+                first, environment = value["environment"], here["environment"]
+                others = first.pop("continued_in", [])
+                if environment not in [first, *others]:
+                    others.append(environment)
+                first["continued_in"] = others
+            write_json(path, sealed(value))
     except OSError as error:
         raise InputError(
             f"--out {folder} cannot be written ({error.strerror}): name another folder"
         ) from None
+    return folder, value["environment"]
 
 
-def must_match(
-    settings: dict[str, Any], saved: dict[str, Any], data: tuple[str, str | None], folder: Path
-) -> None:
+def must_match(here: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
     """InputError unless settings and data are those of the config.json that is there.
 
     Places may differ. The halves go by the order of the images, which differs between layouts, so
     the same pixels from another layout are other data.
     """
-    before, environment = saved["settings"], saved["environment"]
-    for name in sorted(settings.keys() - names_of("place")):
-        if settings[name] != before.get(name):
+
+    def facts(value: dict[str, Any]) -> dict[str, Any]:
+        settings = {
+            flag(name): one for name, one in value["settings"].items() if name not in places
+        }
+        return settings | {"data": describe(value["environment"])}
+
+    places = names_of("place")
+    before, now = facts(saved), facts(here)
+    for name in sorted(now):
+        if before.get(name) != now[name]:
             raise InputError(
-                f"{folder} was run with {name.replace('_', '-')} {before.get(name)}, not "
-                f"{settings[name]}: resume with that, or {AFRESH}"
+                f"{folder} was run with {name} {before.get(name)}, not {now[name]}: give that, or "
+                f"{AFRESH}"
             )
-    if data != (data_before := (environment["data"], environment["data_sha256"])):
-        raise InputError(
-            f"{folder} was run on {describe(data_before)}, not {describe(data)}: give the same "
-            f"--data-dir, or {AFRESH}"
-        )
 
 
-def describe(data: tuple[str, str | None]) -> str:
-    """A data set's source and the beginning of its checksum."""
-    source, checksum = data
+def describe(value: dict[str, Any]) -> str:
+    """Of a file that says what data it comes from: their source, and their checksum's begin."""
+    source, checksum = value["data"], value["data_sha256"]
     return source if checksum is None else f"{source} (checksum {checksum[:12]})"
 
 

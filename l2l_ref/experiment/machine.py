@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,35 +45,21 @@ def cores() -> int:
     return min(count, math.ceil(quota / period))
 
 
-def environment(device: torch.device, backend: str, data: tuple[str, str | None]) -> dict[str, Any]:
-    """Versions, hardware, code and data that a result depends on.
-
-    Args:
-        backend: "fused" or "reference".
-        data: its source and checksum.
-    """
+def environment(device: torch.device, backend: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hardware, code and data (`Setting.data`) that a result depends on."""
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: package_version(name) for name in ("torchvision", "numpy")},
+        **{name: version(name) for name in ("torchvision", "numpy")},
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
         "backend": backend,
         "engine": build_info() if backend == "fused" else None,
         "git_commit": git_commit(),
-        "data": data[0],
-        "data_sha256": data[1],
+        **data,
     }
-
-
-def package_version(name: str) -> str | None:
-    """The version of an installed package, which is not imported for that."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def processor() -> str:

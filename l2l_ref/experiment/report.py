@@ -1,27 +1,151 @@
-"""What a run leaves: config.json, metrics.csv, summary.json, curves.png, and the printed table."""
+"""What a run says and leaves: means, paired differences, verdicts, the table; its files."""
 
 import csv
 import io
 import math
+import statistics
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.figure import draw_curves, draw_meta_training, marks
-from l2l_ref.experiment.protocol import KEY, Results
-from l2l_ref.experiment.setting import Setting
-from l2l_ref.experiment.summary import METRICS, differences, summarise, verdicts
+from l2l_ref.experiment.phis import LEARNED_RATE
+from l2l_ref.experiment.protocol import KEY
+from l2l_ref.experiment.setting import PGD_STEPS, Setting
 from l2l_ref.files import replace_with, write_json
 
-SHOWN = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy", "seconds")  # the rest is in JSON
+METRICS = {
+    "attacked_loss": "loss",  # the last of the curve, where there is no other
+    "pgd_loss": f"loss, PGD-{PGD_STEPS}",
+    "fgsm_loss": "loss, FGSM",
+    "accuracy": "clean %",
+    "fgsm_accuracy": "FGSM %",
+    "pgd_accuracy": "{attack} %",
+    "ms_per_step": "ms/step",
+    "seconds": "s",
+}
+# What φ is compared with: the paper's claim first, then what its row would be without φ, and the
+# strongest baseline that trains on the same.
+CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
+    "paper": {"L2L-Transfer (clean)": ("Adam",), "L2L": (LEARNED_RATE, "Adam (attacked) + L1")},
+    "robust": {"L2L-Transfer (clean)": ("Adam", LEARNED_RATE, "Adam + L1")},
+    "penalty": {LEARNED_RATE: ("Adam", "Adam + penalty + L1")},
+}
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10
+PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
+SHOWN = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy", "seconds")  # in the table
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each ε and method: mean and sample deviation over folds, φ and seeds.
+
+    A metric that is not finite in some run has mean and deviation None: no run is left out.
+    """
+    rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        rows.setdefault((run["eps"], run["method"]), []).append(run)
+    summary = []
+    for (eps, method), own in rows.items():
+        row: dict[str, Any] = {"eps": eps, "method": method, "runs": len(own)}
+        row["trains_on"] = own[0]["trains_on"]
+        phis = sorted({run["phi"] for run in own} - {None})
+        for name in [name for name in METRICS if name in own[0]]:
+            row[name] = spread([run[name] for run in own])
+            if len(phis) > 1:
+                by_phi = [[run[name] for run in own if run["phi"] == phi] for phi in phis]
+                row[name]["by_phi"] = [spread(values)["mean"] for values in by_phi]
+        for end in ("collapsed", "diverged"):
+            row[end] = sum(run["end"] == end for run in own)
+        summary.append(row)
+    return summary
+
+
+def spread(values: list[Any]) -> dict[str, float | None]:
+    """Mean and sample deviation; None where a value is not finite."""
+    finite = all(map(math.isfinite, values))
+    return {
+        "mean": statistics.fmean(values) if finite else None,
+        "std": statistics.stdev(values) if finite and len(values) > 1 else None,
+    }
+
+
+def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each method that a φ trains, less each other one: {"mean", "half_width"} of `PAIRED`.
+
+    Runs of a seed share θ₀ and batches, so they are compared in pairs, after averaging over φ; the
+    interval is that of Student's t at 95 % over seeds and folds. Fewer than three have none.
+    """
+    seeds: dict[tuple[float, str], dict[tuple[int, int], list[dict[str, Any]]]] = {}
+    for run in runs:
+        own = seeds.setdefault((run["eps"], run["method"]), {})
+        own.setdefault((run["fold"], run["seed"]), []).append(run)
+    rows = []
+    for (eps, method), own in seeds.items():
+        (first, *_), *_ = own.values()
+        if first["phi"] is None:
+            continue
+        for (eps_too, other), theirs in seeds.items():
+            if eps_too != eps or other == method:
+                continue
+            row: dict[str, Any] = {"eps": eps, "method": method, "less": other}
+            for name in [name for name in PAIRED if name in first]:
+                gaps = [mean(own[key], name) - mean(theirs[key], name) for key in sorted(own)]
+                row[name] = interval(gaps)
+            rows.append(row)
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]], recipe: str) -> str:
+    """The loss of φ minus that of `CONTROLS`, of `differences`; a line for each ε and row of φ."""
+    lines = []
+    for eps, own in product(dict.fromkeys(row["eps"] for row in rows), CONTROLS[recipe]):
+        texts = []
+        for row in rows:
+            if (row["eps"], row["method"]) == (eps, own) and row["less"] in CONTROLS[recipe][own]:
+                loss = row.get("pgd_loss", row.get("attacked_loss"))
+                texts.append(f"{row['less']} {signed(loss)}")
+        if texts:
+            line = f"ε {eps:g}: loss of {own} minus that of " + ", ".join(texts)
+            lines.append(line + " (95 % over seeds, after the mean over φ)" * ("±" in line))
+    return "\n".join(lines)
+
+
+def signed(value: dict[str, float | None] | None) -> str:
+    """`+0.123 ± 0.045`."""
+    if value is None or value["mean"] is None:
+        return "not finite"
+    half = value["half_width"]
+    return f"{value['mean']:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def mean(runs: list[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(run[name] for run in runs)
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean, and half the width of the 95 % interval of Student's t; None as in `spread`, and of
+    fewer than three values."""
+    of, half = spread(values), None
+    if of["std"] is not None and len(values) > 2:
+        half = student(len(values) - 1) * of["std"] / math.sqrt(len(values))
+    return {"mean": of["mean"], "half_width": half}
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; from 11 on by Fisher's expansion, to three decimals."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    """`mean ± std`, accuracies in %, seconds without ±; "–" where there is none."""
-    value, scale = row.get(name), 1
-    if value is None:
-        return "–"
+    """`mean ± std`, accuracies in %, seconds without ±."""
+    value, scale = row[name], 1
     if value["mean"] is None:
         return "not finite"
     digits = 3 if value["mean"] < 10 else 2
@@ -36,7 +160,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str) -> str:
     """The comparison as a Markdown table of at most 100 columns, the lowest loss first; what ended
     badly is named below it."""
-    names = [name for name in SHOWN if any(name in row for row in summary)]
+    names = [name for name in SHOWN if name in summary[0]]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
     attack = config.eval_attack.partition(":")[2] or f"PGD-{config.eval_steps}"
@@ -45,7 +169,7 @@ def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str
     head = ["ε"] * several + ["method", "trains on", *labels]
 
     def order(row: dict[str, Any]) -> tuple[float, float]:
-        loss = row.get(names[0], {"mean": None})["mean"] if names else None
+        loss = row[names[0]]["mean"]
         return row["eps"], math.inf if loss is None else loss
 
     rows = sorted(summary, key=order)
@@ -71,83 +195,76 @@ def title(setting: Setting) -> str:
     attacks = {"fgsm": "FGSM", "pgd": f"PGD-{config.attack_steps}", "none": "no attack"}
     words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
              config.optimizee, attacks.get(config.attack, config.attack), f"recipe {config.recipe}",
-             f"data: {setting.source}"]  # fmt: skip
+             f"data: {setting.data['data']}"]  # fmt: skip
     if setting.origin:
         words.append(f"φ from {setting.origin}")
     return " · ".join(words + ["quick miniature"] * config.quick)
 
 
-def footnote(config: Config, environment: dict[str, Any], command: str) -> str:
-    """Seeds, hardware, versions and command, for the foot of a table or figure."""
-    e = environment
-    commit = e["git_commit"]
+def footnotes(config: Config, environment: dict[str, Any], command: str) -> tuple[str, str]:
+    """What a comparison is of, and where all figures come from: seeds, hardware, command."""
+    e, commit = environment, environment["git_commit"]
     images = "" if config.dataset == "quadratic" else f" on {config.eval_on} images"
-    return (
-        f"{config.steps} steps, evaluated{images}; mean ± sample deviation\n"
-        f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)"
-        "\n"
-        f"{e['device']}, threads: {e['threads']}"
-        + f", torch {e['torch']}, backend {e['backend']}"
+    return f"{config.steps} steps, evaluated{images}; mean ± sample deviation\n", (
+        f"seeds: {config.seeds}, folds: {config.folds}, φ: {config.meta_seeds} (baselines: no φ)\n"
+        f"{e['device']}, threads: {e['threads']}, torch {e['torch']}, backend {e['backend']}"
         + (", continued elsewhere (config.json)" if e.get("continued_in") else "")
         + (f", commit {commit[:9]}{'+' * commit.endswith('+')}" if commit else "")
         + f"\n{command}"
     )
 
 
-def curves_csv(results: Results, data: str) -> str:
+def curves_csv(runs: list[dict[str, Any]], data: str) -> str:
     """One row for each ε, method, fold, φ, seed and step; the last column says what data it was."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*KEY, "step", "clean_loss", "attacked_loss", "data"])
-    for run in results.runs:
+    for run in runs:
         key = [run[column] for column in KEY]
-        curves = (run.get(name, []) for name in ("steps", "clean", "attacked"))
-        for row in zip(*curves, strict=True):
+        for row in zip(run["steps"], run["clean"], run["attacked"], strict=True):
             writer.writerow([*key, *row, data])
     return buffer.getvalue()
 
 
 def write(
-    out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
+    out: Path,
+    results: tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]],
+    setting: Setting,
+    environment: dict[str, Any],
+    command: str,
 ) -> str:
-    """Write metrics.csv and summary.json into `out`; returns the table."""
-    config = setting.config
-    heading, footer = title(setting), footnote(config, environment, command)
-    summary = summarise(results)
-    text = curves_csv(results, setting.source)
+    """Write what `Experiment.results` found into `out`, and draw it; returns the table.
+
+    A figure that fails is one line on stderr, and all else is there.
+    """
+    (runs, chosen, histories), config, source = results, setting.config, setting.data["data"]
+    heading, (of_table, foot) = title(setting), footnotes(config, environment, command)
+    summary, text = summarise(runs), curves_csv(runs, source)
     replace_with(out / "metrics.csv", lambda partial: partial.write_text(text, encoding="utf-8"))
-    runs = [{k: v for k, v in run.items() if k not in ("steps", "clean", "attacked")}
-            for run in results.runs]  # fmt: skip
-    curves = {name: {k: v for k, v in history.items() if k not in ("loss", "norm")}  # by unroll
-              for name, history in results.meta_training.items()}  # fmt: skip
+    of_steps, of_unrolls = ("steps", "clean", "attacked"), ("loss", "norm")
     value: dict[str, Any] = {
         "title": heading,
-        "data": setting.source,
+        "data": source,
         "command": command,
         "environment": environment,
         "table": summary,
-        "differences": differences(results),
-        "tuned": results.chosen,
-        "runs": runs,
-        "meta_training": curves,
+        "differences": differences(runs),
+        "tuned": chosen,
+        "runs": [without(of_steps, run) for run in runs],
+        "meta_training": {name: without(of_unrolls, one) for name, one in histories.items()},
     }
     write_json(out / "summary.json", value)
-    learned = verdicts(value["differences"], config.recipe)
-    return "\n\n".join([table(summary, config, heading, footer), *filter(None, [learned])])
-
-
-def draw(
-    out: Path, results: Results, setting: Setting, environment: dict[str, Any], command: str
-) -> None:
-    """Draw meta_training.png, if φ was trained, and curves.png; a figure that fails is one line on
-    stderr, and all else is there."""
-    words = title(setting), footnote(setting.config, environment, command)
-    heading, footer = (text.encode(errors="replace").decode() for text in words)  # bytes of paths
-    rows, path = summarise(results), out / "curves.png"
+    shown, drawn = (text.encode(errors="replace").decode() for text in (heading, foot))  # of bytes
     try:
-        if results.meta_training:
-            draw_meta_training(out / "meta_training.png", results.meta_training, heading, footer)
-        draw_curves(path, results.runs, rows, setting.config, heading, footer)
+        if histories:
+            draw_meta_training(out / "meta_training.png", histories, shown, drawn)
+        draw_curves(out / "curves.png", runs, summary, config, shown, of_table + drawn)
     except Exception as error:  # fonts, a broken matplotlib: nothing that the run can help
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        print(f"{path} could not be drawn ({why}): --resume tries again", file=sys.stderr)
+        print(f"{out}: a figure could not be drawn ({why}): --resume tries again", file=sys.stderr)
+    verdict = verdicts(value["differences"], config.recipe)
+    return table(summary, config, heading, of_table + foot) + f"\n\n{verdict}" * bool(verdict)
+
+
+def without(names: tuple[str, ...], value: dict[str, Any]) -> dict[str, Any]:
+    return {key: one for key, one in value.items() if key not in names}

@@ -1,18 +1,31 @@
-"""What a run works on: its problem, its data cut into folds, its device, its random streams."""
+"""What a run is made of: its setting, the folds of its data, and the training of one optimizee.
+
+Every random number comes from a stream named by what it is for and by the labels of its trial. So
+all methods of a seed start from the same θ₀ and see the same batches, and no result depends on what
+was computed before it.
+"""
 
 import hashlib
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from l2l_ref import attacks, data, problems
+from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.backend import available_device, resolve
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config
+from l2l_ref.experiment.config import Config, flag
 from l2l_ref.foreign import imported
+from l2l_ref.transfer import Curve, Method, running_average, train
 
 VALIDATION = 6  # one sixth of the meta-training half chooses learning rates and grid settings
+AVERAGE_OVER = 0.1  # share of the steps in the average that is evaluated
+POINTS = 50  # of a curve
+PGD_STEPS = 7  # of the loss under attack
+CALIBRATION = 1024  # images that the batch-norm of an average takes its statistics from
 
 
 def stream(*labels: Any, device: torch.device | str = "cpu") -> torch.Generator:
@@ -29,15 +42,9 @@ class Setting:
     problem: problems.Problem
     train: data.Samples
     test: data.Samples
-    source: str  # of the samples, in the words that every artefact carries
-    checksum: str | None  # of images
+    data: dict[str, Any]  # in every artefact: what the samples are, and the checksum of images
     device: torch.device
     origin: str | None = None  # of φ, where it is loaded: data, attack, ε
-
-    @property
-    def data(self) -> tuple[str, str | None]:
-        """Where the samples came from, and their checksum."""
-        return self.source, self.checksum
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ def prepare(config: Config, number: int = 0) -> Setting:
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     if not problem.classes:
         drawn = problems.Quadratics(config.batch_size, device)
-        return Setting(config, problem, drawn, drawn, "random quadratics", None, device)
+        about: dict[str, Any] = {"data": "random quadratics", "data_sha256": None}
+        return Setting(config, problem, drawn, drawn, about, device)
     images = data.load(
         config.dataset, config.data_dir, device=device, strict=config.strict_data, seed=config.seed
     )
@@ -103,9 +111,85 @@ def prepare(config: Config, number: int = 0) -> Setting:
     for name in ("batch_size", "images"):
         if (getattr(config, name) or 0) > smallest:
             raise InputError(
-                f"--{name.replace('_', '-')} is {getattr(config, name)} but a candidate trains "
-                f"on {smallest} images of {images.source}: choose a smaller one"
+                f"{flag(name)} is {getattr(config, name)} but a candidate trains on {smallest} "
+                f"images of {images.source}: choose a smaller one"
             )
-    return Setting(
-        config, problem, images.train, images.test, images.source, images.checksum, device
-    )
+    about = {"data": images.source, "data_sha256": images.checksum}
+    return Setting(config, problem, images.train, images.test, about, device)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of an optimizee. Methods that share a trial share θ₀, batches and attacks."""
+
+    setting: Setting
+    labels: tuple[Any, ...]  # name the trial, and with it its random streams
+
+    def stream(self, what: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """The trial's generator for a purpose, from its beginning."""
+        return stream(self.setting.config.seed, what, *self.labels, device=device)
+
+    def model(self) -> nn.Module:
+        """A fresh optimizee."""
+        return self.setting.problem.draw(self.stream("theta"), self.setting.device)
+
+    def attack(self, eps: float, name: str | None = None) -> attacks.Attack:
+        """The attack that trains and is recorded, or one by name, with a stream of its own.
+
+        It draws on the setting's device, so a GPU has other random starts than a CPU.
+        """
+        c, generator = self.setting.config, self.stream("attack", self.setting.device)
+        return attacks.make(name or c.attack, eps=eps, steps=c.attack_steps, generator=generator)
+
+    def train(
+        self,
+        method: Method,
+        samples: data.Samples,
+        probe: data.Samples,
+        eps: float,
+        *,
+        every: int | None = None,
+    ) -> tuple[nn.Module, Curve, nn.Module]:
+        """A fresh optimizee that `method` has trained on `samples`, at its running average, its
+        curve, always on the same of `probe`, and itself."""
+        c, model = self.setting.config, self.model()
+        average = running_average(model, 1 - 1 / max(1.0, AVERAGE_OVER * c.steps))
+        calibration, _ = samples.probe(CALIBRATION, self.stream("calibration"))
+        x, y = probe.probe(c.curve_samples, self.stream("batches"))
+        attack = Trial(self.setting, ("record", *self.labels)).attack(eps)
+        loss = self.setting.problem.loss
+        curve = train(
+            model,
+            method,
+            samples.batches(c.batch_size, self.stream("batches")),
+            loss=loss,
+            attack=self.attack(eps, method.attack),
+            steps=c.steps,
+            record=partial(evaluate.losses, x=x, y=y, attack=attack, loss=loss),
+            every=every or c.record_every or math.ceil(c.steps / POINTS),
+            capture=capturable(c),
+            average=average,
+            calibration=calibration.split(c.batch_size),
+        )
+        return average.module, curve, model
+
+    def evaluate(self, model: nn.Module, images: data.ImageSet, eps: float) -> dict[str, float]:
+        """Losses under PGD and FGSM on the first images of a set, and the clean accuracy.
+
+        PGD-7, whatever attack trains: FGSM alone is fooled by a model that hides its gradient.
+        """
+        c, generator = self.setting.config, self.stream("judge loss", self.setting.device)
+        x, y = images.first(c.curve_samples).all()
+        result = {}
+        for name in ("pgd", "fgsm"):
+            attack = attacks.make(name, eps=eps, steps=PGD_STEPS, generator=generator)
+            _, loss = evaluate.losses(model, x, y, attack)
+            result[f"{name}_loss"] = loss.item()
+        sample = images.first(c.eval_samples)
+        result["accuracy"] = evaluate.robust_accuracy(model, sample, attacks.none)
+        return result
+
+
+def capturable(c: Config) -> bool:
+    """Whether updates may be CUDA graphs: another library's attack waits for the device."""
+    return c.graphs and c.attack in attacks.ATTACKS

@@ -2,21 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 
 from l2l_ref import data, evaluate
 from l2l_ref.experiment.config import Config
+from l2l_ref.experiment.folder import Parts
 from l2l_ref.experiment.phis import OWN, phi_methods
 from l2l_ref.experiment.queue import Piece, named
-from l2l_ref.experiment.setting import Fold, Setting
-from l2l_ref.experiment.trial import CLEAN, Trial
+from l2l_ref.experiment.setting import Fold, Setting, Trial
 from l2l_ref.foreign import imported, takes
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method
@@ -112,13 +112,6 @@ def cost(
     return config.steps * (attacked + clean)
 
 
-class Outcome(TypedDict):
-    """How good a candidate is without its test, by its loss under PGD."""
-
-    collapsed: bool
-    loss: float
-
-
 @dataclass(frozen=True)
 class Grid:
     """The candidates of one baseline, for a fold and an ε; all once, then the best on more seeds.
@@ -135,11 +128,6 @@ class Grid:
     def name(self, what: str) -> str:
         return named("tune", self.label, what, f"fold{self.fold.number}", f"eps{self.eps}")
 
-    @property
-    def places(self) -> int:
-        """How many candidates run on more than one seed."""
-        return math.ceil(len(self.methods) / STAY) if self.setting.config.tune_seeds > 1 else 0
-
     def first(self) -> list[str]:
         return [self.name(f"{settings}-seed0") for settings in self.methods]
 
@@ -149,9 +137,9 @@ class Grid:
         costs = [cost(c, one.alpha, one.penalty, one.attack) for one in self.methods.values()]
         result = []
         for name, settings, own in zip(first, self.methods, costs, strict=True):
-            run = partial(self.run, settings, 0)
-            result.append(Piece(name, run, own))
-        for place, seed in product(range(self.places), range(1, c.tune_seeds)):
+            result.append(Piece(name, partial(self.run, settings, 0), own))
+        places = range(math.ceil(len(self.methods) / STAY))
+        for place, seed in product(places, range(1, c.tune_seeds)):
             name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
             result.append(Piece(self.name(name), run, max(costs), first))
         return result
@@ -163,11 +151,11 @@ class Grid:
         outcome = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
         return {"settings": settings, **outcome}
 
-    def run_place(self, place: int, seed: int, parts: Mapping[str, Any], _: Any) -> dict[str, Any]:
+    def run_place(self, place: int, seed: int, parts: Parts, _: Any) -> dict[str, Any]:
         first = sorted((parts[name] for name in self.first()), key=score)
         return self.run(first[place]["settings"], seed)
 
-    def chosen(self, parts: Mapping[str, Any]) -> str:
+    def chosen(self, parts: Parts) -> str:
         """The best settings, in words."""
         outcomes: dict[str, list[dict[str, Any]]] = {}
         for name in self.needs():
@@ -180,7 +168,7 @@ class Grid:
 
         return min(outcomes, key=order)
 
-    def method(self, parts: Mapping[str, Any]) -> Method:
+    def method(self, parts: Parts) -> Method:
         return self.methods[self.chosen(parts)]
 
 
@@ -199,8 +187,9 @@ def score(outcome: Mapping[str, Any]) -> tuple[int, float]:
     return 2 if outcome["collapsed"] else int(not finite), outcome["loss"] if finite else math.inf
 
 
-def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> Outcome:
-    """Train a method on one part of the meta-training half and evaluate it on the other."""
+def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
+    """Train a method on one part of the meta-training half and evaluate it on the other: its loss
+    under PGD, and whether it collapsed."""
     trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
     fit = fold.fit.first(setting.config.images)
     model, curve, _ = trial.train(method, fit, fold.validation, eps, every=steps)
@@ -212,20 +201,14 @@ def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int
     return {"collapsed": collapsed, "loss": loss}
 
 
-def check_of(
-    setting: Setting, fold: Fold, kind: str, eps: float
-) -> Callable[[nn.ModuleDict], float] | None:
-    """The loss of a φ in the row that it is meant for, as candidates are, at the length of
-    its longest episodes; None for one that is meant for none (Transfer-NOT)."""
+def loss_of_phi(setting: Setting, fold: Fold, kind: str, eps: float, phi: nn.ModuleDict) -> float:
+    """That of the row that φ is meant for, as candidates are validated, at the length of its
+    longest episodes; infinite if it collapses."""
     c = setting.config
     short = replace(setting, config=replace(c, steps=c.episode_steps[-1]))
-
-    def check(phi: nn.ModuleDict) -> float:
-        by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
-        methods = phi_methods(c, kind, eps, by_phi)
-        method = next((one for one in methods if one.label == OWN[c.recipe]), methods[0])
-        outcomes = [validate(short, method, fold, eps, seed) for seed in range(c.tune_seeds)]
-        bad, losses = zip(*map(score, outcomes), strict=True)
-        return math.inf if max(bad) else statistics.fmean(losses)
-
-    return None if kind == CLEAN else check
+    by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
+    methods = phi_methods(c, kind, eps, by_phi)
+    method = next((one for one in methods if one.label == OWN[c.recipe]), methods[0])
+    outcomes = [validate(short, method, fold, eps, seed) for seed in range(c.tune_seeds)]
+    bad, losses = zip(*map(score, outcomes), strict=True)
+    return math.inf if max(bad) else statistics.fmean(losses)

@@ -22,7 +22,7 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
               "episode_steps": (100,), "nominal": False, "curriculum": (0, 0.5), "penalty": 0,
               "eval_on": "test", "images": None}),
         ("--dataset cifar10", {"steps": 1000, "folds": 1, "optimizee": "convnet", "meta_lr": 1e-3,
-                               "episode_steps": (100, 300), "episodes": 100, "record_every": 20,
+                               "episode_steps": (100, 300), "episodes": 100,
                                "curriculum": (0.5, 0.75)}),
         ("--dataset cifar10 --attack pgd", {"episodes": 50, "episode_steps": (100, 300)}),
         # a miniature of its meta-training learns nothing
@@ -39,18 +39,17 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
         ("--dataset quadratic --recipe penalty", QUADRATIC),
         # robust reads clean gradients and is judged under attack
         ("--recipe robust", {**ROBUST, "penalty": 0}),
-        ("--recipe robust --no-nominal", {**ROBUST, "nominal": False}),
         # the attack chooses alpha
         ("--attack pgd", {"alpha": 0.2}),
         ("--attack none", {"alpha": 1}),
         ("--alpha 0.7", {"alpha": 0.7, "input_alpha": 0.7}),
-        # a curve has about fifty points
-        ("--steps 101", {"record_every": 3}),
-        ("--steps 100 --record-every 7", {"record_every": 7}),
         # what is given beats --quick
         ("--quick", {"seeds": 2}),
         ("--quick --seeds 7", {"seeds": 7}),
         ("--eps 8/255 0.5", {"eps": (8 / 255, 0.5)}),
+        # a φ of the package says what it is for
+        ("--load cifar10-pgd-0.03 --eps 0.1", {"dataset": "cifar10", "attack": "pgd",
+                                               "eps": (0.1,)}),
     ],
 )  # fmt: skip
 def test_what_is_complete_and_what_beats_what(command, expected):
@@ -66,6 +65,12 @@ def test_penalty_is_robust_but_for_what_it_reads():
     assert replace(penalty, recipe="robust", penalty=0.0, **episodes) == robust
 
 
-def test_a_switch_without_an_opposite():
-    with pytest.raises(InputError, match="unrecognized arguments: --no-quick"):
-        cli.parse(["--no-quick"])
+@pytest.mark.parametrize("switch", ["--no-quick", "--record-every=7", "--nominal"])
+def test_what_is_no_option(switch):
+    with pytest.raises(InputError, match=f"unrecognized arguments: {switch}"):
+        cli.parse([switch])
+
+
+def test_help_fits_two_screens():
+    lines = cli.parser().format_help().splitlines()
+    assert len(lines) <= 75 and max(map(len, lines)) <= 100

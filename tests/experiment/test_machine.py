@@ -1,6 +1,7 @@
 """What a run says of its machine, and that freed memory stays with the process."""
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -41,9 +42,6 @@ cpu family\t: 25
 model\t\t: 17
 model name\t: AMD EPYC
 flags\t\t: fpu avx2 avx512f avx512_bf16
-
-processor\t: 1
-model name\t: another
 """
 UNNAMED = platform.processor() or platform.machine()
 
@@ -72,3 +70,15 @@ def test_the_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     for name in ("GIT_DIR", "GIT_WORK_TREE"):  # as a hook of another repository sets them
         monkeypatch.setenv(name, str(tmp_path))
         assert machine.git_commit() == own
+
+
+@pytest.mark.parametrize(
+    "quota, count",
+    [("150000 100000\n", 2), ("max 100000\n", 6), (None, 6), ("50000 100000\n", 1)],
+)
+def test_cores_of_a_container(quota, count, tmp_path, monkeypatch):
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert machine.cores() == count

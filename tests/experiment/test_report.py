@@ -1,4 +1,4 @@
-"""What a report says of runs: means by φ, paired differences, verdicts."""
+"""What a report says of runs: means by φ, paired differences, verdicts, what ended badly."""
 
 import json
 import math
@@ -6,11 +6,12 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from l2l_ref.experiment import cli, report, summary, tuning
+from l2l_ref.experiment import cli, report, tuning
 from l2l_ref.experiment.config import complete
-from l2l_ref.experiment.figure import draw_curves
-from l2l_ref.experiment.protocol import Results
+from l2l_ref.experiment.report import differences, summarise
 from l2l_ref.experiment.setting import prepare
+
+EVALUATED = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
 
 
 def run(method, phi=None, seed=0, fold=0, eps=0.1, loss=1.0, end="ok", **more):
@@ -20,16 +21,11 @@ def run(method, phi=None, seed=0, fold=0, eps=0.1, loss=1.0, end="ok", **more):
             **more}  # fmt: skip
 
 
-def results(*runs) -> Results:
-    return Results(list(runs))
-
-
 def test_quantiles_of_the_tables():
     """Three digits, as printed in any table of the t distribution."""
-    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
-             9: 2.262, 10: 2.228, 11: 2.201, 14: 2.145, 20: 2.086, 60: 2.0, 120: 1.98}  # fmt: skip
-    assert {n: round(summary.student(n), 3) for n in known} == known
-    assert summary.student(10**9) == pytest.approx(1.959964, abs=1e-6)
+    known = {1: 12.706, 2: 4.303, 10: 2.228, 11: 2.201, 14: 2.145, 20: 2.086, 60: 2.0, 120: 1.98}
+    assert {n: round(report.student(n), 3) for n in known} == known
+    assert report.student(10**9) == pytest.approx(1.959964, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -37,66 +33,52 @@ def test_quantiles_of_the_tables():
     [
         # mean 3, deviation √7, t of two degrees of freedom 4.303
         ([1.0, 2.0, 6.0], 3.0, pytest.approx(4.303 * math.sqrt(7 / 3))),
-        ([1.5], 1.5, None),
         ([1.0, 2.0], 1.5, None),
         ([math.nan], None, None),
-        ([1.0, -math.inf], None, None),
         ([math.inf, -math.inf, 2.0], None, None),
     ],
 )
 def test_an_interval_by_hand(values, mean, half_width):
-    assert summary.interval(values) == {"mean": mean, "half_width": half_width}
+    assert report.interval(values) == {"mean": mean, "half_width": half_width}
 
 
-class TestDifferences:
-    def by_pair(self, *runs):
-        rows = summary.differences(results(*runs))
-        pairs = [(row["eps"], row["method"], row["less"]) for row in rows]
-        assert len(set(pairs)) == len(pairs)
-        return dict(zip(pairs, rows, strict=True))
+@pytest.mark.parametrize(
+    "runs, expected",
+    [
+        # seed 0: mean 2 over φ, less 1.5; seed 1: 5 less 2; differences 0.5 and 3: too few for an
+        # interval. The seeds are in another order; a baseline less a φ says no more
+        ([run("φ", phi=0, seed=0, loss=1.0), run("φ", phi=1, seed=0, loss=3.0),
+          run("φ", phi=0, seed=1, loss=4.0), run("φ", phi=1, seed=1, loss=6.0),
+          run("Adam", seed=1, loss=2.0), run("Adam", seed=0, loss=1.5)],
+         {(0.1, "φ", "Adam"): (1.75, None)}),
+        # folds are pairs of their own (-1, 3 and 1, whose deviation is 2), and ε never mix
+        ([run("φ", phi=0, fold=0, loss=1.0), run("φ", phi=0, fold=1, loss=5.0),
+          run("φ", phi=0, fold=1, seed=1, loss=3.0), run("Adam", fold=1, seed=1, loss=2.0),
+          run("Adam", fold=0, loss=2.0), run("Adam", fold=1, loss=2.0),
+          run("φ", phi=0, eps=0.2, loss=9.0), run("SGD", eps=0.2, loss=3.0)],
+         {(0.1, "φ", "Adam"): (1.0, pytest.approx(4.303 * 2 / 3**0.5)),
+          (0.2, "φ", "SGD"): (6.0, None)}),
+        # methods of φ are compared both ways
+        ([run("a", phi=0, loss=3.0), run("b", phi=0, loss=1.0)],
+         {(0.1, "a", "b"): (2.0, None), (0.1, "b", "a"): (-2.0, None)}),
+        # a run that diverged leaves no mean
+        ([run("φ", phi=0, seed=0, loss=math.nan, end="diverged"), run("φ", phi=0, seed=1),
+          run("Adam", seed=0), run("Adam", seed=1)], {(0.1, "φ", "Adam"): (None, None)}),
+    ],
+)  # fmt: skip
+def test_differences_by_fold_and_seed_after_the_mean_over_phi(runs, expected):
+    rows = differences(runs)
+    found = {(row["eps"], row["method"], row["less"]): tuple(row["attacked_loss"].values())
+             for row in rows}  # fmt: skip
+    assert found == expected and len(rows) == len(expected)
 
-    @pytest.mark.parametrize(
-        "runs, expected",
-        [
-            # seed 0: mean 2 over φ, less 1.5; seed 1: 5 less 2; differences 0.5 and 3: too few for
-            # an interval. The seeds are in another order; a baseline less a φ says no more
-            ([run("φ", phi=0, seed=0, loss=1.0), run("φ", phi=1, seed=0, loss=3.0),
-              run("φ", phi=0, seed=1, loss=4.0), run("φ", phi=1, seed=1, loss=6.0),
-              run("Adam", seed=1, loss=2.0), run("Adam", seed=0, loss=1.5)],
-             {(0.1, "φ", "Adam"): (1.75, None)}),
-            # folds are pairs of their own (-1, 3 and 1, whose deviation is 2), and ε never mix
-            ([run("φ", phi=0, fold=0, loss=1.0), run("φ", phi=0, fold=1, loss=5.0),
-              run("φ", phi=0, fold=1, seed=1, loss=3.0), run("Adam", fold=1, seed=1, loss=2.0),
-              run("Adam", fold=0, loss=2.0), run("Adam", fold=1, loss=2.0),
-              run("φ", phi=0, eps=0.2, loss=9.0), run("SGD", eps=0.2, loss=3.0)],
-             {(0.1, "φ", "Adam"): (1.0, pytest.approx(4.303 * 2 / 3**0.5)),
-              (0.2, "φ", "SGD"): (6.0, None)}),
-            # methods of φ are compared both ways
-            ([run("a", phi=0, loss=3.0), run("b", phi=0, loss=1.0)],
-             {(0.1, "a", "b"): (2.0, None), (0.1, "b", "a"): (-2.0, None)}),
-            # only seeds that both have count
-            ([run("φ", phi=0, seed=0, loss=1.0), run("φ", phi=0, seed=1, loss=2.0),
-              run("Adam", seed=1, loss=0.5), run("Adam", seed=2, loss=9.0)],
-             {(0.1, "φ", "Adam"): (1.5, None)}),
-            # a run that diverged leaves no mean
-            ([run("φ", phi=0, seed=0, loss=math.nan, end="diverged"), run("φ", phi=0, seed=1),
-              run("Adam", seed=0), run("Adam", seed=1)], {(0.1, "φ", "Adam"): (None, None)}),
-        ],
-    )  # fmt: skip
-    def test_pairs_by_fold_and_seed_after_the_mean_over_phi(self, runs, expected):
-        found = {pair: tuple(row["attacked_loss"][name] for name in ("mean", "half_width"))
-                 for pair, row in self.by_pair(*runs).items()}  # fmt: skip
-        assert found == expected
 
-    def test_the_metrics_of_classifiers(self):
-        more = {"pgd_loss": 1.0, "accuracy": 0.9, "pgd_accuracy": 0.5}
-        other = {"pgd_loss": 3.0, "accuracy": 0.7, "pgd_accuracy": 0.6}
-        found = self.by_pair(run("φ", phi=0, **more), run("Adam", **other))
-        row = found[0.1, "φ", "Adam"]
-        means = {name: row[name]["mean"] for name in more}
-        assert means == pytest.approx({"pgd_loss": -2, "accuracy": 0.2, "pgd_accuracy": -0.1})
-        found = self.by_pair(run("φ", phi=0), run("Adam"))  # quadratics
-        assert found[0.1, "φ", "Adam"].keys() == {"eps", "method", "less", "attacked_loss"}
+def test_differences_of_the_metrics_of_classifiers():
+    other = {"pgd_loss": 3.0, "accuracy": 0.7, "pgd_accuracy": 0.6}
+    row, *none = differences([run("φ", phi=0, **EVALUATED), run("Adam", **other)])
+    means = {name: row[name]["mean"] for name in other}
+    assert means == pytest.approx({"pgd_loss": -1.5, "accuracy": 0.2, "pgd_accuracy": -0.1})
+    assert not none
 
 
 def cells(line: str) -> list[str]:
@@ -104,58 +86,45 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-class TestSummary:
-    def test_mean_and_sample_deviation_by_hand(self):
-        losses = enumerate((1.0, 2.0, 6.0))
-        (row,) = summary.summarise(results(*(run("m", 0, seed, loss=x) for seed, x in losses)))
-        assert row["attacked_loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
-        assert row["collapsed"] == row["diverged"] == 0 and row["runs"] == 3
+def lines_of(runs, config=None) -> list[str]:
+    return report.table(summarise(runs), config or complete({}), "title", "footer").splitlines()
 
-    def test_collapsed_and_diverged_runs_are_counted_and_named(self):
-        ends = [("collapsed", 2.3), ("ok", 1.0), ("diverged", math.nan)]
-        runs = [run("m", 0, seed, loss=x, end=end) for seed, (end, x) in enumerate(ends)]
-        (row,) = summary.summarise(results(*runs))
-        assert (row["collapsed"], row["diverged"]) == (1, 1)
-        text = report.table([row], complete({}), "title", "footer")
-        assert "1/3 collapsed, 1/3 diverged" in text and "not finite" in text
 
-    def test_means_by_phi(self):
-        (row,) = summary.summarise(results(
-            run("φ", phi=1, seed=0, loss=5.0), run("φ", phi=0, seed=0, loss=1.0),
-            run("φ", phi=0, seed=1, loss=2.0), run("φ", phi=1, seed=1, loss=8.0),
-        ))  # fmt: skip
-        assert row["attacked_loss"]["mean"] == 4.0
-        assert row["attacked_loss"]["by_phi"] == [1.5, 6.5]
-        for phi in 0, None:
-            (row,) = summary.summarise(results(run("m", phi, seed=0), run("m", phi, seed=1)))
-            assert "by_phi" not in row["attacked_loss"]
+def test_means_by_phi():
+    (row,) = summarise([
+        run("φ", phi=1, seed=0, loss=5.0), run("φ", phi=0, seed=0, loss=1.0),
+        run("φ", phi=0, seed=1, loss=2.0), run("φ", phi=1, seed=1, loss=8.0),
+    ])  # fmt: skip
+    assert row["attacked_loss"]["mean"] == 4.0
+    assert row["attacked_loss"]["by_phi"] == [1.5, 6.5]
+    (row,) = summarise([run("m", None, seed=0), run("m", None, seed=1)])
+    assert "by_phi" not in row["attacked_loss"]
 
-    def test_judged_losses_take_the_place_of_the_curves(self):
-        more = {"pgd_loss": 1.5, "fgsm_loss": 1.25, "accuracy": 0.9, "pgd_accuracy": 0.5}
-        (row,) = summary.summarise(results(run("φ", phi=0, fgsm_accuracy=0.6, **more)))
-        assert row["attacked_loss"]["mean"] == 1.0  # stays in summary.json
-        text = report.table([row], complete({}), "title", "footer").splitlines()
-        head = ["method", "trains on", "loss, PGD-7", "clean %", "PGD-20 %", "s"]
-        assert cells(text[2]) == head
-        assert cells(text[4]) == ["φ", "clean", "1.500", "90.0", "50.0", "1.000"]
 
-    def test_a_row_for_each_eps_the_lowest_loss_first(self):
-        losses = {"a": 2.0, "b": 1.0, "c": math.nan}
-        runs = [run(name, eps=eps, loss=x) for eps in (0.1, 0.2) for name, x in losses.items()]
-        lines = report.table(summary.summarise(results(*runs)), complete({}), "t", "f").splitlines()
-        assert cells(lines[2])[0] == "ε" and [cells(line)[:2] for line in lines[4:10]] == [
-            [eps, name] for eps in ("0.1", "0.2") for name in "bac"
-        ]
+def test_losses_of_the_evaluation_take_the_place_of_the_curves():
+    runs = [run("φ", phi=0, fgsm_accuracy=0.6, **EVALUATED)]
+    assert summarise(runs)[0]["attacked_loss"]["mean"] == 1.0  # stays in summary.json
+    text = lines_of(runs)
+    assert cells(text[2]) == ["method", "trains on", "loss, PGD-7", "clean %", "PGD-20 %", "s"]
+    assert cells(text[4]) == ["φ", "clean", "1.500", "90.0", "50.0", "1.000"]
 
-    def test_it_fits_a_hundred_columns(self):
-        setting = complete({})
-        names = [label for label in tuning.candidates(setting, 0.1)]
-        judged = {"pgd_loss": 12.5, "accuracy": 0.9, "pgd_accuracy": 0.5, "seconds": 120.5}
-        runs = [run(name, seed=seed, trains_on="mixed, penalty",
-                    **{metric: value * (1 - 0.1 * seed) for metric, value in judged.items()})
-                for name in names for seed in (0, 1)]  # fmt: skip
-        text = report.table(summary.summarise(results(*runs)), setting, "title", "footer")
-        assert max(map(len, text.splitlines())) <= 100
+
+def test_a_row_for_each_eps_the_lowest_loss_first():
+    losses = {"a": 2.0, "b": 1.0, "c": math.nan}
+    lines = lines_of(
+        [run(name, eps=eps, loss=x) for eps in (0.1, 0.2) for name, x in losses.items()]
+    )
+    assert cells(lines[2])[0] == "ε" and [cells(line)[:2] for line in lines[4:10]] == [
+        [eps, name] for eps in ("0.1", "0.2") for name in "bac"
+    ]
+
+
+def test_a_table_fits_a_hundred_columns():
+    wide = {"pgd_loss": 12.5, "accuracy": 0.9, "pgd_accuracy": 0.5, "seconds": 120.5}
+    runs = [run(name, seed=seed, trains_on="mixed, penalty",
+                **{metric: value * (1 - 0.1 * seed) for metric, value in wide.items()})
+            for name in tuning.candidates(complete({}), 0.1) for seed in (0, 1)]  # fmt: skip
+    assert max(map(len, lines_of(runs))) <= 100
 
 
 def test_the_figure_names_what_ended_badly(tmp_path, monkeypatch):
@@ -164,7 +133,7 @@ def test_the_figure_names_what_ended_badly(tmp_path, monkeypatch):
         drawn.append(figure), savefig(figure, *args, **options)))  # fmt: skip
     runs = [run("Adam"), run("L2L", phi=0), run("L2L", phi=1, end="collapsed"), run("SGD")]
     config = cli.parse(["--dataset", "mnist"])
-    draw_curves(tmp_path / "x.png", runs, summary.summarise(results(*runs)), config, "t", "f")
+    report.draw_curves(tmp_path / "x.png", runs, summarise(runs), config, "t", "f")
     (axes,) = drawn[0].axes
     assert axes.get_legend_handles_labels()[1] == ["L2L", "Adam"]
     assert drawn[0].get_supxlabel().startswith("not drawn: SGD\n")
@@ -173,21 +142,28 @@ def test_the_figure_names_what_ended_badly(tmp_path, monkeypatch):
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_report_with_runs_that_diverged(tmp_path):
-    """All of it is written, in JSON that any reader takes."""
-    setting = prepare(cli.parse(["--dataset", "quadratic"]))
+def test_a_report_with_runs_that_diverged(tmp_path, monkeypatch):
+    """All of it is written, in JSON that any reader takes; a figure says what it is of."""
+    setting, feet = prepare(cli.parse(["--dataset", "quadratic"])), []
+    for name in ("draw_curves", "draw_meta_training"):
+        monkeypatch.setattr(report, name, lambda *told: feet.append(told[-1].splitlines()))
     runs = [run("Adam", seed=s, eps=0.0) for s in (0, 1)]
     runs.append(run("L2L-Transfer", phi=0, seed=0, eps=0.0, loss=math.nan, end="diverged"))
     runs += [run("L2L-Transfer", phi=0, seed=1, eps=0.0)]
     environment = dict.fromkeys(("git_commit", "device", "threads", "torch", "backend"))
-    text = report.write(tmp_path, results(*runs), setting, environment, "python run.py")
+    history = {"φ": {"loss": [1.0], "norm": [1.0], "episodes": [1.0], "checks": []}}
+    text = report.write(tmp_path, (runs, {}, history), setting, environment, "python run.py")
     assert "1/2 diverged" in text and "not finite" in text
     summary = json.loads((tmp_path / "summary.json").read_text())
     rows = {row["method"]: row for row in summary["table"]}
     assert rows["L2L-Transfer"]["diverged"] == 1 and len(summary["runs"]) == 4
+    assert summary["meta_training"] == {"φ": {"episodes": [1.0], "checks": []}}
     (row,) = summary["differences"]
     assert (row["method"], row["less"]) == ("L2L-Transfer", "Adam")
     assert row["attacked_loss"] == {"mean": None, "half_width": None}
+    meta_training, curves = feet
+    assert curves == ["100 steps, evaluated; mean ± sample deviation", *meta_training]
+    assert meta_training[0].startswith("seeds: 5") and meta_training[-1] == "python run.py"
 
 
 def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
@@ -205,13 +181,13 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
     ]
     of_clean = "ε 0.1: loss of L2L-Transfer (clean) minus that of "
     end = "(95 % over seeds, after the mean over φ"
-    assert summary.verdicts(rows, "paper") == (
+    assert report.verdicts(rows, "paper") == (
         f"{of_clean}Adam +2.000 ± 0.250 {end})\n"
         "ε 0.1: loss of L2L minus that of Adam, learned rate -0.250 ± 0.100, Adam (attacked) + L1 "
         f"+0.500 {end})"
     )
-    assert summary.verdicts(rows, "robust") == (
+    assert report.verdicts(rows, "robust") == (
         f"{of_clean}Adam, learned rate not finite, Adam +2.000 ± 0.250, "
         f"Adam + L1 +1.000 ± 0.125 {end})"
     )
-    assert summary.verdicts([], "paper") == ""
+    assert report.verdicts([], "paper") == ""

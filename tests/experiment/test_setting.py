@@ -8,8 +8,8 @@ import torch
 from conftest import TINY, pictures, zeroing
 
 from l2l_ref.experiment import cli, phis, protocol, tuning
+from l2l_ref.experiment.phis import ABLATION, untrained
 from l2l_ref.experiment.setting import folds, prepare, stream
-from l2l_ref.experiment.trial import ABLATION, train_phi, untrained
 from l2l_ref.experiment.tuning import sgd
 from l2l_ref.meta_training import History
 from l2l_ref.transfer import Method
@@ -37,35 +37,43 @@ def test_streams_depend_on_their_labels_alone():
 
 
 def test_halves_do_not_overlap_and_folds_swap_them(small_data):
+    """With --eval-on validation all is of the meta-training half."""
     setting = prepared("--folds", "2")
     first, second = folds(setting)
     assert pictures(first.meta) == pictures(second.transfer)
     assert pictures(first.transfer) == pictures(second.meta)
-    assert not pictures(first.meta) & pictures(first.transfer)
     assert len(first.meta) == len(first.transfer) == len(setting.train) // 2
-    assert not pictures(first.fit) & pictures(first.validation)
-    assert pictures(first.fit) | pictures(first.validation) == pictures(first.meta)
     test = pictures(setting.test)
-    assert not test & (pictures(first.meta) | pictures(first.transfer))
+    assert pictures(first.test) == test
+    assert pictures(first.test.first(20)) != pictures(setting.test.first(20))
+    on_validation = folds(prepared("--folds", "2", "--eval-on", "validation"))
+    for fold, own in zip((first, second), on_validation, strict=True):
+        meta, fit, validation = map(pictures, (fold.meta, fold.fit, fold.validation))
+        assert not meta & pictures(fold.transfer) and not fit & validation
+        assert fit | validation == meta and not test & (meta | pictures(fold.transfer))
+        assert pictures(own.meta) == pictures(own.transfer) == pictures(own.fit) == fit
+        assert pictures(own.test) == pictures(own.validation) == validation
 
 
-def test_methods_of_a_seed_share_theta0_and_batches(setting, monkeypatch):
-    (fold,) = folds(setting)
-    seen = []
+def test_methods_of_a_seed_share_theta0_and_batches(small_data, monkeypatch):
+    settings = prepared("--steps", "101"), prepared("--steps", "101", "--seed", "1")
+    (fold,), seen = folds(settings[0]), []
 
     def spy(model, method, batches, **options):
+        assert options["every"] == 3  # a curve has about fifty points
         x, y = next(batches)
         seen.append([*(p.detach().clone() for p in model.parameters()), x, y])
         raise StopIteration
 
-    monkeypatch.setattr("l2l_ref.experiment.trial.train", spy)
-    for method in (Method("a", partial(sgd, 0.1)), Method("b", partial(sgd, 0.2), alpha=0.0)):
-        for seed in (0, 1):
-            with pytest.raises(StopIteration):
-                protocol.run_method(setting, method, fold, 0.1, seed)
-    a0, a1, b0, b1 = seen
-    assert all(map(torch.equal, a0, b0)) and all(map(torch.equal, a1, b1))
-    assert not torch.equal(a0[0], a1[0]) and not torch.equal(a0[-2], a1[-2])
+    monkeypatch.setattr("l2l_ref.experiment.setting.train", spy)
+    a, b = Method("a", partial(sgd, 0.1)), Method("b", partial(sgd, 0.2), alpha=0.0)
+    for base, method, seed in ((0, a, 0), (0, b, 0), (0, a, 1), (1, a, 0)):
+        with pytest.raises(StopIteration):
+            protocol.run_method(settings[base], method, fold, 0.1, seed)
+    first, same, *others = seen
+    assert all(map(torch.equal, first, same))
+    for other in others:
+        assert not torch.equal(first[0], other[0]) and not torch.equal(first[-2], other[-2])
 
 
 NOT = {
@@ -114,29 +122,30 @@ def test_bad_ends_are_marked(setting):
         assert protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"] == end
 
 
-@pytest.mark.parametrize("images", [None, 40])
 @pytest.mark.parametrize("half", ["meta", "transfer", "fit"])
-def test_each_method_trains_on_its_half_or_so_many_images_of_it(
-    small_data, seen_pictures, half, images
-):
-    """And while it is tuned, on its part of the meta-training half. φ meta-trains on all."""
-    setting = prepared(*["--images", str(images)] * bool(images))
+def test_each_method_trains_on_so_many_images_of_its_half(small_data, seen_pictures, half):
+    """And while it is tuned, of its part of the meta-training half."""
+    setting = prepared("--images", "40")
     (fold,) = folds(setting)
-    assert len(fold.meta) == len(fold.transfer) == len(setting.train) // 2
     method = Method("a", partial(sgd, 0.1), half=half)
     if half == "fit":
         tuning.validate(setting, method, fold, 0.1, 0)
     else:
         protocol.run_method(setting, method, fold, 0.1, 0)
-    own = pictures(getattr(fold, half).first(images))
+    own = pictures(getattr(fold, half).first(40))
     probed = pictures(fold.validation if half == "fit" else fold.test)
     assert seen_pictures & own and seen_pictures <= own | probed
 
 
-def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
-    (fold,) = folds(setting)
-    phi, _ = train_phi(setting, fold.meta, ABLATION, 0.1, 0, 0, lambda *a: None)
-    fresh = untrained(setting, ABLATION, 0, 0)
+def train_phi(setting, out, kind, eps=0.1, meta_seed=0):
+    """The φ that a run meta-trains."""
+    experiment = protocol.Experiment(setting, out)
+    experiment.train_phi(kind, experiment.folds[0], meta_seed, eps, {}, lambda *_: None)
+    return experiment.phi(phis.phi_name(kind, 0, meta_seed, eps))
+
+
+def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting, tmp_path):
+    phi, fresh = train_phi(setting, tmp_path, ABLATION), untrained(setting, ABLATION, 0, 0)
     meta, start = phi["linear"], fresh["linear"]
     assert (meta.hidden_size, meta.num_layers) == (1, 1) and meta.nominal
     assert all(map(torch.equal, meta.weights(), start.weights()))
@@ -150,37 +159,41 @@ def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting):
     assert untrained(robust, "attacked", 0, 0)["linear"].nominal
 
 
-def drawn(setting, monkeypatch, kind="attacked", eps=0.3, meta_seed=0):
-    """What `learn` hands to `meta_train`: the settings, and each episode that it draws."""
-    (fold,) = folds(setting)
-    seen = []
+@pytest.fixture
+def drawn(small_data, tmp_path, monkeypatch):
+    """What a run hands to `meta_train`: the settings, and each episode that it draws."""
 
-    def spy(phi, settings, draw, **options):
-        seen.append((settings, [draw(number) for number in range(settings.episodes)]))
-        return History()
+    def drawn(*arguments, kind="attacked", eps=0.3, meta_seed=0):
+        seen = []
 
-    with monkeypatch.context() as patch:
-        patch.setattr("l2l_ref.experiment.trial.meta_train", spy)
-        train_phi(setting, fold.meta, kind, eps, 0, meta_seed, lambda *a: None)
-    return seen[0]
+        def spy(phi, settings, draw, check, **options):
+            assert (check is None) == (kind == "clean")  # no row is meant for that
+            seen.append((settings, [draw(number) for number in range(settings.episodes)]))
+            return History()
+
+        monkeypatch.setattr(protocol, "meta_train", spy)
+        train_phi(prepared(*arguments), tmp_path, kind, eps, meta_seed)
+        return seen[0]
+
+    return drawn
 
 
-def test_the_curriculum_scales_eps_and_strength(small_data, monkeypatch):
+def test_the_curriculum_scales_eps_and_strength(drawn):
     pgd = "--attack", "pgd", "--episodes", "9"
-    settings, episodes = drawn(prepared(*pgd, "--curriculum", "1/3", "2/3"), monkeypatch)
+    settings, episodes = drawn(*pgd, "--curriculum", "1/3", "2/3")
     assert settings.curriculum == (1 / 3, 2 / 3)
     expected = [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     radii = [episode.attack.keywords["eps"] for episode in episodes]
     assert radii == pytest.approx([0.3 * strength for strength in expected])
-    _, episodes = drawn(prepared(*pgd, "--curriculum", "0", "0"), monkeypatch)
+    _, episodes = drawn(*pgd, "--curriculum", "0", "0")
     assert {episode.attack.keywords["eps"] for episode in episodes} == {0.3}
 
 
-def test_settings_of_each_kind(small_data, monkeypatch):
+def test_settings_of_each_kind(drawn):
     """α that φ reads and is judged by, λ; those of Transfer-NOT are clean."""
 
     def losses(kind, *arguments):
-        settings, _ = drawn(prepared(*arguments), monkeypatch, kind)
+        settings, _ = drawn(*arguments, kind=kind)
         return settings.input_alpha, settings.alpha, settings.penalty
 
     assert losses("attacked") == losses("ablation") == (0.5, 0.5, 0.0)
@@ -192,9 +205,9 @@ def test_settings_of_each_kind(small_data, monkeypatch):
         assert losses("clean", "--recipe", recipe) == (1.0, 1.0, 0.0)
 
 
-def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, monkeypatch):
-    def lengths(*arguments, meta_seed=0, kind="attacked"):
-        settings, episodes = drawn(prepared(*arguments), monkeypatch, kind, meta_seed=meta_seed)
+def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(drawn):
+    def lengths(*arguments, **which):
+        settings, episodes = drawn(*arguments, **which)
         found = [episode.steps for episode in episodes]
         assert settings.steps >= max(found)
         return found
@@ -211,20 +224,9 @@ def test_lengths_are_within_bounds_and_depend_on_the_episode_alone(small_data, m
     assert set(lengths("--episodes", "5", "--episode-steps", "6")) == {6}
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_on_validation_all_is_of_the_meta_training_half(small_data, number):
-    plain = folds(prepared("--folds", "2"))[number]
-    fold = folds(prepared("--folds", "2", "--eval-on", "validation"))[number]
-    assert pictures(fold.meta) == pictures(fold.transfer) == pictures(plain.fit)
-    assert pictures(fold.fit) == pictures(plain.fit)
-    assert pictures(fold.test) == pictures(fold.validation) == pictures(plain.validation)
-    assert not pictures(fold.test) & pictures(fold.transfer)
-
-
-def test_every_episode_has_streams_of_its_own(small_data, monkeypatch):
-    setting = prepared("--episodes", "3")
+def test_every_episode_has_streams_of_its_own(drawn):
+    setting, (_, episodes) = prepared("--episodes", "3"), drawn("--episodes", "3")
     (fold,) = folds(setting)
-    _, episodes = drawn(setting, monkeypatch)
     assert len(episodes) == 3
     for number, episode in enumerate(episodes):
         labels = ("meta", 0, 0, number)

@@ -11,9 +11,7 @@ from conftest import TINY, zeroing
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, tuning
-from l2l_ref.experiment.progress import Progress
-from l2l_ref.experiment.setting import Fold, folds, prepare
-from l2l_ref.experiment.trial import Trial
+from l2l_ref.experiment.setting import Fold, Trial, folds, prepare
 from l2l_ref.experiment.tuning import Grid, sgd
 from l2l_ref.transfer import Method
 
@@ -22,13 +20,8 @@ def outcome(loss, collapsed=False):
     return {"collapsed": collapsed, "loss": loss}
 
 
-def computed(pieces, parts=None) -> dict:
-    """All pieces in an order that their needs allow."""
-    parts = {} if parts is None else parts
-    for piece in pieces:
-        assert set(piece.needs) <= parts.keys()
-        parts[piece.name] = json.loads(json.dumps(piece.compute(parts, Progress())))
-    return parts
+def losses(*by_seed):
+    return [outcome(loss) for loss in by_seed]
 
 
 @pytest.fixture
@@ -50,17 +43,16 @@ def choose(monkeypatch):
         own = replace(setting, config=replace(setting.config, tune_seeds=tune_seeds))
         methods = {name: Method(name, partial(sgd, 0.1)) for name in outcomes}
         grid = Grid(own, Fold(0, *[None] * 5), 0.2, "a baseline", methods)
-        parts = computed(grid.pieces())
+        parts = {}
+        for piece in grid.pieces():
+            assert set(piece.needs) <= parts.keys()
+            parts[piece.name] = json.loads(json.dumps(piece.compute(parts, None)))
         assert set(grid.needs()) == parts.keys()
         assert grid.method(parts) is methods[grid.chosen(parts)]
         assert ran[: len(outcomes)] == [(name, 0) for name in outcomes]
         return grid.chosen(parts), sorted(ran[len(outcomes) :])
 
     return choose
-
-
-def losses(*by_seed):
-    return [outcome(loss) for loss in by_seed]
 
 
 BEST_COLLAPSED = [outcome(0.1, collapsed=True)] * 2
@@ -180,41 +172,40 @@ class TestCandidates:
             prepare(cli.parse([*TINY, "--compare", "own_optimizers:gone"]))
 
 
-@pytest.mark.parametrize("recipe, row", [("paper", "L2L"), ("robust", "L2L-Transfer (clean)")])
+@pytest.mark.parametrize(
+    "recipe, kind, row, collapsed, loss",
+    [("paper", "attacked", "L2L", False, 1.5),
+     ("robust", "attacked", "L2L-Transfer (clean)", False, 1.5),
+     ("robust", "ablation", "Adam, learned rate", True, math.inf)],
+)  # fmt: skip
 def test_phi_is_checked_in_its_own_row_at_its_longest_episodes(
-    small_data, monkeypatch, recipe, row
+    small_data, monkeypatch, recipe, kind, row, collapsed, loss
 ):
     setting = prepare(cli.parse([*TINY, "--recipe", recipe, "--episode-steps", "3", "7"]))
+
+    def validate(short, method, fold, eps, seed):
+        assert (short.config.steps, method.label, eps) == (7, row, 0.1)
+        return outcome(1.5, collapsed)
+
+    monkeypatch.setattr(tuning, "validate", validate)
+    assert tuning.loss_of_phi(setting, folds(setting)[0], kind, 0.1, {}) == loss
+
+
+def test_the_end_of_a_candidate_by_hand(small_data):
+    """PGD's loss on the validation part; a diverged one has none, a constant one collapsed."""
+    setting = prepare(cli.parse(TINY))
     (fold,) = folds(setting)
-    said = {"attacked": outcome(1.5), "ablation": outcome(1.0, collapsed=True)}
-    for kind, label in (("attacked", row), ("ablation", "Adam, learned rate")):
 
-        def validate(short, method, fold, eps, seed, kind=kind, label=label):
-            assert (short.config.steps, method.label, eps) == (7, label, 0.1)
-            return said[kind]
+    def ends(optimizer, seed=0):
+        return tuning.validate(setting, Method("", optimizer), fold, 0.1, seed)
 
-        monkeypatch.setattr(tuning, "validate", validate)
-        check = tuning.check_of(setting, fold, kind, 0.1)
-        assert check({}) == (1.5 if kind == "attacked" else math.inf)
-    assert tuning.check_of(setting, fold, "clean", 0.1) is None
-
-
-class TestValidate:
-    def test_ends_by_hand(self, small_data):
-        """PGD's loss on the validation part; a diverged one has none, a constant one collapsed."""
-        setting = prepare(cli.parse(TINY))
-        (fold,) = folds(setting)
-
-        def ends(optimizer, seed=0):
-            return tuning.validate(setting, Method("", optimizer), fold, 0.1, seed)
-
-        idle = partial(sgd, 0.0)
-        trial = Trial(setting, ("tune", 0, 0))
-        model, *_ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
-        judged = trial.evaluate(model, fold.validation, 0.1)
-        assert ends(idle) == outcome(judged["pgd_loss"])
-        assert judged["pgd_loss"] >= judged["fgsm_loss"] - 0.01
-        assert ends(idle, seed=1)["loss"] != judged["pgd_loss"]  # another θ₀
-        broken = ends(partial(sgd, math.inf))
-        assert math.isnan(broken["loss"]) and not broken["collapsed"]
-        assert ends(zeroing) == outcome(pytest.approx(math.log(10)), collapsed=True)
+    idle = partial(sgd, 0.0)
+    trial = Trial(setting, ("tune", 0, 0))
+    model, *_ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
+    found = trial.evaluate(model, fold.validation, 0.1)
+    assert ends(idle) == outcome(found["pgd_loss"])
+    assert found["pgd_loss"] >= found["fgsm_loss"] - 0.01
+    assert ends(idle, seed=1)["loss"] != found["pgd_loss"]  # another θ₀
+    broken = ends(partial(sgd, math.inf))
+    assert math.isnan(broken["loss"]) and not broken["collapsed"]
+    assert ends(zeroing) == outcome(pytest.approx(math.log(10)), collapsed=True)
