@@ -5,7 +5,6 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
 import shlex
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -57,8 +56,6 @@ def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.Module
     so that the bits depend on no number of cores or processes."""
     torch.set_num_threads(1)
     machine.keep_freed_memory()
-    # Of networks that are all but dead: the table marks what collapsed, bench.reevaluate warns.
-    warnings.filterwarnings("ignore", ".*gradient of exactly zero")
     setting = prepare(config, number)
     return load_phis(config.load, setting) if config.load else (setting, {})
 

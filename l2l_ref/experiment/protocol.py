@@ -3,6 +3,7 @@
 Every finished piece is kept in `<out>/parts`, so that a resumed run repeats none of them.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,7 +59,7 @@ class Experiment:
         self.setting, self.out, self.parts = setting, out, Parts(out / "parts")
         self.phis = dict(phis or {})
         self.given = frozenset(self.phis)
-        self.folds = folds(setting)
+        self.folds, self.warned = folds(setting), False
 
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
@@ -141,9 +142,15 @@ class Experiment:
         return result
 
     def run(
-        self, one: Contender, fold: Fold, eps: float, seed: int, parts: Parts, _: Any
+        self, one: Contender, fold: Fold, eps: float, seed: int, parts: Parts, tell: Callable
     ) -> dict[str, Any]:
-        return run_method(self.setting, one.chosen(parts), fold, eps, seed)
+        """Train and evaluate one; of all warnings, of samples without a gradient, one is told."""
+        with warnings.catch_warnings(record=True) as caught:
+            result = run_method(self.setting, one.chosen(parts), fold, eps, seed)
+        if caught and not self.warned:
+            self.warned = True
+            tell(f"{one.method.label}: {caught[0].message}", None)
+        return result
 
     def contenders(self, fold: Fold, eps: float) -> list[Contender]:
         """The rows of a table."""

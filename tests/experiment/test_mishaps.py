@@ -120,7 +120,11 @@ def test_a_full_disk_in_mid_run_and_then_resumed(once, workdir, monkeypatch, las
         with pytest.raises(OSError, match="No space left on device: .*pt'"):
             run.main([*SHORT, "--out", "r"])
     assert not list(Path("r").rglob("*.partial"))
+    left = Path("r/parts/a.json.7.partial"), Path("r/parts/a.lock")  # by one that was killed
+    for path in left:
+        path.touch()
     run.main([*SHORT, "--out", "r", "--resume"])
+    assert not any(path.exists() for path in left)
     assert Path("r/metrics.csv").read_bytes() == (once / "metrics.csv").read_bytes()
 
 
