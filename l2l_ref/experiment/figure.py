@@ -104,7 +104,7 @@ def draw_meta_training(
     """Draw how each episode of meta-training ended, and as circles what the checks of φ said."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.7 + 0.1 * len(histories)), layout="constrained")
     panel = figure.subplots()
     for name, history in histories.items():
         kind, _, phi, *_ = name.split("-")
