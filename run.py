@@ -5,6 +5,7 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
 import shlex
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> Path:
     print(f"{environment['device']}, {number} process" + "es" * (number > 1)
           + f", backend {backend}, results in {out}", flush=True)  # fmt: skip
     display = queue.Display(pieces, parts)
-    with display.bar:
+    with display.bar or nullcontext():
         if number > 1:
             queue.share_out(work, (config, out), number, display)
         else:

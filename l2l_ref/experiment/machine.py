@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ def cores() -> int:
 def environment(device: torch.device, backend: str, data: dict[str, Any]) -> dict[str, Any]:
     """Versions, hardware, code and data (`Setting.data`) that a result depends on."""
     cuda = device.type == "cuda"
+    versions = {one.name: one.version for one in distributions()}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: version(name) for name in ("torchvision", "numpy")},
+        **{name: versions.get(name) for name in ("torchvision", "numpy")},  # None: not installed
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),

@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import machine
@@ -118,9 +118,12 @@ class Display:
         self.now: dict[int, tuple[str, str, float]] = {}  # by process: a piece, words, its share
         self.start = self.shown = self.done()
         self.begin = time.monotonic()
-        bar = "{percentage:3.0f}% of the run |{bar:20}| {desc}"
-        terminal = getattr(sys.stderr, "isatty", bool)()
-        self.bar = tqdm(total=1.0, bar_format=bar, disable=not terminal)
+        self.bar: Any = None
+        if getattr(sys.stderr, "isatty", bool)():
+            from tqdm import tqdm
+
+            bar = "{percentage:3.0f}% of the run |{bar:20}| {desc}"
+            self.bar = tqdm(total=1.0, bar_format=bar)
 
     def hear(self, process: int, piece: str, words: str, share: float | None) -> None:
         """What a process tells (`Tell`)."""
@@ -131,8 +134,8 @@ class Display:
         if done > self.start:
             seconds = (time.monotonic() - self.begin) * (1 - done) / (done - self.start)
             at = [words for _, words, _ in self.now.values() if words]
-            text = " · ".join([f"{tqdm.format_interval(seconds)} left", *at])
-            if not self.bar.disable:
+            text = " · ".join([f"{timedelta(seconds=round(seconds))} left", *at])
+            if self.bar is not None:
                 self.bar.n = done
                 self.bar.set_description_str(text)
             elif self.shown + EVERY <= done < 1:
@@ -148,7 +151,9 @@ class Display:
 
     def print(self, line: str) -> None:
         """Print a line, above the bar."""
-        with tqdm.external_write_mode():
+        if self.bar is not None:
+            self.bar.write(line)
+        else:
             print(line, flush=True)
 
 

@@ -100,7 +100,7 @@ class TestDisplay:
         display.hear(0, "b", "b, 4/10", 0.4)
         # 4 of 20 were done, now 8, in 4.1 s
         assert display.done() == 0.4
-        assert capsys.readouterr().out == "40% of the run, 00:12 left · b, 4/10\n"
+        assert capsys.readouterr().out == "40% of the run, 0:00:12 left · b, 4/10\n"
         parts.keep("b", {})
         display.hear(0, "b", "", 1.0)
         assert display.done() == 0.7
@@ -113,7 +113,7 @@ class TestDisplay:
         assert 15 <= len(lines) <= 20
         shares = [int(line.split("%")[0]) for line in lines]
         assert shares == sorted(set(shares)) and shares[0] <= 6 and 95 <= shares[-1] < 100
-        assert all(re.fullmatch(r"\d+% of the run, \d\d:\d\d left", line) for line in lines)
+        assert all(re.fullmatch(r"\d+% of the run, \d:\d\d:\d\d left", line) for line in lines)
 
     def test_a_bar_on_a_terminal(self, parts, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
