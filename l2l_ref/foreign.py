@@ -47,7 +47,10 @@ def adapted(attack: Any, *, eps: float) -> Callable[..., Tensor]:
 
 def takes(function: Any, name: str) -> bool:
     """Whether an argument of that name may be given."""
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin, or nothing to call
+        return False
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 

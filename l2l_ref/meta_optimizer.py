@@ -161,8 +161,8 @@ class MetaOptimizer(nn.Module):
         if moments is None or self.log_eta is None:
             return None
         rows, sizes = [m.view(3, -1) for m in moments], [theta.numel() for theta in thetas]
-        gradient = torch.cat([g.flatten() for g in gradients])
-        direction, following = adam_direction(gradient, torch.cat(rows, dim=1))
+        gradient = joined([g.flatten() for g in gradients])
+        direction, following = adam_direction(gradient, joined(rows))
         torch._foreach_copy_(rows, following.split(sizes, dim=1))
         d, ways = (
             [part.view_as(theta) for part, theta in zip(x.split(sizes), thetas, strict=True)]
@@ -170,6 +170,11 @@ class MetaOptimizer(nn.Module):
         )
         torch._foreach_sub_(list(thetas), ways)
         return d
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Along the last axis; of one it is a view."""
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 def no_autocast(theta: Tensor) -> AbstractContextManager:
