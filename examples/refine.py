@@ -39,9 +39,8 @@ def go_on(
 def accuracies(model: nn.Module, images: data.ImageSet) -> tuple[float, float]:
     """Clean, and under PGD-20 on both losses."""
     strong = [partial(l2l_ref.pgd, eps=EPS, steps=20, loss=loss) for loss in LOSSES]
-    return l2l_ref.robust_accuracy(model, images, none), l2l_ref.robust_accuracy(
-        model, images, strong
-    )
+    accuracy = partial(l2l_ref.robust_accuracy, model, images)
+    return accuracy(none), accuracy(strong)
 
 
 def main(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from examples import paper
-from l2l_ref import MetaOptimizer, data
+from l2l_ref import MetaOptimizer, MetaSettings, data
+from l2l_ref.meta_training import apply_meta_gradient, meta_adam
 
 SEEDS, EVERY = 3, 10  # unrolls between two that are differentiated both ways
 
@@ -43,9 +44,9 @@ def meta_gradient(phi: MetaOptimizer, *inputs, order: int) -> tuple[Tensor, floa
 def meta_train(order: int, episodes: int, batches, compare: bool) -> tuple[MetaOptimizer, list]:
     """φ after so many episodes, and of some unrolls (cosine, ratio of norms, both seconds)."""
     phi, compared = MetaOptimizer(), []
-    adam = torch.optim.Adam(phi.parameters(), paper.META_LR)
-    unrolls = paper.STEPS // paper.UNROLL
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, episodes * unrolls)
+    settings = MetaSettings(episodes, meta_lr=paper.META_LR, schedule="cosine")
+    group = nn.ModuleDict({"linear": phi})
+    adam, unrolls = meta_adam(group, settings), paper.STEPS // paper.UNROLL
     for number in range(episodes):
         share = min(1.0, 2 * (number + 1) / episodes)
         strength = 1 - share * (1 - paper.ALPHA), share * paper.EPS
@@ -63,13 +64,8 @@ def meta_train(order: int, episodes: int, batches, compare: bool) -> tuple[MetaO
                 ratio = (dphi.norm() / other.norm()).item()
                 compared.append((cosine_similarity(dphi, other, 0).item(), ratio, seconds, others))
             _, theta, gradient, state = left
-            for param, part in zip(
-                phi.parameters(), dphi.split([p.numel() for p in phi.parameters()]), strict=True
-            ):
-                param.grad = part.view_as(param)
-            nn.utils.clip_grad_norm_(phi.parameters(), 1.0)
-            adam.step()
-            schedule.step()
+            rate = settings.rate(number, index / unrolls)
+            apply_meta_gradient(group, {"linear": dphi}, adam, rate, settings)
     return phi, compared
 
 
