@@ -55,7 +55,14 @@ def draw(path: Path, folders: list[Path]) -> None:
                   fontsize=8)  # fmt: skip
     for panel in panels:
         panel.grid(alpha=0.3)
-    words = [line for run in runs for line in (run["title"], run["command"])]
+    words = []
+    for run in runs:
+        e, table = run["environment"], run["table"]
+        radii = ", ".join(f"{eps:.3g}" for eps in sorted({row["eps"] for row in table}))
+        counts = ", ".join(map(str, sorted({row["runs"] for row in table})))
+        words += [f"{run['title']}, ε {radii}, {counts} runs a method (of φ: seeds times φ)",
+                  f"{e['device']}, torch {e['torch']}, commit {e['git_commit'][:9]}",
+                  run["command"]]  # fmt: skip
     figure.supxlabel("\n".join([*words, "mean ± sample deviation"]), fontsize=7, color="0.35")
     save_png(figure, path, 110)
 
