@@ -1,0 +1,46 @@
+"""The grid search of section 3: p of Eq. 5 and the rate on φ, for a small and a large perturbation.
+
+python -m examples.grid [DATA_DIR] [OPTIONS OF run.py]
+
+Of each setting L2L alone is computed, into runs/grid. It resumes, and several processes share it.
+MNIST under FGSM, the paper's recipe, validation images.
+"""
+
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+
+import run
+from l2l_ref.experiment import cli, queue
+from l2l_ref.experiment.phis import UNDER_ATTACK
+from l2l_ref.experiment.protocol import Experiment
+
+EPS, PS, META_LRS = (0.05, 0.3), (5, 10, 20, 40), (1e-3, 3e-3)
+COMMAND = "--eval-on validation --meta-seeds 2 --seeds 3 --eps {} --p {} --meta-lr {}"
+
+
+def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) -> None:
+    """Compute what is missing and print the table."""
+    found = {}
+    for eps, p, rate in product(EPS, PS, META_LRS):
+        command = [*COMMAND.format(eps, p, rate).split(), "--data-dir", data_dir, *options]
+        setting, _ = run.ready(cli.parse(command))
+        experiment = Experiment(setting, root / f"eps{eps}-p{p}-lr{rate}")
+        runs = [piece for key, piece in experiment.runs() if key["method"] == "L2L"]
+        phis = [piece for piece in experiment.pieces() if piece.name.startswith(UNDER_ATTACK)]
+        show = partial(queue.Display([*phis, *runs], experiment.parts).hear, 0)
+        queue.compute_all([*phis, *runs], experiment.parts, show)
+        found[eps, p, rate] = [experiment.parts[piece.name] for piece in runs]
+    print("| ε | p | rate on φ | loss, PGD-7 | by φ | PGD-20 % |\n|---|---|---|---|---|---|")
+    for (eps, p, rate), ends in found.items():
+        losses, accuracies = ([end[name] for end in ends] for name in ("pgd_loss", "pgd_accuracy"))
+        phis = setting.config.meta_seeds
+        by_phi = ", ".join(f"{fmean(losses[k::phis]):.2f}" for k in range(phis))
+        print(f"| {eps} | {p} | {rate} | {fmean(losses):.2f} ± {stdev(losses):.2f} | {by_phi} "
+              f"| {100 * fmean(accuracies):.1f} ± {100 * stdev(accuracies):.1f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
