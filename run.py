@@ -6,7 +6,6 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 
 import shlex
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,11 +38,8 @@ def main(arguments: list[str]) -> Path:
     print(f"{environment['device']}, {number} process" + "es" * (number > 1)
           + f", backend {backend}, results in {out}", flush=True)  # fmt: skip
     display = queue.Display(pieces, parts)
-    with display.bar or nullcontext():
-        if number > 1:
-            queue.share_out(work, (config, out), number, display)
-        else:
-            queue.compute_all(pieces, parts, partial(display.hear, 0))
+    with display.bar or nullcontext(), queue.helpers(work, (config, out), number - 1):
+        queue.compute_all(pieces, parts, display.hear)
     with locked(out / folder.LOCK):
         text = report.write(out, experiment.results(), setting, environment, command)
         folder.tidy(out)
@@ -61,11 +57,11 @@ def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.Module
     return load_phis(config.load, setting) if config.load else (setting, {})
 
 
-def work(config: Config, out: Path, number: int, tell: queue.Tell) -> None:
-    """One of several processes of a run."""
+def work(config: Config, out: Path, number: int) -> None:
+    """Each further process of a run."""
     setting, phis = ready(config, number)
     experiment = Experiment(setting, out, phis)
-    queue.compute_all(experiment.pieces(), experiment.parts, tell)
+    queue.compute_all(experiment.pieces(), experiment.parts, queue.quiet)
 
 
 if __name__ == "__main__":

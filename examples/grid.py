@@ -7,7 +7,6 @@ MNIST under FGSM, the paper's recipe, validation images.
 """
 
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,8 +16,10 @@ from l2l_ref.experiment import cli, queue
 from l2l_ref.experiment.phis import UNDER_ATTACK
 from l2l_ref.experiment.protocol import Experiment
 
-EPS, PS, META_LRS = (0.05, 0.3), (5, 10, 20, 40), (1e-3, 3e-3)
-COMMAND = "--eval-on validation --meta-seeds 2 --seeds 3 --eps {} --p {} --meta-lr {}"
+EPS, PS, META_LRS = (0.05, 0.3), (5, 10, 20), (1e-3, 3e-3)
+COMMAND = (
+    "--eval-on validation --meta-seeds 2 --seeds 3 --episodes 140 --eps {} --p {} --meta-lr {}"
+)
 
 
 def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) -> None:
@@ -30,8 +31,7 @@ def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) 
         experiment = Experiment(setting, root / f"eps{eps}-p{p}-lr{rate}")
         runs = [piece for key, piece in experiment.runs() if key["method"] == "L2L"]
         phis = [piece for piece in experiment.pieces() if piece.name.startswith(UNDER_ATTACK)]
-        show = partial(queue.Display([*phis, *runs], experiment.parts).hear, 0)
-        queue.compute_all([*phis, *runs], experiment.parts, show)
+        queue.compute_all([*phis, *runs], experiment.parts, queue.quiet)
         found[eps, p, rate] = [experiment.parts[piece.name] for piece in runs]
     print("| ε | p | rate on φ | loss, PGD-7 | by φ | PGD-20 % |\n|---|---|---|---|---|---|")
     for (eps, p, rate), ends in found.items():

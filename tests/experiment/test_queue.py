@@ -10,7 +10,7 @@ import pytest
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import queue
 from l2l_ref.experiment.folder import Parts
-from l2l_ref.experiment.queue import Display, Piece, chains, compute_all, named
+from l2l_ref.experiment.queue import Display, Piece, compute_all, named
 from l2l_ref.files import locked
 
 
@@ -58,12 +58,10 @@ def test_a_name_is_one_that_any_file_system_takes():
     assert named(*words) == "run-Adam-attacked-L1-cosine-lr-0.001-L1-0-eps0.1"
 
 
-def test_the_longest_chain_comes_first(parts):
-    graph = Graph({"c": (3, ""), "a": (1, ""), "f": (1, "a"), "d": (9, "c"), "b": (20, "a"),
-                   "e": (2, "bd")})  # fmt: skip
-    assert chains(graph.pieces) == {"a": 23, "b": 22, "c": 14, "d": 11, "e": 2, "f": 1}
+def test_the_most_costly_comes_first_of_those_whose_needs_are_there(parts):
+    graph = Graph({"c": (3, ""), "a": (5, ""), "f": (1, "a"), "d": (9, "c"), "b": (20, "a")})
     graph.run(parts)
-    assert graph.done == ["a", "b", "c", "d", "e", "f"]
+    assert graph.done == ["a", "b", "c", "d", "f"]
 
 
 def test_nothing_twice_nothing_before_what_it_needs(parts):
@@ -91,24 +89,21 @@ class TestDisplay:
     a, b, c = Piece("a", None, 4.0), Piece("b", None, 10.0), Piece("c", None, 6.0)
 
     def test_by_hand(self, parts, capsys, monkeypatch):
-        """What an earlier run has done took no time now."""
+        """What an earlier run has done took no time now; what others have done counts."""
         now = iter([100.0, *[104.1] * 9])
         monkeypatch.setattr(time, "monotonic", lambda: next(now))
         parts.keep("a", {})
         display = Display([self.a, self.b, self.c], parts)
-        display.hear(1, "c", "", 0.0)
-        display.hear(0, "b", "b, 4/10", 0.4)
+        display.hear("b", "b, 4/10", 0.4)
         # 4 of 20 were done, now 8, in 4.1 s
-        assert display.done() == 0.4
         assert capsys.readouterr().out == "40% of the run, 0:00:12 left · b, 4/10\n"
-        parts.keep("b", {})
-        display.hear(0, "b", "", 1.0)
-        assert display.done() == 0.7
+        parts.keep("c", {})
+        display.hear("b", "b, 5/10", 0.5)
+        assert "75% of the run" in capsys.readouterr().out
 
     def test_a_line_every_twentieth_of_the_run(self, parts, capsys):
         pieces = [Piece(str(i), lambda *_: {}, 1.0) for i in range(100)]
-        display = Display(pieces, parts)
-        compute_all(pieces, parts, lambda *told: display.hear(0, *told))
+        compute_all(pieces, parts, Display(pieces, parts).hear)
         lines = capsys.readouterr().out.splitlines()
         assert 15 <= len(lines) <= 20
         shares = [int(line.split("%")[0]) for line in lines]
@@ -119,8 +114,8 @@ class TestDisplay:
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
         display = Display([self.a, self.b], parts)
         with display.bar:
-            display.hear(1, "a", "half of a", 0.5)
-            display.hear(1, "a", "a word", None)
+            display.hear("a", "half of a", 0.5)
+            display.hear("a", "a word", None)
         heard = capsys.readouterr()
         assert "left · half of a" in heard.err and "14% of the run |" in heard.err
         assert heard.out == "a word\n"
