@@ -34,9 +34,9 @@ def main(arguments: list[str]) -> None:
     surrogate, *_ = Trial(setting, ("surrogate",)).train(adam, train, fold.test, eps)
     images = fold.test.first(options.samples)
     # A label stands there once for each φ: the last one read is the first.
-    first = {x.method.label: x for x in reversed(experiment.contenders(fold, eps))}
+    first = {row.label: row for row in reversed(experiment.tables[0])}
     for label in dict.fromkeys(options.methods):
-        method = first[label].chosen(experiment.parts)
+        method = first[label].method(experiment.parts)
         trial, model, *_ = train_method(setting, method, fold, eps, seed=0)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")

@@ -75,7 +75,7 @@ def instrument(clock: Clock) -> None:
             setattr(owner, name, clock.timed(getattr(owner, name), **ranges))
 
     patch(protocol.Experiment, "train_phi", phase="meta-training")
-    patch(tuning.Grid, "run", phase="tuning")
+    patch(tuning.Row, "run", phase="tuning")
     patch(protocol, "run_method", phase="transfer")
     patch(evaluate, "losses", phase="recording")
     patch(evaluate, "robust_accuracy", phase="evaluation")

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from types import NoneType
@@ -26,13 +25,6 @@ def number(text: str) -> float:
         return float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
-
-
-def path(text: str) -> str:
-    """A path, its ~ expanded, which a shell leaves alone after a =."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("it is empty, or no path at all")
-    return os.path.expanduser(text)
 
 
 def flag(name: str) -> str:
@@ -60,7 +52,6 @@ class Option:
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
     of: str = ""  # "φ": a loaded φ brings it along; "place": it may change when a run is continued
-    kind: Callable[[str], Any] | None = None  # parses an argument, where the type does not say how
 
     def value(self, words: set[str]) -> Any:
         """The default of a run that these words describe."""
@@ -86,7 +77,9 @@ class Option:
             action = argparse.BooleanOptionalAction if self.default else "store_true"
             return {"action": action, "help": text}
         inner = [one for one in get_args(type_) if one not in (NoneType, Ellipsis)]
-        kind = self.kind or (inner or [type_])[0]
+        kind = (inner or [type_])[0]
+        if self.metavar in ("DIR", "FILE"):
+            kind = os.path.expanduser  # a shell leaves the ~ alone after a =
         return {
             "type": number if kind is float else kind,
             "nargs": ("+", 2)[len(inner) - 1] if get_origin(type_) is tuple else None,
@@ -168,7 +161,7 @@ class Config:
     load: str | None = option(META, "use the φ of this meta_optimizer.pt, or of the package by its "
         "name (l2l_ref.list_pretrained())",
         exceptions={"cifar10 quick paper fgsm": "cifar10-fgsm-2-255",
-         "cifar10 quick paper pgd": "cifar10-pgd-0.03"}, metavar="FILE", kind=path)
+         "cifar10 quick paper pgd": "cifar10-pgd-0.03"}, metavar="FILE")
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "quick": 40})
@@ -203,10 +196,10 @@ class Config:
     jobs: int | None = option(RUN, "processes, of a core or a GPU each (all that pay)", of="place")
     graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place")
     data_dir: str = option(RUN, "where data is or is downloaded to", "data", metavar="DIR",
-        of="place", kind=path)
+        of="place")
     strict_data: bool = option(RUN, "no stand-in for missing data", False, of="place")
     out: str | None = option(RUN, "results (runs/<dataset>-<attack>-<recipe>)", metavar="DIR",
-        of="place", kind=path)
+        of="place")
     resume: bool = option(RUN, "continue or join the run in --out, or begin it", False, of="place")
     # fmt: on
 

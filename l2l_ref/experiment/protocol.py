@@ -5,7 +5,7 @@ Every finished piece is kept in `<out>/parts`, so that a resumed run repeats non
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from l2l_ref.experiment.phis import (
 )
 from l2l_ref.experiment.queue import Piece, named
 from l2l_ref.experiment.setting import Fold, Setting, Trial, capturable, folds, stream
+from l2l_ref.experiment.tuning import Row
 from l2l_ref.files import read_checkpoint, write_checkpoint
 from l2l_ref.meta_training import CHECKS, meta_train
 from l2l_ref.optimizer import LearnedOptimizer
@@ -36,19 +37,6 @@ from l2l_ref.pretrained import read, save
 from l2l_ref.transfer import Curve, Method
 
 KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, None for a baseline
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A row of a table."""
-
-    method: Method  # its label, and what it costs
-    needs: tuple[str, ...]  # pieces that come first
-    meta_seed: int | None = None  # of its φ; None for a baseline
-    grid: tuning.Grid | None = None  # of a baseline: chooses the method that runs
-
-    def chosen(self, parts: Parts) -> Method:
-        return self.grid.method(parts) if self.grid else self.method
 
 
 class Experiment:
@@ -60,6 +48,9 @@ class Experiment:
         self.phis = dict(phis or {})
         self.given = frozenset(self.phis)
         self.folds, self.warned = folds(setting), False
+        self.tables = [
+            self.rows(fold, eps) for fold, eps in product(self.folds, setting.config.eps)
+        ]
 
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
@@ -68,9 +59,7 @@ class Experiment:
             if name not in self.given:
                 train = partial(self.train_phi, kind, self.folds[number], meta_seed, eps)
                 result.append(Piece(name, train, cost_of_phi(c, kind)))
-        for fold, eps in product(self.folds, c.eps):
-            for grid in tuning.grids(self.setting, fold, eps):
-                result += grid.pieces()
+        result += [piece for rows in self.tables for row in rows for piece in row.pieces()]
         return result + [piece for _, piece in self.runs()]
 
     def train_phi(
@@ -125,39 +114,10 @@ class Experiment:
             self.phis[name] = phi
         return self.phis[name]
 
-    def runs(self) -> list[tuple[dict[str, Any], Piece]]:
-        """What is compared: each run's key in a table, and the piece that computes it."""
-        c, result = self.setting.config, []
-        for fold, eps in product(self.folds, c.eps):
-            for seed, one in product(range(c.seeds), self.contenders(fold, eps)):
-                method = one.method
-                values = eps, method.label, fold.number, one.meta_seed, seed
-                key: dict[str, Any] = dict(zip(KEY, values, strict=True))
-                words = [f"{k}{v}" for k, v in key.items() if k != "method" and v is not None]
-                cost = tuning.cost(c, method.alpha, method.penalty, method.attack)
-                cost += c.steps * (one.meta_seed is not None)  # the LSTM
-                compute = partial(self.run, one, fold, eps, seed)
-                name = named("run", method.label, *words)
-                result.append((key, Piece(name, compute, cost, one.needs)))
-        return result
-
-    def run(
-        self, one: Contender, fold: Fold, eps: float, seed: int, parts: Parts, tell: Callable
-    ) -> dict[str, Any]:
-        """Train and evaluate one; of all warnings, of samples without a gradient, one is told."""
-        with warnings.catch_warnings(record=True) as caught:
-            result = run_method(self.setting, one.chosen(parts), fold, eps, seed)
-        if caught and not self.warned:
-            self.warned = True
-            tell(f"{one.method.label}: {caught[0].message}", None)
-        return result
-
-    def contenders(self, fold: Fold, eps: float) -> list[Contender]:
-        """The rows of a table."""
-        c, result = self.setting.config, []
-        for grid in tuning.grids(self.setting, fold, eps):
-            any_of = next(iter(grid.methods.values()))
-            result.append(Contender(any_of, grid.needs(), grid=grid))
+    def rows(self, fold: Fold, eps: float) -> list[Row]:
+        """Those of a table: the baselines, then what each φ trains."""
+        c, of = self.setting.config, partial(Row, self.setting, fold, eps)
+        result = [of(label, methods) for label, methods in tuning.candidates(c, eps).items()]
         for meta_seed, kind in product(range(c.meta_seeds), kinds_of_phi(c)):
             name = phi_name(kind, fold.number, meta_seed, eps)
 
@@ -166,7 +126,32 @@ class Experiment:
 
             needs = () if name in self.given else (name,)
             methods = phi_methods(c, kind, eps, optimizer)
-            result += [Contender(method, needs, meta_seed) for method in methods]
+            result += [of(one.label, {"": one}, meta_seed, needs) for one in methods]
+        return result
+
+    def runs(self) -> list[tuple[dict[str, Any], Piece]]:
+        """What is compared: each run's key in a table, and the piece that computes it."""
+        c, result = self.setting.config, []
+        for rows in self.tables:
+            for seed, row in product(range(c.seeds), rows):
+                values = row.eps, row.label, row.fold.number, row.meta_seed, seed
+                key: dict[str, Any] = dict(zip(KEY, values, strict=True))
+                words = [f"{k}{v}" for k, v in key.items() if k != "method" and v is not None]
+                any_of = next(iter(row.methods.values()))
+                cost = tuning.cost(c, any_of.alpha, any_of.penalty, any_of.attack)
+                cost += c.steps * (row.meta_seed is not None)  # the LSTM
+                needs = row.needs + tuple(piece.name for piece in row.pieces())
+                name, compute = named("run", row.label, *words), partial(self.run, row, seed)
+                result.append((key, Piece(name, compute, cost, needs)))
+        return result
+
+    def run(self, row: Row, seed: int, parts: Parts, tell: Callable) -> dict[str, Any]:
+        """Train and evaluate one; of all warnings, of samples without a gradient, one is told."""
+        with warnings.catch_warnings(record=True) as caught:
+            result = run_method(self.setting, row.method(parts), row.fold, row.eps, seed)
+        if caught and not self.warned:
+            self.warned = True
+            tell(f"{row.label}: {caught[0].message}", None)
         return result
 
     def results(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
@@ -176,10 +161,9 @@ class Experiment:
         c, parts = self.setting.config, self.parts
         runs = [{**key, **parts[piece.name]} for key, piece in self.runs()]
         chosen: dict[str, dict[str, dict[str, str]]] = {}
-        for fold, eps in product(self.folds, c.eps):
-            chosen.setdefault(str(eps), {})[str(fold.number)] = {
-                grid.label: grid.chosen(parts) for grid in tuning.grids(self.setting, fold, eps)
-            }
+        for rows in self.tables:
+            baselines = {row.label: row.chosen(parts) for row in rows if row.meta_seed is None}
+            chosen.setdefault(str(rows[0].eps), {})[str(rows[0].fold.number)] = baselines
         phis = {name: self.phi(name) for name in phis_of(c)}
         histories = {name: parts[name] for name in phis if name not in self.given}
         if c.load and not histories:  # what they come from goes along unchanged

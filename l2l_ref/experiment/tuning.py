@@ -113,39 +113,42 @@ def cost(
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The candidates of one baseline, for a fold and an ε; all once, then the best on more seeds.
+class Row:
+    """A row of a table, for a fold and an ε: what a φ trains, or the candidates of a baseline.
 
-    Fewer steps would choose otherwise, so a candidate that is dropped is dropped after a whole run.
+    Of several candidates all train once, and the best third on more seeds. Fewer steps would choose
+    otherwise, so each is a whole run.
     """
 
     setting: Setting
     fold: Fold
     eps: float
     label: str
-    methods: dict[str, Method]
+    methods: dict[str, Method]  # by their settings in words
+    meta_seed: int | None = None  # of its φ
+    needs: tuple[str, ...] = ()  # the piece that makes that φ
 
     def name(self, what: str) -> str:
         return named("tune", self.label, what, f"fold{self.fold.number}", f"eps{self.eps}")
 
-    def first(self) -> list[str]:
-        return [self.name(f"{settings}-seed0") for settings in self.methods]
+    def first(self) -> tuple[str, ...]:
+        return tuple(self.name(f"{settings}-seed0") for settings in self.methods)
 
     def pieces(self) -> list[Piece]:
         """All that `chosen` needs."""
-        c, first = self.setting.config, tuple(self.first())
-        costs = [cost(c, one.alpha, one.penalty, one.attack) for one in self.methods.values()]
-        result = []
-        for name, settings, own in zip(first, self.methods, costs, strict=True):
-            result.append(Piece(name, partial(self.run, settings, 0), own))
-        places = range(math.ceil(len(self.methods) / STAY))
+        c, methods = self.setting.config, self.methods
+        if len(methods) == 1:
+            return []
+        costs = [cost(c, one.alpha, one.penalty, one.attack) for one in methods.values()]
+        result = [
+            Piece(name, partial(self.run, settings, 0), own)
+            for name, settings, own in zip(self.first(), methods, costs, strict=True)
+        ]
+        places = range(math.ceil(len(methods) / STAY))
         for place, seed in product(places, range(1, c.tune_seeds)):
             name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
-            result.append(Piece(self.name(name), run, max(costs), first))
+            result.append(Piece(self.name(name), run, max(costs), self.first()))
         return result
-
-    def needs(self) -> tuple[str, ...]:
-        return tuple(piece.name for piece in self.pieces())
 
     def run(self, settings: str, seed: int, *_: Any) -> dict[str, Any]:
         outcome = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
@@ -157,9 +160,11 @@ class Grid:
 
     def chosen(self, parts: Parts) -> str:
         """The best settings, in words."""
+        if len(self.methods) == 1:
+            return next(iter(self.methods))
         outcomes: dict[str, list[dict[str, Any]]] = {}
-        for name in self.needs():
-            outcomes.setdefault(parts[name]["settings"], []).append(parts[name])
+        for piece in self.pieces():
+            outcomes.setdefault(parts[piece.name]["settings"], []).append(parts[piece.name])
         most = max(map(len, outcomes.values()))
 
         def order(settings: str) -> tuple[int, bool, float]:
@@ -170,12 +175,6 @@ class Grid:
 
     def method(self, parts: Parts) -> Method:
         return self.methods[self.chosen(parts)]
-
-
-def grids(setting: Setting, fold: Fold, eps: float) -> list[Grid]:
-    """One for each baseline that is tuned."""
-    every = candidates(setting.config, eps)
-    return [Grid(setting, fold, eps, label, methods) for label, methods in every.items()]
 
 
 def score(outcome: Mapping[str, Any]) -> tuple[int, float]:

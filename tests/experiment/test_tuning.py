@@ -12,7 +12,7 @@ from conftest import TINY, zeroing
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, tuning
 from l2l_ref.experiment.setting import Fold, Trial, folds, prepare
-from l2l_ref.experiment.tuning import Grid, sgd
+from l2l_ref.experiment.tuning import Row, sgd
 from l2l_ref.transfer import Method
 
 
@@ -42,15 +42,14 @@ def choose(monkeypatch):
         (tune_seeds,) = {len(by_seed) for by_seed in outcomes.values()}
         own = replace(setting, config=replace(setting.config, tune_seeds=tune_seeds))
         methods = {name: Method(name, partial(sgd, 0.1)) for name in outcomes}
-        grid = Grid(own, Fold(0, *[None] * 5), 0.2, "a baseline", methods)
+        row = Row(own, Fold(0, *[None] * 5), 0.2, "a baseline", methods)
         parts = {}
-        for piece in grid.pieces():
+        for piece in row.pieces():
             assert set(piece.needs) <= parts.keys()
             parts[piece.name] = json.loads(json.dumps(piece.compute(parts, None)))
-        assert set(grid.needs()) == parts.keys()
-        assert grid.method(parts) is methods[grid.chosen(parts)]
+        assert row.method(parts) is methods[row.chosen(parts)]
         assert ran[: len(outcomes)] == [(name, 0) for name in outcomes]
-        return grid.chosen(parts), sorted(ran[len(outcomes) :])
+        return row.chosen(parts), sorted(ran[len(outcomes) :])
 
     return choose
 
@@ -59,7 +58,7 @@ BEST_COLLAPSED = [outcome(0.1, collapsed=True)] * 2
 COLLAPSED_LATER = [outcome(1.0), outcome(0.1, collapsed=True)]
 
 
-class TestGrid:
+class TestRow:
     @pytest.mark.parametrize(
         "outcomes, chosen, later",
         [
@@ -96,7 +95,7 @@ class TestGrid:
         setting = prepare(cli.parse([*TINY, "--dataset", "quadratic"]))
         setting = replace(setting, config=replace(setting.config, tune_seeds=2))
         methods = {"x": Method("", None), "y": Method("", None, penalty=1.0)}
-        pieces = Grid(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods).pieces()
+        pieces = Row(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods).pieces()
         assert [(piece.name, piece.cost, len(piece.needs)) for piece in pieces] == [
             ("tune-Adam-x-seed0-fold1-eps0.2", 4, 0),
             ("tune-Adam-y-seed0-fold1-eps0.2", 12, 0),
