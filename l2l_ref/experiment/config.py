@@ -27,6 +27,13 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
 
 
+def path(text: str) -> str:
+    """A path, its ~ expanded, which a shell leaves alone after a =."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return os.path.expanduser(text)
+
+
 def flag(name: str) -> str:
     """The option of a field, as it is typed."""
     return "--" + name.replace("_", "-")
@@ -79,7 +86,7 @@ class Option:
         inner = [one for one in get_args(type_) if one not in (NoneType, Ellipsis)]
         kind = (inner or [type_])[0]
         if self.metavar in ("DIR", "FILE"):
-            kind = os.path.expanduser  # a shell leaves the ~ alone after a =
+            kind = path
         return {
             "type": number if kind is float else kind,
             "nargs": ("+", 2)[len(inner) - 1] if get_origin(type_) is tuple else None,

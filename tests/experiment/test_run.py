@@ -277,7 +277,7 @@ class TestResumeAndLoad:
         (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
         (["--images", "501"], "--images is 501 but a candidate trains on 500 images of stand-in"),
         (["--dataset", "quadratic", "--images", "500"], "quadratics have none"),
-        (["--out", ""], "argument --out: it is empty, or no path"),
+        (["--out", ""], "argument --out: it is empty"),
         (["--load", ""], "argument --load: it is empty"),
         (["--data-dir", ""], "argument --data-dir: it is empty"),
         (["--out", "file"], "--out file is taken, but not by a run"),
