@@ -76,15 +76,17 @@ def test_what_a_killed_child_leaves_the_others_compute(tmp_path):
 
 def fail(how: str, number: int) -> None:
     """Work that goes wrong."""
+    queue.quiet("a piece", f"a line of {number}", None)
+    queue.quiet("a piece", "progress", 0.5)
     if how == "full":
         raise OSError(28, "No space left on device", "a file")
     time.sleep(60)
 
 
-def test_a_helper_that_fails_leaves_its_part_to_the_first(capfd):
+def test_of_a_helper_that_fails_the_first_says_why(capfd):
     with queue.helpers(fail, ("full",), 1):
         wait_for(lambda: len(active_children()) == 0)
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr() == ("a line of 1\n", "")
 
 
 def test_helpers_end_with_the_block():
