@@ -42,17 +42,12 @@ def drawn():
 def by_autograd(meta, model, batches, way):
     """Each unroll's losses and derivatives by all parameters of φ."""
     _, _, penalty, _, decay, input_alpha, alpha = WAYS[way]
-    names = [name for name, _ in model.named_parameters()]
-    shapes = [p.shape for p in model.parameters()]
-    network = SMALL.build().double()
 
     def loss(theta, x, y, alpha, penalty=0.0):
-        parts = theta.split([shape.numel() for shape in shapes])
-        tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        tensors = dict(zip(names, tensors, strict=True))
+        w_1, b_1, w_2, b_2 = theta.split([20, 4, 12, 3])
 
         def of(x):
-            logits = torch.func.functional_call(network, tensors, (x,))
+            logits = (x @ w_1.view(4, 5).T + b_1).tanh() @ w_2.view(3, 4).T + b_2  # `SMALL`
             return nn.functional.cross_entropy(logits, y)
 
         x = x.clone().requires_grad_()
@@ -62,18 +57,15 @@ def by_autograd(meta, model, batches, way):
             clean = clean + penalty * slope.abs().sum()
         return alpha * clean + (1 - alpha) * attacked
 
-    def gradient_at(theta, x, y):
-        theta = theta.detach().requires_grad_()
-        return torch.autograd.grad(loss(theta, x, y, input_alpha, penalty), theta)[0]
-
     theta = average = weights(model)
     state, moments = meta.init_state(len(theta)), meta.init_moments(len(theta))
     for start in range(0, STEPS, UNROLL):
         losses = []
         for t in range(start, min(start + UNROLL, STEPS)):
-            gradient = gradient_at(theta, *batches[t])
-            seen = theta.detach()  # what φ sees enters as a constant
-            u, state = equations.update(seen, gradient, state, meta.phi(), **meta.form)
+            seen = theta.detach().requires_grad_()  # what φ sees enters as a constant
+            value = loss(seen, *batches[t], input_alpha, penalty)
+            (gradient,) = torch.autograd.grad(value, seen)
+            u, state = equations.update(seen.detach(), gradient, state, meta.phi(), **meta.form)
             theta = theta + u
             if meta.nominal:
                 d, moments = equations.adam_direction(gradient, moments)
