@@ -231,24 +231,6 @@ def killed_at(monkeypatch):
     return context
 
 
-def using(name, fused, monkeypatch):
-    """For a fixture to yield from: the kernels `name` run the operators."""
-    if name == "emulated":
-        use_emulated(fused, monkeypatch)
-        yield name
-        return
-    if name == "cuda":
-        for operator in ("theta_step_", "theta_step", "unroll_meta_gradient"):
-            monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
-        yield name
-        return
-    module = import_module("l2l_ref.backend._C")
-    before = module.build_info()["kernel"]
-    module.use_instruction_set(name)
-    yield name
-    module.use_instruction_set(before)
-
-
 def use_emulated(fused, monkeypatch):
     """The functions of `fused` run the GPU's kernels on the host, with the same derivatives."""
     monkeypatch.setattr(fused, "_ops", torch.ops.l2l_ref_emulated)
@@ -288,10 +270,21 @@ def level(request, fused, monkeypatch):
     """The name of the kernels in use: the test runs once with each that this machine has.
 
     "emulated" are the GPU's on the host, "cuda" those on a GPU, to which tensors are moved."""
-    yield from using(request.param, fused, monkeypatch)
+    if request.param == "emulated":
+        use_emulated(fused, monkeypatch)
+        yield request.param
+        return
+    if request.param == "cuda":
+        for operator in ("theta_step_", "theta_step", "unroll_meta_gradient"):
+            monkeypatch.setattr(fused, operator, on_gpu(getattr(fused, operator)))
+        yield request.param
+        return
+    module = import_module("l2l_ref.backend._C")
+    before = module.build_info()["kernel"]
+    module.use_instruction_set(request.param)
+    yield request.param
+    module.use_instruction_set(before)
 
 
-@pytest.fixture(params=KERNELS)
-def cpu_level(request, fused, monkeypatch):
-    """`level`, of the kernels that a CPU runs when it is not testing."""
-    yield from using(request.param, fused, monkeypatch)
+# `level`, of the kernels that a CPU runs when it is not testing.
+cpu_levels = pytest.mark.parametrize("level", KERNELS, indirect=True)

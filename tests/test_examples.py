@@ -85,9 +85,8 @@ def test_perturbations_leave_the_ball_and_stay_in_the_box():
 
     for name in ("l2", "l2_step", "noise", "blur", "brightness"):
         change = perturbed(name) - x
-        assert (
-            change.abs().max() > 0.11 and 0 <= perturbed(name).min() <= perturbed(name).max() <= 1
-        )
+        assert change.abs().max() > 0.11
+        assert 0 <= perturbed(name).min() <= perturbed(name).max() <= 1
         if "l2" in name:
             assert change.flatten(1).norm(dim=1).max() < 1 + 1e-5  # 10·eps
     kinds = {perturbed("norms", seed).sub(x).abs().max().item() < 0.11 for seed in range(8)}
@@ -162,10 +161,8 @@ class TestThePaperOnAPage:
         g = generator(seed)
         while True:
             y = torch.randint(10, (32,), generator=g)
-            yield (
-                (torch.rand(32, 784, generator=g) + torch.eye(10)[y].repeat(1, 79)[:, :784]) / 2,
-                y,
-            )
+            stripes = torch.eye(10)[y].repeat(1, 79)[:, :784]
+            yield (torch.rand(32, 784, generator=g) + stripes) / 2, y
 
     def problem(self, page, seed):
         """θ₀ of the page, and a model of that."""
@@ -182,10 +179,7 @@ class TestThePaperOnAPage:
         ours["linear"].load_state_dict(phi.state_dict())
         return phi, ours
 
-    @pytest.mark.parametrize("backend", ["reference", "fused"])
-    def test_the_same_phi_after_ten_unrolls(self, page, backend, request):
-        if backend == "fused":
-            request.getfixturevalue("fused")
+    def test_the_same_phi_after_ten_unrolls(self, page, backend):
         phi, ours = self.twins(page)
         adam = torch.optim.Adam(phi.parameters(), page.META_LR)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 10)
@@ -220,11 +214,10 @@ class TestThePaperOnAPage:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert (expected - theta).abs().max() > 0.05
 
-    def test_its_attacks_are_ours(self, page):
-        theta, model = self.problem(page, 0)
+    def test_its_pgd_is_no_weaker_than_its_fgsm(self, page):
+        theta, _ = self.problem(page, 0)
         x, y = next(self.batches(1))
-        x = x.clamp(0, 1)
-        ours = fgsm(model, x, y, eps=0.1)
-        torch.testing.assert_close(page.fgsm(theta, x, y, 0.1), ours)
-        assert (page.pgd(theta, x, y, 0.1) - x).abs().max() <= 0.1 + 1e-9
-        assert page.loss(theta, page.pgd(theta, x, y, 0.1), y) > page.loss(theta, ours, y) - 0.01
+        attacked = page.pgd(theta, x, y, 0.1)
+        assert (attacked - x).abs().max() <= 0.1 + 1e-9
+        fgsm_loss = page.loss(theta, page.fgsm(theta, x, y, 0.1), y)
+        assert page.loss(theta, attacked, y) > fgsm_loss - 0.01

@@ -46,57 +46,42 @@ learned = partial(LearnedOptimizer, meta_optimizer=phi())
 
 
 @pytest.fixture(scope="module")
-def info():
-    """PyTorch's description of an optimizer under test, with LearnedOptimizer as an entry."""
+def table():
+    """PyTorch's own descriptions of optimizers under test."""
     with patch("torch.backends.disable_global_flags"):  # for all that comes after
-        table = pytest.importorskip("torch.testing._internal.common_optimizers")
-    # It begins as Adam, and so goes where the gradient says.
-    meta = MetaOptimizer(nominal=True, odd=True, generator=generator())
+        return pytest.importorskip("torch.testing._internal.common_optimizers")
 
-    def inputs(device, dtype=None):
-        options = [
-            {}, {"lr": 0.3}, {"lr": torch.tensor(0.3)}, {"weight_decay": 1e-4},
-            {"backend": "reference"},
-        ]  # fmt: skip
-        return [
-            table.OptimizerInput(params=None, kwargs={"meta_optimizer": meta, **one}, desc=str(one))
-            for one in options
-        ]
 
-    return table.OptimizerInfo(
-        LearnedOptimizer,
-        optim_inputs_func=inputs,
-        optim_error_inputs_func=table.get_error_inputs_for_all_optims,
-        supported_impls=(),
-        supports_complex=False,
-    )
+# It begins as Adam, and so goes where the gradient says.
+NOMINAL = MetaOptimizer(nominal=True, odd=True, generator=generator())
+OPTIONS = [{}, {"lr": 0.3}, {"lr": torch.tensor(0.3)}, {"weight_decay": 1e-4},
+           {"backend": "reference"}]  # fmt: skip
+
+
+def made(params, options) -> LearnedOptimizer:
+    return LearnedOptimizer(params, NOMINAL, **copy.deepcopy(options))
 
 
 class TestAsPyTorchTestsItsOwn:
-    @pytest.fixture
-    def inputs(self, info):
-        return info.optim_inputs_func("cpu")
-
-    def test_errors(self, info):
-        for mistake in info.optim_error_inputs_func("cpu", torch.float32):
+    def test_errors(self, table):
+        for mistake in table.get_error_inputs_for_all_optims("cpu", torch.float32):
             given = mistake.optimizer_error_input
-            params = given.params or [nn.Parameter(torch.randn(1, 1))]
             warned = issubclass(mistake.error_type, Warning)
             expected = pytest.warns if warned else pytest.raises
             with expected(mistake.error_type, match=mistake.error_regex):
-                info.optim_cls(params, phi(), **given.kwargs)
+                learned(given.params or [nn.Parameter(torch.randn(1, 1))], **given.kwargs)
 
     @pytest.mark.parametrize("contiguous", [True, False])
     @pytest.mark.parametrize("scheduled", [False, True])
-    def test_it_goes_the_right_way(self, info, inputs, contiguous, scheduled):
-        for one in inputs:
-            for schedulers in info.scheduler_inputs if scheduled else [[]]:
+    def test_it_goes_the_right_way(self, table, contiguous, scheduled):
+        about = table.OptimizerInfo(LearnedOptimizer, optim_inputs_func=list)
+        for options in OPTIONS:
+            for schedulers in about.scheduler_inputs if scheduled else [[]]:
                 torch.manual_seed(0)
                 weight = nn.Parameter(torch.randn(10, 5) if contiguous else torch.randn(5, 10).T)
                 bias, x = nn.Parameter(torch.randn(10, 2)[:, 0]), torch.randn(5)
                 assert weight.is_contiguous() == contiguous
-                options = copy.deepcopy(one.kwargs)
-                optimizer = info.optim_cls([{"params": weight}, {"params": [bias]}], **options)
+                optimizer = made([{"params": weight}, {"params": [bias]}], options)
                 schedules = [make(optimizer) for make in schedulers]
 
                 def closure(weight=weight, bias=bias, x=x, optimizer=optimizer):
@@ -111,20 +96,18 @@ class TestAsPyTorchTestsItsOwn:
                     for schedule in schedules:
                         plateau = isinstance(schedule, lr_scheduler.ReduceLROnPlateau)
                         schedule.step(*[loss.item()] * plateau)
-                assert closure().item() < first, one.desc
+                assert closure().item() < first, options
 
-    def test_state_dicts(self, info, inputs, tmp_path):
-        """Loading casts no state to the dtype of its parameter, and changes nothing that is not of
-        the state."""
-        for one in inputs:
+    def test_state_dicts(self, tmp_path):
+        """Loading casts no state to the dtype of its parameter, and leaves the backend."""
+        for options in OPTIONS:
             model = net().bfloat16()
-            optimizer = info.optim_cls(model.parameters(), **copy.deepcopy(one.kwargs))
+            optimizer = made(model.parameters(), options)
             steps(model, optimizer, range(3))
             torch.save(optimizer.state_dict(), tmp_path / "o")
             saved = torch.load(tmp_path / "o", weights_only=True)
             twin, kept = copy.deepcopy(model), copy.deepcopy(saved)
-            own = {**copy.deepcopy(one.kwargs), "backend": "reference"}
-            named = info.optim_cls(twin.named_parameters(), **own)
+            named = made(twin.named_parameters(), {**options, "backend": "reference"})
             named.load_state_dict(saved)
             assert named.param_groups[0]["backend"] == "reference"
             optimizer.param_groups[0]["backend"] = "reference"
@@ -135,16 +118,16 @@ class TestAsPyTorchTestsItsOwn:
             assert list(named.state_dict()["state"]) == list(optimizer.state_dict()["state"])
             assert named.param_groups[0]["param_names"][0] == "0.weight"
 
-    def test_without_gradients_nothing_happens(self, info, inputs):
-        for one in inputs:
+    def test_without_gradients_nothing_happens(self):
+        for options in OPTIONS:
             model = net()
-            optimizer = info.optim_cls(model.parameters(), **one.kwargs)
+            optimizer = made(model.parameters(), options)
             optimizer.step()
             assert torch.equal(weights(model), weights(net())) and not optimizer.state
             for param in model.parameters():
                 param.grad = torch.zeros_like(param)
             optimizer.step()
-            decay = one.kwargs.get("weight_decay", 0)  # odd: no drift
+            decay = options.get("weight_decay", 0)  # odd: no drift
             torch.testing.assert_close(weights(model), (1 - decay) * weights(net()))
 
 

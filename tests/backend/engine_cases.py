@@ -10,8 +10,6 @@ from torch import Tensor
 
 from l2l_ref import equations
 
-DTYPES = (torch.float32, torch.float64)
-
 
 class Case(NamedTuple):
     """A problem: N coordinates, L layers of H units, T steps, and the form of the update."""
@@ -37,24 +35,7 @@ class Case(NamedTuple):
         return self.layers, 2, self.hidden, self.n * (2 if self.odd else 1)
 
 
-def by_id(value) -> str:
-    """A readable name of a case, or of a dtype."""
-    if not isinstance(value, Case):
-        return str(value).removeprefix("torch.")
-    n, layers, hidden, theta_input, odd, steps, *_ = value
-    form = ("θ" if theta_input else "") + ("odd" if odd else "plain")
-    return f"N{n}-L{layers}-H{hidden}-T{steps}-{form}"
-
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=by_id)
-
-
-def phi(case: Case, dtype=torch.float64) -> Tensor:
-    """Random weights, all of them, biases and head included. [P]"""
-    generator = torch.Generator().manual_seed(100 + case.seed)
-    inputs = 3 if case.theta_input else 2
-    size = sum(map(math.prod, equations.phi_shapes(case.layers, case.hidden, inputs)))
-    return (torch.randn(size, generator=generator) * case.hidden**-0.5).to(dtype)
+every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 
 
 def arguments(case: Case, dtype=torch.float64, device="cpu") -> dict[str, Tensor]:
@@ -68,11 +49,14 @@ def arguments(case: Case, dtype=torch.float64, device="cpu") -> dict[str, Tensor
     def gradients(*shape):  # on both sides of e^-p and far from it
         return normal(*shape) * 10 ** (10 * torch.rand(*shape, generator=generator) - 8)
 
+    shapes = equations.phi_shapes(case.layers, case.hidden, 3 if case.theta_input else 2)
+    of_phi = torch.Generator().manual_seed(100 + case.seed)
+    phi = torch.randn(sum(map(math.prod, shapes)), generator=of_phi)
     tensors = {
         "theta": 0.3 * normal(case.n),  # so that clamp(10·θ, ±5) clamps some
         "gradient": gradients(case.n),
         "state": normal(*case.state_shape),
-        "phi": phi(case),
+        "phi": phi * case.hidden**-0.5,
         "gradients": gradients(case.steps, case.n),
         "cotangents": normal(case.steps, case.n),
         "d_next_theta": normal(case.n),
@@ -85,11 +69,10 @@ def arguments(case: Case, dtype=torch.float64, device="cpu") -> dict[str, Tensor
 
 STEP = ("theta", "gradient", "state", "phi")
 UNROLL = ("gradients", "state", "cotangents", "phi", "thetas")
-BACKWARD = (*STEP, "d_next_theta", "d_next_state")
 OPERATORS = {
     "theta_step_": STEP,
     "theta_step": STEP,
-    "theta_step_backward": BACKWARD,
+    "theta_step_backward": (*STEP, "d_next_theta", "d_next_state"),
     "unroll_meta_gradient": UNROLL,
 }
 

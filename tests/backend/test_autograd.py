@@ -4,15 +4,13 @@ import ctypes
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import every_form
-from engine_cases import OPERATORS, RUNS, STEP, Case, arguments, listed, run_all
+from conftest import cpu_levels, every_form
+from engine_cases import OPERATORS, STEP, Case, arguments, listed, run_all
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and glibc")
-COMPILE = partial(torch.compile, fullgraph=True, backend="aot_eager")  # no code is generated
 
 
 def take(case: Case, names, dtype=torch.float64, requires_grad=False, device="cpu") -> list:
@@ -59,22 +57,9 @@ class TestRegistration:
                 loss.backward()
 
 
-@pytest.mark.parametrize(
-    "name, run", list(zip(("theta_step_", "theta_step", "unroll_meta_gradient"), RUNS, strict=True))
-)
-def test_compiled(fused, name, run):
-    """Whole graphs, without a break; then with another N and another form."""
-    torch._dynamo.reset()
-    compiled = SimpleNamespace(**{name: COMPILE(getattr(fused, name))})
-    for case in (Case(5, 2, 3, steps=2), Case(70, 2, 3, steps=2),
-                 Case(6, 1, 4, True, True, steps=3)):  # fmt: skip
-        given = arguments(case, torch.float32)
-        assert all(map(torch.equal, run(compiled, case, given), run(fused, case, given)))
-    torch._dynamo.reset()
-
-
+@cpu_levels
 class TestMemory:
-    def test_a_step_in_place_allocates_no_tensors(self, cpu_level, fused):
+    def test_a_step_in_place_allocates_no_tensors(self, level, fused):
         case = Case(1000, 2, 20, True, True)
         inputs = take(case, STEP, torch.float32)
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -85,7 +70,7 @@ class TestMemory:
         assert [e.key for e in events.values() if e.cpu_memory_usage or e.key == "[memory]"] == []
 
     @linux
-    def test_nor_scratch_once_it_is_warm(self, cpu_level, fused):
+    def test_nor_scratch_once_it_is_warm(self, level, fused):
         """Were some MB mapped anew in every step, each of them would fault."""
         case = Case(10, 1, 256)  # a packed φ of 2 MB
         inputs = take(case, STEP, torch.float32)
@@ -101,7 +86,7 @@ class TestMemory:
         assert -faults(5) + faults(50) < 25
 
     @linux
-    def test_a_thousand_calls_do_not_grow_the_process(self, cpu_level, fused):
+    def test_a_thousand_calls_do_not_grow_the_process(self, level, fused):
         case = Case(100, 2, 20, True, True, steps=3)
         given = arguments(case, torch.float32)
 

@@ -90,13 +90,10 @@ def test_each_object_with_its_flags_and_once(build):
     "wish, nvcc, codes",
     [
         ("8.6;9.0a+PTX", NVCC, ["sm_86", "compute_90a", "sm_90a"]),
-        ("Hopper", NVCC, ["compute_90", "sm_90"]),
         ("", NVCC.replace(" sm_100 sm_120", ""), ["sm_75", "sm_80", "compute_90", "sm_90"]),
     ],
 )
-def test_the_architectures_asked_for_or_that_an_older_toolkit_has(
-    build, monkeypatch, wish, nvcc, codes
-):
+def test_architectures_asked_for_or_known(build, monkeypatch, wish, nvcc, codes):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
     assert gencode(build(nvcc=nvcc)[2]) == codes
 

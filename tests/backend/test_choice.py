@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import random_phi
+from conftest import cpu_levels, random_phi
 from torch import nn
 
 from l2l_ref import equations
@@ -95,9 +95,10 @@ def test_a_gpu_with_too_little_shared_memory(fused, monkeypatch, dtype):
     cuda.serves.assert_called_with(2, 56, dtype == torch.float64, 1)
 
 
-def test_build_info(cpu_level, fused):
+@cpu_levels
+def test_build_info(level):
     info = build_info()
-    assert info["kernel"] == cpu_level and cpu_level in info["kernels"]
+    assert info["kernel"] == level and level in info["kernels"]
     assert info["kernels"][-1] == "baseline" and info["compiler"]
     oldest, own = ([*map(int, v.split("+")[0].split(".")[:2])]
                    for v in (info["stable_abi"], torch.__version__))  # fmt: skip
@@ -116,12 +117,3 @@ def test_inference_mode(backend):
                 optimizer.step()
         results.append(param.detach().clone())
     assert torch.equal(*results) and not torch.equal(results[0], torch.linspace(-1, 1, 5))
-
-
-def test_a_state_dict_leaves_the_backend(fused):
-    one, other = (
-        LearnedOptimizer([nn.Parameter(torch.ones(2))], random_phi(), backend=backend)
-        for backend in ("fused", "reference")
-    )
-    other.load_state_dict(one.state_dict())
-    assert other.param_groups[0]["backend"] == "reference"

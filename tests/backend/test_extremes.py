@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import every_form
 from engine_cases import (
+    RUNS,
     Case,
     arguments,
     edges,
@@ -93,10 +94,10 @@ class TestExtremeTensors:
     def test_of_coordinates(self, level, fused, name, at, value, dtype):
         """In h, in c, and in θ."""
         for odd in (False, True):
-            case = Case(20, 2, 7, True, odd, steps=2)
+            case = Case(70, 2, 7, True, odd, steps=2)
             given = arguments(case, dtype)
             given[name][at] = value
-            for run in (run_update, run_gradients, run_unroll):
+            for run in RUNS:
                 run_both(fused, run, case, given)
 
     def test_phi(self, level, fused, value, dtype):
@@ -119,20 +120,9 @@ class TestExtremeTensors:
 
 @every_dtype
 @every_form
-def test_a_nan_touches_no_other_coordinate(level, fused, theta_input, odd, dtype):
+def test_a_nan_cotangent_touches_no_other_coordinate(level, fused, theta_input, odd, dtype):
     case = Case(70, 2, 7, theta_input, odd)
-    given = arguments(case, dtype)
-    others = torch.arange(2 * case.n) % case.n != 33  # the odd form has two columns of each
-
-    def results(given):
-        return run_update(fused, case, given) + run_gradients(fused, case, given)[:-1]
-
-    clean = results(given)
-    for name in ("theta", "gradient", "state", "d_next_theta", "d_next_state"):
-        bad = given[name].clone()
-        bad[..., 33] = nan
-        dirty = results(given | {name: bad})
-        for a, b in zip(clean, dirty, strict=True):
-            apart = others[: a.shape[-1]]
-            assert torch.equal(a[..., apart], b[..., apart])
-        assert any(b[..., 33].isnan().any() for b in dirty)
+    for name in ("d_next_theta", "d_next_state"):
+        given = arguments(case, dtype)
+        given[name][..., 33] = nan
+        run_both(fused, run_gradients, case, given)

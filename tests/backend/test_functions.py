@@ -7,15 +7,17 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from conftest import cpu_levels
 
 BITS = {np.float32: np.uint32, np.float64: np.uint64}
 ULP = {"exp2": 3.5, "exp2m1": 3.5, "log": 3.5, "sigmoid": 3.5, "tanh": 4}
 every_dtype = pytest.mark.parametrize("dtype", BITS)
 every_name = pytest.mark.parametrize("name", ULP)
+pytestmark = cpu_levels
 
 
 @pytest.fixture
-def function(cpu_level):
+def function(level):
     """name, x -> y of the kernels in use."""
     return import_module("l2l_ref.backend._C").function
 
@@ -55,7 +57,7 @@ def numbers(dtype, low, high, count=300_000):
 
 @every_dtype
 @every_name
-def test_within_a_few_ulp(function, record_property, name, dtype):
+def test_within_a_few_ulp(function, name, dtype):
     bias, largest = np.finfo(dtype).maxexp - 1, np.finfo(dtype).max
     domains = {
         "exp2": (2 - bias, bias),  # below, the general form goes to 0
@@ -68,24 +70,7 @@ def test_within_a_few_ulp(function, record_property, name, dtype):
     if name == "sigmoid":  # over its condition number: scaled weights round its argument once more
         errors /= 1 + np.abs(x) * exact("sigmoid", -x).astype(float)
     worst = np.argmax(errors)
-    record_property("ulp", float(errors[worst]))
     assert errors[worst] <= ULP[name], (x[worst], function(name, x[worst : worst + 1]))
-
-
-@every_dtype
-def test_special_values(function, dtype):
-    inf, big = np.inf, np.finfo(dtype).max
-    x = np.array([-inf, -big, -1e4, -0.0, 0.0, 1e4, big, inf], dtype)
-    for name, expected in {
-        "sigmoid": [0, 0, 0, 0.5, 0.5, 1, 1, 1],
-        "tanh": [-1, -1, -1, 0, 0, 1, 1, 1],
-        "exp2m1": [-1, -1, -1, 0, 0],
-        "exp2": [0, 0, 0, 1, 1, inf, inf, inf],
-    }.items():
-        assert function(name, x[: len(expected)]).tolist() == expected
-    assert function("log", np.array([1, inf], dtype)).tolist() == [0, inf]
-    with pytest.raises(ValueError, match="no function 'cosh'"):
-        function("cosh", x)
 
 
 @every_dtype

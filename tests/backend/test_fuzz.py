@@ -73,7 +73,7 @@ def with_values(noise: random.Random, x: torch.Tensor, strange: bool) -> torch.T
 
 def with_layout(noise: random.Random, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The same numbers elsewhere in memory, and whether an operator takes them there."""
-    kind = noise.choice(("plain", "plain", "offset", "strided", "transposed", "expanded"))
+    kind = noise.choice(("plain", "plain", "plain", "offset", "strided", "transposed"))
     if kind == "offset":
         wide = x.new_full((noise.randrange(1, 9) + x.numel() + 3,), math.nan)
         x = wide[-3 - x.numel() : -3].view(x.shape).copy_(x)
@@ -81,8 +81,6 @@ def with_layout(noise: random.Random, x: torch.Tensor) -> tuple[torch.Tensor, bo
         x = x.new_full((*x.shape, 2), math.nan)[..., 0].copy_(x)
     elif kind == "transposed" and x.ndim > 1:
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
-    elif kind == "expanded" and x.ndim:
-        x = x[..., :1].expand(x.shape) if x.shape[-1] else x
     return x, x.is_contiguous()
 
 

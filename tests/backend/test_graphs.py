@@ -106,18 +106,16 @@ def noise_images(dataset, count, device):
     return data.ImageSet(images.to(device), (torch.arange(count) % 10).to(device))
 
 
-# Episodes of 11 updates by three: optimizee, attack, whether φ is the robust recipe's (odd, sees θ,
+# Episodes of 11 updates by three: dataset, attack, whether φ is the robust recipe's (odd, sees θ,
 # reads α = 1, is judged by 0) or the paper's (reads and is judged by 0.5), and other settings.
 EPISODES = {
-    "mlp-paper": ("mlp", "fgsm", False, {}),
-    "mlp-average": ("mlp", "pgd", False, {"input_alpha": 0.0, "alpha": 0.0, "average": 0.5}),
-    "convnet-robust": ("convnet", "pgd", True, {}),
+    "mlp-paper": ("mnist", "fgsm", False, {}),
+    "mlp-average": ("mnist", "pgd", False, {"input_alpha": 0.0, "alpha": 0.0, "average": 0.9}),
+    "convnet-robust": ("cifar10", "pgd", True, {}),
     "quadratic": ("quadratic", "none", False, {"input_alpha": 1.0, "alpha": 1.0}),
-    "mlp-nominal": ("mlp", "fgsm", False, {}),
-    "mlp-penalty-nominal": ("mlp", "pgd", True, {"penalty": 0.1}),
-    "convnet-nominal": ("convnet", "pgd", True, {"average": 0.5, "penalty": 0.1}),
+    "mlp-penalty-nominal": ("mnist", "pgd", True, {"penalty": 0.1}),
+    "convnet-nominal": ("cifar10", "pgd", True, {"average": 0.5, "penalty": 0.1}),
 }
-DATASETS = {"mlp": "mnist", "convnet": "cifar10", "quadratic": "quadratic"}
 
 
 def new_phi(problem, device, **settings):
@@ -130,15 +128,15 @@ def new_phi(problem, device, **settings):
 
 def meta_run(name, capture, backend="auto", device=CPU):
     """All that an episode leads to, φ learning on the way."""
-    optimizee, attack, robust, chosen = EPISODES[name]
-    problem = problems.make(DATASETS[optimizee], batch_size=8)
+    dataset, attack, robust, chosen = EPISODES[name]
+    problem = problems.make(dataset, batch_size=8)
     alphas = {"input_alpha": 1.0, "alpha": 0.0} if robust else {"input_alpha": 0.5, "alpha": 0.5}
     settings = MetaSettings(1, steps=11, unroll=3, **alphas | chosen)
     phi = new_phi(problem, device, odd=robust, theta_input=robust, nominal="nominal" in name)
     sgd, stream = torch.optim.SGD(phi.parameters()), generator(7)
     samples = problems.Quadratics(8, device)
-    if optimizee != "quadratic":
-        samples = noise_images(DATASETS[optimizee], 40, device)
+    if dataset != "quadratic":
+        samples = noise_images(dataset, 40, device)
     batches = samples.batches(8, stream)
     attack = attacks.make(attack, eps=0.1, steps=2, generator=generator(5, device))
     episode = Episode(problem.draw(generator(), device), batches, attack, problem.loss)

@@ -16,7 +16,6 @@ from engine_cases import (
     STEP,
     Case,
     arguments,
-    by_id,
     error,
     every_dtype,
     expect_close,
@@ -45,7 +44,7 @@ LONG = 1e-4
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=by_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("run", RUNS)
 def test_against_the_reference(level, fused, run, case, dtype):
     """Within TOLERANCE, or in float32 within LONG and no worse than twice the reference's error."""

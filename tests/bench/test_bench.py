@@ -39,7 +39,11 @@ def test_operators_in_miniature(tmp_path, capsys):
             assert 0 < low <= peer["median"] <= high
     assert report["phi"]["odd"] and report["phi"]["theta_input"]
     assert "bench.operators --no-compile" in report["command"] and str(tmp_path) not in str(report)
-    assert "ours                    1.00×" in capsys.readouterr().out
+    rates, printed = report["rates"], capsys.readouterr().out
+    assert 1e8 < rates["copied"] < 1e13
+    assert 1e9 < rates["flops"] < 1e13 if built() else rates["flops"] is None
+    assert ("GFLOP/s" in printed) == built() and "one thread" in printed and "GB/s" in printed
+    assert "ours                    1.00×" in printed
 
 
 def test_what_cannot_run_is_told_from_what_is_broken(monkeypatch):
@@ -72,14 +76,6 @@ def test_a_peer_that_differs_is_caught():
     step = peers.step_with(lambda thetas, *rest, **form: thetas[0].add_(0.01), case)
     with pytest.raises(AssertionError, match="adder differs"):
         peers.check("step", case, "adder", step)
-
-
-def test_the_machine_is_measured():
-    report = limits.machine("x", [], "auto")
-    rates, line = report["rates"], limits.where(report)
-    assert 1e8 < rates["copied"] < 1e13
-    assert 1e9 < rates["flops"] < 1e13 if built() else rates["flops"] is None
-    assert ("GFLOP/s" in line) == built() and "one thread" in line and "GB/s" in line
 
 
 @pytest.mark.parametrize(
@@ -139,12 +135,7 @@ def test_transfer_step_in_miniature(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [
-        ("--sizes 0", "whole number"),
-        ("--sizes 1.5", "whole number"),
-        ("--threads 100000", "cores"),
-        ("--seconds nan", "seconds"),
-    ],
+    [("--sizes 1.5", "whole number"), ("--threads 100000", "cores"), ("--seconds nan", "seconds")],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["operators.py", *arguments.split()])
