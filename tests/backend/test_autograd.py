@@ -4,13 +4,15 @@ import ctypes
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import cpu_levels, every_form
-from engine_cases import OPERATORS, STEP, Case, arguments, listed, run_all
+from engine_cases import OPERATORS, RUNS, STEP, Case, arguments, listed, run_all
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and glibc")
+COMPILE = partial(torch.compile, fullgraph=True, backend="aot_eager")  # no code is generated
 
 
 def take(case: Case, names, dtype=torch.float64, requires_grad=False, device="cpu") -> list:
@@ -55,6 +57,20 @@ class TestRegistration:
         for loss in saved[::2]:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
+
+
+@pytest.mark.parametrize(
+    "name, run", list(zip(("theta_step_", "theta_step", "unroll_meta_gradient"), RUNS, strict=True))
+)
+def test_compiled(fused, name, run):
+    """Whole graphs, without a break; then with another N and another form."""
+    torch._dynamo.reset()
+    compiled = SimpleNamespace(**{name: COMPILE(getattr(fused, name))})
+    for case in (Case(5, 2, 3, steps=2), Case(70, 2, 3, steps=2),
+                 Case(6, 1, 4, True, True, steps=3)):  # fmt: skip
+        given = arguments(case, torch.float32)
+        assert all(map(torch.equal, run(compiled, case, given), run(fused, case, given)))
+    torch._dynamo.reset()
 
 
 @cpu_levels
