@@ -1,8 +1,8 @@
 """50 kills of a real run at random, then the same bits: `make soak`.
 
 Each is killed when it has left a random number of files, from none to all: in meta-training,
-tuning, transfer, report, and some again while they are resumed. By turns one process, and two that
-a third looks after, of which now one is killed and now that.
+tuning, transfer, report, and some again while they are resumed. By turns one process, and two, of
+which now one is killed and now the other.
 """
 
 import os
