@@ -1,7 +1,8 @@
 """Models of a finished run, trained once more and evaluated under a stronger attack.
 
 python -m bench.reevaluate runs/mnist-fgsm-robust "L2L-Transfer (clean)" "Adam + L1"
-python -m bench.reevaluate runs/mnist-fgsm-robust "Adam + L1" --attack torchattacks:AutoAttack
+python -m bench.reevaluate runs/mnist-fgsm-robust "Adam + L1" \
+    --attack examples.another_attack:auto_attack
 
 Takes φ and tuned settings as the run left them, so the losses should come out as they did there:
 their largest difference is printed. Writes reevaluation.json into the run's folder.

@@ -1,11 +1,7 @@
 """The attacks of Eq. 7 and 8, and the one signature that every attack shares.
 
 An attack is a plain callable `(model, x, y) -> x_adv`; `functools.partial` binds the rest. So an
-attack of another library needs no adapter class, only a lambda (`lib` is foolbox, `linf` its PGD):
-
-    attack = lambda model, x, y: linf.run(lib.PyTorchModel(model, (0, 1)), x, y, epsilon=0.1)
-
-or, of the libraries that it knows, `foreign.adapted(linf, eps=0.1)`.
+attack of another library is a function of two lines (`examples/another_attack.py`).
 
 Whoever calls an attack here, in training or in evaluation, does it by `guarded`: whatever it does
 to modes, buffers, `.grad` or x is undone, and what it returns is checked.
@@ -24,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from l2l_ref import foreign
 from l2l_ref.errors import InputError
+from l2l_ref.foreign import imported, takes
 from l2l_ref.guard import check_samples, guarded, readable
 
 Attack = Callable[[Callable, Tensor, Tensor], Tensor]
@@ -66,11 +62,7 @@ def n_fgsm(
 
     Only pixels are clipped, to [0, 1], so x_adv is up to 3·eps from x.
     """
-    _check(eps)
-    check_samples(x, y)
-    if not len(x):
-        return x
-    _check_inside(x)
+    _check(x, y, eps)
     start = _noise(x, generator).uniform_(-2 * eps, 2 * eps, generator=generator)
     start = start.to(x.device).add_(x)
     gradient = _input_gradient(model, start, y, "cross_entropy")
@@ -105,11 +97,9 @@ def pgd(
             where its logits are small, so it tells a robust model from one that hides its gradient.
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
-    _check(eps, steps, step_size, loss, norm)
-    check_samples(x, y)
+    _check(x, y, eps, steps, step_size, loss, norm)
     if eps == 0 or not len(x):
         return x
-    _check_inside(x)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     x_adv = _uniform_in_ball(x, eps, norm, generator) if random_start else x
     for _ in range(steps):
@@ -127,52 +117,52 @@ def make(
     *,
     eps: float,
     steps: int = 7,
-    step_size: float | None = None,
     loss: str = "cross_entropy",
     generator: Generator | None = None,
 ) -> Attack:
-    """The attack of that name, its options bound; those it does not have are checked and dropped.
+    """The attack of that name, with those of the options bound that it has.
 
-    Args (InputError for an unknown name or a number out of range):
-        name: one of ATTACKS, or MODULE:FUNCTION, of what `foreign.adapted` takes.
+    Args (InputError for an unknown name):
+        name: one of ATTACKS, or MODULE:FUNCTION, a function (model, x, y, eps) -> x_adv. Its x_adv
+            is in the l-infinity ball of eps, unless an attribute `norm` says otherwise.
         generator: what it draws depends on that alone. The others are those of `pgd`.
 
     Returns:
         A callable (model, x, y) -> x_adv.
     """
-    _check(eps, steps, step_size, loss)
-    if name == "none":
-        return none
-    if name == "fgsm":
-        return partial(fgsm, eps=eps, loss=loss)
-    if name == "n-fgsm":
-        return partial(n_fgsm, eps=eps, generator=generator)
-    if name == "pgd":
-        options = {"steps": steps, "step_size": step_size, "loss": loss}
-        return partial(pgd, eps=eps, generator=generator, **options)
     if ":" in name:
-        found = foreign.imported(name, "attack")
-        attack = foreign.adapted(found, eps=eps)
-        if generator is not None:
-            attack = partial(foreign.seeded, attack, generator)
-        in_ball = getattr(found, "norm", "linf") == "linf"  # an attribute says if it is not
-        return guarded(attack, eps=eps if in_ball else None, name=name)
-    known = f"{', '.join(ATTACKS)}, or MODULE:FUNCTION."
-    raise InputError(f"attack is {name!r}, which is unknown; choose one of {known}")
+        found = imported(name, "attack")
+        if not takes(found, "eps"):
+            raise InputError(
+                f"the attack {name} has no argument eps: give a function (model, x, y, eps) -> "
+                "x_adv, such as those of examples/another_attack.py"
+            )
+        radius = eps if getattr(found, "norm", "linf") == "linf" else None
+        return guarded(partial(found, eps=eps), eps=radius, generator=generator)
+    ours: dict[str, Attack] = {
+        "none": none,
+        "fgsm": partial(fgsm, eps=eps, loss=loss),
+        "n-fgsm": partial(n_fgsm, eps=eps, generator=generator),
+        "pgd": partial(pgd, eps=eps, steps=steps, loss=loss, generator=generator),
+    }
+    if name not in ours:
+        known = f"{', '.join(ours)}, or MODULE:FUNCTION"
+        raise InputError(f"attack is {name!r}, which is unknown: choose one of {known}")
+    return ours[name]
 
 
-def generators(function: Callable) -> list[Generator]:
+def generators(function: Any) -> list[Generator]:
     """The generators that `functools.partial` bound to an attack, or to what an attack is bound to.
 
     A CUDA graph must know those that it draws from (`graphs.Graphed`).
     """
-    found = []
-    while hasattr(function, "__wrapped__"):  # of `guarded`
-        function = function.__wrapped__
-    bound = [*getattr(function, "args", ()), *getattr(function, "keywords", {}).values()]
-    for value in [*bound, *[getattr(function, "func", None)] * bool(bound)]:
-        found += [value] if isinstance(value, Generator) else generators(value)
-    return found
+    if isinstance(function, Generator):
+        return [function]
+    if isinstance(function, partial):
+        bound = [function.func, *function.args, *function.keywords.values()]
+        return [generator for value in bound for generator in generators(value)]
+    inner = getattr(function, "__wrapped__", None)  # of `guarded`
+    return generators(inner) if inner else []
 
 
 def loss_of(attack: Any) -> str | None:
@@ -271,7 +261,16 @@ def _uniform_in_ball(x: Tensor, eps: float, norm: str, generator: Generator | No
     return _project_(noise.to(x.device).add_(x), x, eps, norm)
 
 
-def _check_inside(x: Tensor) -> None:
+def _check(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    steps: int = 1,
+    step_size: float | None = None,
+    loss: str = "cross_entropy",
+    norm: str = "linf",
+) -> None:
+    check_samples(x, y)
     if x.numel() and readable(x):
         low, high = (value.item() for value in x.aminmax())
         slack = 8 * torch.finfo(x.dtype).eps  # for rounding, as where images were resized
@@ -280,15 +279,6 @@ def _check_inside(x: Tensor) -> None:
                 f"x has values from {low:.4g} to {high:.4g}, but pixels are in [0, 1]: give images "
                 "in that range and normalise them inside the model"
             )
-
-
-def _check(
-    eps: float,
-    steps: int = 1,
-    step_size: float | None = None,
-    loss: str = "cross_entropy",
-    norm: str = "linf",
-) -> None:
     sized = step_size is None or 0 < step_size < math.inf
     for name, value, right, allowed in (
         ("eps", eps, 0 <= eps < math.inf, "finite and >= 0; pixels are in [0, 1]"),

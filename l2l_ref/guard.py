@@ -1,12 +1,12 @@
 """How an attack is called: what it does to a model is undone, and what it returns is checked."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from l2l_ref.errors import InputError
 
@@ -24,11 +24,9 @@ def untouched(model: Callable) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
-    modules = list(model.modules())
-    modes = [(m, m.training) for m in modules]
-    buffers = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
-    params = [p for m in modules for p in m._parameters.values() if p is not None]
-    leaves = [p for p in params if p.is_leaf and not p.is_inference()]
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(m._buffers, dict(m._buffers)) for m in model.modules()]
+    leaves = [p for p in model.parameters() if p.is_leaf and not p.is_inference()]
     grads = [(p, p.requires_grad, p.grad) for p in leaves]
     try:
         # Batch-norm writes into copies. To switch `track_running_stats` off would change what
@@ -51,7 +49,7 @@ def guarded(
     attack: Callable[..., Tensor],
     *,
     eps: float | None = None,
-    name: str | None = None,
+    generator: Generator | None = None,
     check: bool = True,
 ) -> Callable[..., Tensor]:
     """Makes an attack change nothing, even when it raises, and checks what it returns.
@@ -63,7 +61,7 @@ def guarded(
     Args:
         attack: `(model, x, y, **options) -> x_adv`.
         eps: radius of its l-infinity ball, where that is known.
-        name: what messages call it; its own, where that is None.
+        generator: what it draws from torch's global generators depends on that alone.
         check: False takes what it returns as it is.
 
     Returns:
@@ -75,11 +73,12 @@ def guarded(
         inner = inner.func
     if hasattr(inner, "is_guarded") and eps is None:
         return attack
-    called = f"the attack '{name or getattr(inner, '__name__', type(inner).__name__)}'"
+    called = f"the attack '{getattr(inner, '__name__', type(inner).__name__)}'"
 
     @wraps(attack)
     def wrapped(model: Callable, x: Tensor, y: Tensor, **options) -> Tensor:
-        with torch.inference_mode(False), untouched(model), torch.enable_grad():
+        seed = nullcontext() if generator is None else seeded(generator, x.device)
+        with torch.inference_mode(False), untouched(model), torch.enable_grad(), seed:
             x_adv = attack(model, x.detach().clone(), y.clone(), **options)
         if not check:
             return x_adv
@@ -106,6 +105,17 @@ def guarded(
 
     wrapped.__dict__["is_guarded"] = True
     return wrapped
+
+
+@contextmanager
+def seeded(generator: Generator, device: torch.device) -> Iterator[None]:
+    """Inside, torch's global generators, of the CPU and of a device, are seeded by `generator`."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
 
 
 def check_samples(x: Tensor, y: Tensor) -> None:

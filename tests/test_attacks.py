@@ -198,10 +198,8 @@ def test_the_margin_climbs_where_the_cross_entropy_is_flat():
         return torch.cat([torch.zeros_like(x), 1000 * (x - 0.4)], 1)
 
     x, y = torch.tensor([[0.5]]), torch.tensor([1])
-    options = {"eps": 0.2, "steps": 4, "step_size": 0.05}
+    options = {"eps": 0.2, "steps": 4}
     assert pgd(model, x, y, **options, random_start=False).item() == 0.5
-    found = pgd(model, x, y, **options, random_start=False, loss="margin")
-    assert found.item() == pytest.approx(0.3)
     made = make("pgd", **options, loss="margin")
     assert made(model, x, y).item() == pytest.approx(0.3)  # from any start
 
@@ -322,27 +320,26 @@ def test_a_graph_that_waits_for_backward_survives(state):
     ],
 )
 def test_numbers_out_of_range_are_named(options, named):
-    uses = [pgd] + [fgsm] * (not options.keys() & {"steps", "step_size"})
-    for attack in uses:
+    for attack in [pgd] + [fgsm] * (not options.keys() & {"steps", "step_size"}):
         with pytest.raises(InputError, match=named):
             attack(nn.Linear(2, 2), torch.rand(1, 2), torch.tensor([0]), **options)
-    if "norm" not in options:
-        with pytest.raises(InputError, match=named):
-            make("pgd", **options)
 
 
 def test_make(trained):
     model, x, y = trained
-    options = {"eps": 0.2, "steps": 2, "step_size": 0.07}
 
-    assert make("none", eps=0.2)(model, x, y) is x
-    assert torch.equal(make("fgsm", **options)(model, x, y), fgsm(model, x, y, eps=0.2))
-    made = make("pgd", **options, generator=generator())(model, x, y)
-    assert torch.equal(made, pgd(model, x, y, **options, generator=generator()))
-    made = make("n-fgsm", **options, generator=generator())(model, x, y)
-    assert torch.equal(made, n_fgsm(model, x, y, eps=0.2, generator=generator()))
+    def made(name):
+        return make(name, eps=0.2, steps=2, loss="margin", generator=generator())(model, x, y)
+
+    for name, expected in {
+        "none": x,
+        "fgsm": fgsm(model, x, y, eps=0.2, loss="margin"),
+        "n-fgsm": n_fgsm(model, x, y, eps=0.2, generator=generator()),
+        "pgd": pgd(model, x, y, eps=0.2, steps=2, loss="margin", generator=generator()),
+    }.items():
+        assert torch.equal(made(name), expected)
     with pytest.raises(InputError, match="'cw'.*none, fgsm, n-fgsm, pgd"):
-        make("cw", eps=0.1)
+        made("cw")
 
 
 # --- In l2 ----------------------------------------------------------------------------------------
