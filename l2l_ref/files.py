@@ -48,13 +48,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         with open(path, "a", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    continue
-            except FileNotFoundError:
-                continue  # as with another file there: who held this one has removed it
             except BlockingIOError:
                 yield False
                 return
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # who held it has removed this file
             try:
                 yield True
             finally:
@@ -72,13 +70,8 @@ def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write_checkpoint` wrote, or an InputError; loading it never executes code."""
-    try:
-        body, _, digest = path.read_bytes().rpartition(SEAL)
-    except OSError as error:
-        raise InputError(
-            f"checkpoint {path} does not exist or cannot be opened ({error.strerror}): check it"
-        ) from None
+    """What `write_checkpoint` wrote; InputError if it has changed. It never executes code."""
+    body, _, digest = path.read_bytes().rpartition(SEAL)
     if sha256(body).hexdigest().encode() != digest:
         raise InputError(
             f"checkpoint {path} cannot be read: it is broken or was not written by l2l_ref; delete "
@@ -106,10 +99,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """What was `sealed`, without its checksum; InputError, with the remedy, if it has changed."""
-    try:
+    with suppress(ValueError, KeyError):
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop("checksum") == sealed(value)["checksum"]:
             return value
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        pass
     raise InputError(f"{path} is broken: {remedy}")

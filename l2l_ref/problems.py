@@ -6,6 +6,8 @@ problem knows nothing of the one that trains it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,14 +121,10 @@ class Quadratics:
     def halves(self, seed: int) -> tuple["Quadratics", "Quadratics"]:
         return self, self
 
-    def shuffled(self, generator: torch.Generator) -> "Quadratics":
+    def first(self, _: Any) -> "Quadratics":
         return self
 
-    def first(self, count: int | None) -> "Quadratics":
-        return self
-
-    def rest(self, count: int) -> "Quadratics":
-        return self
+    rest = shuffled = first
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (W, y), drawn once from `generator` (on the CPU), standard normal entries.
@@ -146,10 +144,10 @@ class Quadratics:
         return next(self.batches(self.size, generator))
 
 
-Builders = dict[str, Callable[[], nn.Module]]  # the first is the default
-OPTIMIZEES: dict[str, Builders] = {
-    "mnist": {"mlp": mlp, "logistic": lambda: logistic(28 * 28)},
-    "cifar10": {"convnet": convnet, "logistic": lambda: logistic(3 * 32 * 32)},
+OPTIMIZEES: dict[str, dict[str, Callable[..., nn.Module]]] = {  # the first is the default
+    "mnist": {"mlp": mlp, "logistic": partial(logistic, 28 * 28)},
+    "cifar10": {"convnet": convnet, "logistic": partial(logistic, 3 * 32 * 32)},
+    "quadratic": {"quadratic": Quadratic},  # of as many functions as a batch has samples
 }
 
 
@@ -165,21 +163,20 @@ def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> P
     Raises:
         InputError: an unknown data set, or an optimizee that does not go with it.
     """
-    quadratic: Builders = {"quadratic": lambda: Quadratic(batch_size)}
-    known = {**OPTIMIZEES, "quadratic": quadratic}
-    if dataset not in known:
-        raise InputError(f"dataset '{dataset}' is unknown: choose one of {', '.join(known)}")
-    builds = known[dataset]
+    if dataset not in OPTIMIZEES:
+        raise InputError(f"dataset '{dataset}' is unknown: choose one of {', '.join(OPTIMIZEES)}")
+    builds = OPTIMIZEES[dataset]
     name = optimizee or next(iter(builds))
     if ":" in name and dataset != "quadratic":
         build = imported(name, "optimizee")
         if not isinstance(build(), nn.Module):
             raise InputError(f"--optimizee {name} returns no module: name a function that does")
-        return Problem(name, build, cross_entropy, classes=10)
-    if name not in builds:
+    elif name in builds:
+        build = builds[name]
+    else:
         raise InputError(
             f"optimizee '{name}' does not go with {dataset}: choose one of {', '.join(builds)}"
         )
     if dataset == "quadratic":
-        return Problem(name, builds[name], squared_error, classes=0)
-    return Problem(name, builds[name], cross_entropy, classes=10)
+        return Problem(name, partial(Quadratic, batch_size), squared_error, classes=0)
+    return Problem(name, build, cross_entropy, classes=10)
