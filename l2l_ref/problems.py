@@ -7,6 +7,7 @@ problem knows nothing of the one that trains it.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -127,18 +128,13 @@ class Quadratics:
     rest = shuffled = first
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (W, y), drawn once from `generator` (on the CPU), standard normal entries.
-
-        The functions stay the same while one optimizee is trained, as in Andrychowicz et al. 2016.
-
-        Yields:
-            W: [self.size, 10, 10] and y: [self.size, 10], whatever `size` is.
-        """
+        """The same (W, y) without end, as one optimizee has the same functions (Andrychowicz et al.
+        2016): [self.size, 10, 10] and [self.size, 10], whatever `size` is, standard normal entries
+        from `generator` (on the CPU)."""
         n = Quadratic.dimension
         w = torch.randn(self.size, n, n, generator=generator).to(self.device)
         y = torch.randn(self.size, n, generator=generator).to(self.device)
-        while True:
-            yield w, y
+        return repeat((w, y))
 
     def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return next(self.batches(self.size, generator))
