@@ -98,8 +98,17 @@ def test_finds_the_worst_corner_of_a_linear_model(attack):
 
 @every_attack
 def test_eps_zero_is_the_identity(attack):
-    x = torch.tensor([[0.0, 1.0, 0.1, 1e-42]])
-    assert torch.equal(attack(nn.Linear(4, 2), x, torch.tensor([0]), eps=0.0), x)
+    x = torch.tensor([[0.0, -0.0, 1.0, 0.1, 1e-42]])
+    x_adv = attack(nn.Linear(5, 2), x, torch.tensor([0]), eps=0.0)
+    assert torch.equal(x_adv, x) and torch.equal(x_adv.signbit(), x.signbit())
+
+
+def test_generators_are_found_wherever_they_are_bound():
+    bound = partial(pgd, eps=0.1, generator=(own := generator()))
+    for function in (bound, guarded(bound, eps=0.1), partial(guarded(bound, eps=0.1), None),
+                     partial(print, attack=bound)):  # fmt: skip
+        assert attacks.generators(function) == [own]
+    assert attacks.generators(fgsm) == []
 
 
 @every_attack
