@@ -43,6 +43,8 @@ def settings_of(options: Any, **changes: Any) -> Config:
         raise InputError(
             f"{options.folder} holds no run of this version: name the folder of one"
         ) from None
+    if config.dataset == "quadratic":
+        raise InputError(f"{options.folder} is of quadratics, which have no pixels to attack")
     directory = options.data_dir or config.data_dir
     changes |= {"eval_samples": options.samples, "data_dir": directory}
     return replace(config, **changes, record_every=config.steps)

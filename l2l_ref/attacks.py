@@ -154,7 +154,7 @@ def make(
 def generators(function: Any) -> list[Generator]:
     """The generators that `functools.partial` bound to an attack, or to what an attack is bound to.
 
-    A CUDA graph must know those that it draws from (`graphs.Graphed`).
+    A CUDA graph must know those that it draws from (`cuda_graphs.Graphed`).
     """
     if isinstance(function, Generator):
         return [function]

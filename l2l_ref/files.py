@@ -99,7 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """What was `sealed`, without its checksum; InputError, with the remedy, if it has changed."""
-    with suppress(ValueError, KeyError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop("checksum") == sealed(value)["checksum"]:
             return value

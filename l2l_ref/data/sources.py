@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +45,7 @@ def find(kind: Kind, root: Path) -> Data | None:
 
 def from_torchvision(kind: Kind, root: Path) -> Data:
     """torchvision's own layout."""
-    from torchvision import datasets
-
-    dataset, folder, parts = getattr(datasets, kind.dataset), root / kind.folder, []
+    dataset, folder, parts = getattr(torchvision(), kind.dataset), root / kind.folder, []
     for part in ("train", "test"):
         try:
             loaded = dataset(root, train=part == "train")
@@ -77,12 +75,10 @@ def from_folders(kind: Kind, folder: Path) -> Data:
     The first image of every class, then the second of every class, and so on: class by class, the
     first thousand test images would be a thousand airplanes.
     """
-    from torchvision.datasets import ImageFolder
-
     parts = []
     for part in ("train", "test"):
         try:
-            parts.append(ImageFolder(folder / part, is_valid_file=is_picture))
+            parts.append(torchvision().ImageFolder(folder / part, is_valid_file=is_picture))
         except OSError as error:
             raise InputError(
                 f"{folder / part} is not a folder of class folders with png or jpg images "
@@ -136,20 +132,30 @@ def with_checksum(name: str, source: str, train: ImageSet, test: ImageSet) -> Da
     return Data(name, source, train, test, checksum.hexdigest())
 
 
+def torchvision() -> Any:
+    """torchvision.datasets."""
+    try:
+        from torchvision import datasets
+    except Exception as error:  # a build for another torch raises what it likes
+        raise InputError(
+            f"torchvision, which reads images, cannot be imported ({brief(error)}): install the "
+            "one that goes with this torch"
+        ) from None
+    return datasets
+
+
 def download(kind: Kind, root: Path) -> str:
     """Let torchvision fetch the data, in whole or not at all; returns why not, if not.
 
     It grows in a hidden folder of `root` and moves into place when it is complete.
     """
-    from torchvision import datasets
-
     timeout = socket.getdefaulttimeout()
     print(f"downloading {kind.title} to {shortened(root)}, which can take minutes", file=sys.stderr)
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(PATIENCE)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as draft:
-            getattr(datasets, kind.dataset)(draft, download=True)
+            getattr(torchvision(), kind.dataset)(draft, download=True)
             (root / kind.folder).parent.mkdir(exist_ok=True)
             os.replace(Path(draft) / kind.folder, root / kind.folder)
         return ""

@@ -5,8 +5,10 @@ import pickle
 import shutil
 import socket
 import struct
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -232,6 +234,16 @@ def test_bad_arguments(tmp_path, must_fail, monkeypatch):
 
     monkeypatch.setattr(sources, "find", refuse)
     must_fail("mnist", tmp_path, "Permission denied")
+
+
+def test_a_broken_torchvision_is_not_the_datas_fault(write, must_fail, monkeypatch):
+    class Broken(ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    write(IDX, sets("mnist"))
+    monkeypatch.setitem(sys.modules, "torchvision", Broken("torchvision"))
+    must_fail("mnist", "torchvision, which reads images, cannot be imported (operator torchvision")
 
 
 # ---- stand-in and download --------------------------------------------------------------------
