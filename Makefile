@@ -61,7 +61,7 @@ sanitize: $(SETUP) ## the engine's tests with the sanitizers of memory, undefine
 	$(call sanitized,$(MEMORY))
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$(call runtimes,libasan.so libubsan.so libstdc++.so)" $(call sanitized_tests,$(MEMORY)) \
-	  $(EVERY_CORE) -k "not TestCompile and not TestMemory and not opcheck" $(SANITIZABLE) $(ARGS)
+	  $(EVERY_CORE) -k "not test_compiled and not TestMemory and not opcheck" $(SANITIZABLE) $(ARGS)
 	$(call sanitized,thread)
 	TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=4 \
 	  LD_PRELOAD="$(call runtimes,libtsan.so)" $(call sanitized_tests,thread) \
