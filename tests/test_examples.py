@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import generator
+from conftest import TINY, generator
 from torch import nn
 
 from examples import (
     fair_comparison,
+    grid,
     networks,
     own_loop,
     own_phi,
@@ -121,6 +122,19 @@ def test_second_order(small_data, capsys, monkeypatch):
     losses = second_order.main(small_data, 2)
     assert set(losses) == {1, 2} and all(map(math.isfinite, losses[1] + losses[2]))
     assert "cosine of both dφ: median" in capsys.readouterr().out
+
+
+def test_the_grid_of_p(small_data, tmp_path, capsys, monkeypatch):
+    """A row for each setting, of other φ; what is there is not computed again."""
+    for name, values in (("EPS", (0.1,)), ("PS", (2, 10)), ("META_LRS", (3e-3,))):
+        monkeypatch.setattr(grid, name, values)
+    tables = []
+    for _ in range(2):
+        grid.main("data", *TINY, "--eval-on", "test", root=tmp_path)
+        tables.append(capsys.readouterr().out.splitlines()[-4:])
+        monkeypatch.setattr(grid.Experiment, "train_phi", lambda: None)
+    first, other = (row.split("|") for row in tables[0][2:])
+    assert tables[0] == tables[1] and first[2:3] == [" 2 "] and first[4] != other[4]
 
 
 def test_the_second_order_is_the_whole_derivative():
