@@ -68,6 +68,7 @@ def compute_all(pieces: Sequence[Piece], parts: Parts, tell: Tell) -> None:
         if any(compute(piece, parts, tell) for piece in pending if there.issuperset(piece.needs)):
             pause = POLL[0]
         else:
+            tell("", "waiting for other processes", 0.0)
             time.sleep(pause)
             pause = min(1.1 * pause, POLL[1])
 

@@ -31,8 +31,8 @@ class Graph:
         time.sleep(self.seconds)
         return {"of": name}
 
-    def run(self, parts):
-        compute_all(self.pieces, parts, lambda *_: None)
+    def run(self, parts, tell=lambda *_: None):
+        compute_all(self.pieces, parts, tell)
         assert set(parts) == self.needs.keys()  # each stays until all is there
 
 
@@ -76,12 +76,14 @@ def test_nothing_twice_nothing_before_what_it_needs(parts):
 
 
 def test_what_another_holds_is_waited_for_then_taken_over(parts):
-    graph, free = Graph({"a": (2, ""), "b": (1, "")}), threading.Event()
+    graph, free, told = Graph({"a": (2, ""), "b": (1, "")}), threading.Event(), []
     parts.folder.mkdir()
     with locked(parts.path("a", "lock")) as held:
         assert held
-        threading.Thread(target=lambda: (graph.run(parts), free.set())).start()
+        tell = lambda *words: told.append(words)  # noqa: E731
+        threading.Thread(target=lambda: (graph.run(parts, tell), free.set())).start()
         assert not free.wait(0.3) and graph.done == ["b"]
+        assert told[-1] == ("", "waiting for other processes", 0.0)
     assert free.wait(5) and graph.done == ["b", "a"]
 
 
