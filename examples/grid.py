@@ -1,4 +1,4 @@
-"""The grid search of section 3: p of Eq. 5 and the rate on φ, for a small and a large perturbation.
+"""The grid searches of sections 3 and 4.1: p of Eq. 5 over perturbations, and the rate on φ.
 
 python -m examples.grid [DATA_DIR] [OPTIONS OF run.py]
 
@@ -16,7 +16,8 @@ from l2l_ref.experiment import cli, queue
 from l2l_ref.experiment.phis import UNDER_ATTACK
 from l2l_ref.experiment.protocol import Experiment
 
-EPS, PS, META_LRS = (0.05, 0.3), (5, 10, 20), (1e-3, 3e-3)
+PS = 5, 10, 20
+GRID = [*product((0.05, 0.1, 0.3), PS, [3e-3]), *product([0.05], PS, [1e-3])]  # ε, p, rate on φ
 COMMAND = (
     "--eval-on validation --meta-seeds 2 --seeds 3 --episodes 140 --eps {} --p {} --meta-lr {}"
 )
@@ -25,7 +26,7 @@ COMMAND = (
 def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) -> None:
     """Compute what is missing and print the table."""
     found = {}
-    for eps, p, rate in product(EPS, PS, META_LRS):
+    for eps, p, rate in GRID:
         command = [*COMMAND.format(eps, p, rate).split(), "--data-dir", data_dir, *options]
         setting, _ = run.ready(cli.parse(command))
         experiment = Experiment(setting, root / f"eps{eps}-p{p}-lr{rate}")

@@ -126,8 +126,7 @@ def test_second_order(small_data, capsys, monkeypatch):
 
 def test_the_grid_of_p(small_data, tmp_path, capsys, monkeypatch):
     """A row for each setting, of other φ; what is there is not computed again."""
-    for name, values in (("EPS", (0.1,)), ("PS", (2, 10)), ("META_LRS", (3e-3,))):
-        monkeypatch.setattr(grid, name, values)
+    monkeypatch.setattr(grid, "GRID", [(0.1, 2, 3e-3), (0.1, 10, 3e-3)])
     tables = []
     for _ in range(2):
         grid.main("data", *TINY, "--eval-on", "test", root=tmp_path)
