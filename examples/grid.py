@@ -37,8 +37,8 @@ def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) 
     print("| ε | p | rate on φ | loss, PGD-7 | by φ | PGD-20 % |\n|---|---|---|---|---|---|")
     for (eps, p, rate), ends in found.items():
         losses, accuracies = ([end[name] for end in ends] for name in ("pgd_loss", "pgd_accuracy"))
-        phis = setting.config.meta_seeds
-        by_phi = ", ".join(f"{fmean(losses[k::phis]):.2f}" for k in range(phis))
+        count = setting.config.meta_seeds
+        by_phi = ", ".join(f"{fmean(losses[k::count]):.2f}" for k in range(count))
         print(f"| {eps} | {p} | {rate} | {fmean(losses):.2f} ± {stdev(losses):.2f} | {by_phi} "
               f"| {100 * fmean(accuracies):.1f} ± {100 * stdev(accuracies):.1f} |")  # fmt: skip
 
