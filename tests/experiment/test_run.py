@@ -77,6 +77,8 @@ class TestWhatARunLeaves:
         # Transfer-NOT's φ does not depend on ε and is trained once
         kinds = sorted(name.split("-")[0] for name in summary["meta_training"])
         assert kinds == ["ablation", "ablation", "attacked", "attacked", "clean"]
+        tuned = {m for m in TABLE if m.startswith(("Adam", "SGD")) and "learned" not in m}
+        assert set(summary["tuned"]["0.1"]["0"]) == tuned
         printed = capsys.readouterr().out
         # nobody mistakes the stand-in for the real set
         saved = torch.load(folder / "meta_optimizer.pt", weights_only=True)
