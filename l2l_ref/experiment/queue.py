@@ -102,15 +102,14 @@ def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: tor
 def helpers(work: Callable[..., None], arguments: tuple, count: int) -> Iterator[None]:
     """Meanwhile run work(*arguments, number), of a module, in so many processes more, numbered from
     1. They end with this one, however it ends; what they leave undone, it does."""
-    context = get_context("spawn")
-    running = [
-        context.Process(target=lend_a_hand, args=(work, (*arguments, number)), daemon=True)
-        for number in range(1, count + 1)
-    ]
+    running = []
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # there too, until it has handlers
-        for process in running:
+        for number in range(1, count + 1):
+            given = work, (*arguments, number)
+            process = get_context("spawn").Process(target=lend_a_hand, args=given, daemon=True)
             process.start()
+            running.append(process)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         yield
     finally:
