@@ -101,7 +101,7 @@ def test_with_the_first_process_all_end():
     code = """if True:
         import time, test_jobs as t
         with t.queue.helpers(t.fail, ("sleeps",), 2):
-            time.sleep(60)"""
+            time.sleep(600)"""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     job = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
     wait_for(lambda: len(descendants(job.pid)) == 2 or job.poll() is not None)
