@@ -1,4 +1,4 @@
-"""The grid searches of sections 3 and 4.1: p of Eq. 5 over perturbations, and the rate on φ.
+"""The grid searches of sections 3 and 4.1: p of Eq. 5 at two ε, and the rate on φ.
 
 python -m examples.grid [DATA_DIR] [OPTIONS OF run.py]
 
@@ -17,7 +17,7 @@ from l2l_ref.experiment.phis import UNDER_ATTACK
 from l2l_ref.experiment.protocol import Experiment
 
 PS = 5, 10, 20
-GRID = [*product((0.05, 0.1, 0.3), PS, [3e-3]), *product([0.05], PS, [1e-3])]  # ε, p, rate on φ
+GRID = [*product((0.05, 0.1), PS, [3e-3]), *product([0.05], PS, [1e-3])]  # ε, p, rate on φ
 COMMAND = (
     "--eval-on validation --meta-seeds 2 --seeds 3 --episodes 140 --eps {} --p {} --meta-lr {}"
 )
