@@ -23,8 +23,8 @@ COMMAND = (
 )
 
 
-def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) -> None:
-    """Compute what is missing and print the table."""
+def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) -> dict:
+    """Compute what is missing and print the table; returns the runs of each setting."""
     found = {}
     for eps, p, rate in GRID:
         command = [*COMMAND.format(eps, p, rate).split(), "--data-dir", data_dir, *options]
@@ -41,6 +41,7 @@ def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) 
         by_phi = ", ".join(f"{fmean(losses[k::count]):.2f}" for k in range(count))
         print(f"| {eps} | {p} | {rate} | {fmean(losses):.2f} ± {stdev(losses):.2f} | {by_phi} "
               f"| {100 * fmean(accuracies):.1f} ± {100 * stdev(accuracies):.1f} |")  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

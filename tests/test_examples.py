@@ -127,13 +127,12 @@ def test_second_order(small_data, capsys, monkeypatch):
 def test_the_grid_of_p(small_data, tmp_path, capsys, monkeypatch):
     """A row for each setting, of other φ; what is there is not computed again."""
     monkeypatch.setattr(grid, "GRID", [(0.1, 2, 3e-3), (0.1, 10, 3e-3)])
-    tables = []
-    for _ in range(2):
-        grid.main("data", *TINY, "--eval-on", "test", root=tmp_path)
-        tables.append(capsys.readouterr().out.splitlines()[-4:])
-        monkeypatch.setattr(grid.Experiment, "train_phi", lambda: None)
-    first, other = (row.split("|") for row in tables[0][2:])
-    assert tables[0] == tables[1] and first[2:3] == [" 2 "] and first[4] != other[4]
+    options = "data", *TINY, "--eval-on", "test"
+    first, other = grid.main(*options, root=tmp_path).values()
+    assert [run["pgd_loss"] for run in first] != [run["pgd_loss"] for run in other]
+    monkeypatch.setattr(grid.Experiment, "train_phi", lambda: None)
+    assert list(grid.main(*options, root=tmp_path).values()) == [first, other]
+    assert capsys.readouterr().out.count("| 0.1 | 10 | 0.003 |") == 2
 
 
 def test_the_second_order_is_the_whole_derivative():
