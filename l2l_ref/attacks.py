@@ -25,7 +25,6 @@ from l2l_ref.foreign import imported, takes
 from l2l_ref.guard import check_samples, guarded, readable
 
 Attack = Callable[[Callable, Tensor, Tensor], Tensor]
-ATTACKS = ("none", "fgsm", "n-fgsm", "pgd")
 NORMS = ("linf", "l2")
 
 
@@ -123,8 +122,8 @@ def make(
     """The attack of that name, with those of the options bound that it has.
 
     Args (InputError for an unknown name):
-        name: one of ATTACKS, or MODULE:FUNCTION, a function (model, x, y, eps) -> x_adv. Its x_adv
-            is in the l-infinity ball of eps, unless an attribute `norm` says otherwise.
+        name: none, fgsm, n-fgsm, pgd, or MODULE:FUNCTION, a function (model, x, y, eps) -> x_adv.
+            Its x_adv is in the l-infinity ball of eps, unless an attribute `norm` says otherwise.
         generator: what it draws depends on that alone. The others are those of `pgd`.
 
     Returns:
