@@ -7,12 +7,14 @@ MNIST under FGSM, the paper's recipe, validation images.
 """
 
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 import run
 from l2l_ref.experiment import cli, queue
+from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.phis import UNDER_ATTACK
 from l2l_ref.experiment.protocol import Experiment
 
@@ -25,11 +27,14 @@ COMMAND = (
 
 def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) -> dict:
     """Compute what is missing and print the table; returns the runs of each setting."""
-    found = {}
+
+    def config(*point: float) -> Config:
+        return cli.parse([*COMMAND.format(*point).split(), "--data-dir", data_dir, *options])
+
+    (setting, _), found = run.ready(config(*GRID[0])), {}
     for eps, p, rate in GRID:
-        command = [*COMMAND.format(eps, p, rate).split(), "--data-dir", data_dir, *options]
-        setting, _ = run.ready(cli.parse(command))
-        experiment = Experiment(setting, root / f"eps{eps}-p{p}-lr{rate}")
+        own = replace(setting, config=config(eps, p, rate))
+        experiment = Experiment(own, root / f"eps{eps}-p{p}-lr{rate}")
         runs = [piece for key, piece in experiment.runs() if key["method"] == "L2L"]
         phis = [piece for piece in experiment.pieces() if piece.name.startswith(UNDER_ATTACK)]
         queue.compute_all([*phis, *runs], experiment.parts, queue.quiet)
