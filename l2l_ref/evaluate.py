@@ -33,7 +33,7 @@ def robust_accuracy(
 ) -> float:
     """The fraction of samples that the model, in eval mode, gets right under every attack on them.
 
-    Args (InputError for no attack, or no images):
+    Args (InputError for a number out of range, no attack, or no images):
         model: x -> logits [b, classes], put in eval mode if it is an `nn.Module`; where it is
             another callable, call `eval` of what is behind it first. A sample with a NaN logit
             counts as wrong.
@@ -50,10 +50,13 @@ def robust_accuracy(
         A number in [0, 1]. A warning says of how many samples that count as robust PGD and FGSM had
         no gradient: it was exactly zero. (Of a constant predictor it says nothing.)
     """
+    for name, value in (("restarts", restarts), ("batch_size", batch_size)):
+        if not value >= 1 or value % 1:
+            raise InputError(f"{name} is {value}, but must be a whole number >= 1.")
     several = [attack] if callable(attack) else list(attack)
+    if not several:
+        raise InputError("attack is an empty list: give at least attacks.none")
     tries = [guarded(attack) for attack in several for _ in range(restarts)]
-    if not tries:
-        raise InputError("there is no attack: give at least attacks.none, and restarts >= 1")
     losses = {loss for attack in several if (loss := attacks.loss_of(attack))}
     robust = count = unseen = 0
     with eval_mode(model):

@@ -70,8 +70,13 @@ def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write_checkpoint` wrote; InputError if it has changed. It never executes code."""
-    body, _, digest = path.read_bytes().rpartition(SEAL)
+    """What `write_checkpoint` wrote, or an InputError; loading it never executes code."""
+    try:
+        body, _, digest = path.read_bytes().rpartition(SEAL)
+    except OSError as error:
+        raise InputError(
+            f"checkpoint {path} does not exist or cannot be opened ({error.strerror}): check it"
+        ) from None
     if sha256(body).hexdigest().encode() != digest:
         raise InputError(
             f"checkpoint {path} cannot be read: it is broken or was not written by l2l_ref; delete "
@@ -99,7 +104,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """What was `sealed`, without its checksum; InputError, with the remedy, if it has changed."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop("checksum") == sealed(value)["checksum"]:
             return value

@@ -123,12 +123,14 @@ def test_is_collapsed(loss, accuracy, classes, collapsed):
     assert is_collapsed(loss, accuracy, classes) is collapsed
 
 
-def test_mistakes_are_named():
+def test_numbers_out_of_range_are_named():
     empty = torch.rand(0, 1), torch.arange(0)
-    for images, attack, restarts, words in (
-        (SEVEN, none, 0, "there is no attack"),
-        (SEVEN, [], 1, "there is no attack"),
-        (empty, none, 1, "0 samples"),
+    for images, attack, options, words in (
+        (SEVEN, none, {"restarts": 0}, "restarts is 0"),
+        (SEVEN, none, {"batch_size": -1}, "batch_size is -1"),
+        (SEVEN, none, {"restarts": 1.5}, "restarts is 1.5, but must be a whole number"),
+        (SEVEN, [], {}, "attack is an empty list"),
+        (empty, none, {}, "0 samples"),
     ):
         with pytest.raises(InputError, match=words):
-            robust_accuracy(threshold, images, attack, restarts=restarts)
+            robust_accuracy(threshold, images, attack, **options)

@@ -56,8 +56,12 @@ def test_what_is_not_there_is_named(file, tmp_path):
     path, _ = file
     with pytest.raises(InputError, match="has no φ ablation: choose one of attacked, clean"):
         l2l_ref.load(path, "ablation")
-    with pytest.raises(InputError, match="mnist-unknown is no file and no φ of the package"):
-        l2l_ref.load("mnist-unknown")
+    for name, words in (
+        ("mnist-unknown", "mnist-unknown is no file and no φ of the package: it has cifar10-"),
+        (tmp_path, f"checkpoint {tmp_path} does not exist or cannot be opened"),
+    ):
+        with pytest.raises(InputError, match=words):
+            l2l_ref.load(name)
     write_checkpoint(tmp_path / "other.pt", {"format": "another"})
     with pytest.raises(InputError, match="other.pt is not a meta_optimizer.pt"):
         l2l_ref.load(tmp_path / "other.pt")

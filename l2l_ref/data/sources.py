@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 import textwrap
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,7 @@ def download(kind: Kind, root: Path) -> str:
 
     It grows in a hidden folder of `root` and moves into place when it is complete.
     """
-    timeout = socket.getdefaulttimeout()
+    timeout, fresh = socket.getdefaulttimeout(), not root.exists()
     print(f"downloading {kind.title} to {shortened(root)}, which can take minutes", file=sys.stderr)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,9 @@ def download(kind: Kind, root: Path) -> str:
             os.replace(Path(draft) / kind.folder, root / kind.folder)
         return ""
     except Exception as error:  # no network, no room: there are still the digits
+        with suppress(OSError):  # another process may be at work there
+            if fresh:
+                root.rmdir()
         return f"the download failed: {brief(error)}"
     finally:
         socket.setdefaulttimeout(timeout)

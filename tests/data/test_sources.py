@@ -199,6 +199,7 @@ def with_test(change):
     "layout, damage, where, words",
     [
         (IDX, lambda f: (f / "train-images-idx3-ubyte").unlink(), "", "train set"),
+        (IDX, lambda f: cut_short(f / "t10k-labels-idx1-ubyte"), "", "test set"),
         (IDX, lambda f: (shutil.rmtree(f.parent), f.parent.touch()), "", "train set"),
         (IDX, with_test(lambda x, y: (x[..., 4:].contiguous(), y)), "", "[20, 1, 28, 24]"),
         (IDX, with_test(lambda x, y: (x, y + 1)), "", "20 labels of 11 classes"),
@@ -206,6 +207,7 @@ def with_test(change):
         (PICKLES, lambda f: (f / "test_batch").write_bytes(b"no pickle"), "", "test set"),
         ("cifar10", lambda f: shutil.rmtree(f / "test"), "test", "No such file"),
         ("cifar10", lambda f: shutil.rmtree(f / "train/class4"), "", "9 and 10 class folders"),
+        ("cifar10", lambda f: (f / "test/class4").rename(f / "test/other"), "", "the same ten"),
         ("cifar10", lambda f: [x.unlink() for x in (f / "test/class4").iterdir()], "test",
          "no valid file"),
         ("cifar10", lambda f: (shutil.rmtree(f), f.symlink_to("nowhere")), "", ""),
@@ -261,7 +263,7 @@ def test_the_stand_in_says_what_it_is(tmp_path, capsys, name, title):
     for said in (err, str(caught.value)):
         for part in (root, f"{name}/{{train", sources.KINDS[name].folder, "no network"):
             assert str(part) in said
-    assert "results" not in capsys.readouterr().err and not any(root.iterdir())
+    assert "results" not in capsys.readouterr().err and not root.exists()
 
 
 def test_without_mlxtend_a_sentence_says_what_to_install(tmp_path, monkeypatch):
@@ -274,11 +276,13 @@ def test_without_mlxtend_a_sentence_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), EOFError(), KeyboardInterrupt()])
 def test_a_download_that_fails_leaves_nothing_behind(tmp_path, capsys, monkeypatch, error):
+    """But what another process puts into the new folder meanwhile."""
     root = tmp_path / "data"
 
     def half(self):
         assert socket.getdefaulttimeout() == sources.PATIENCE
         Path(self.raw_folder).mkdir(parents=True)
+        (root / "of another").touch()
         raise error
 
     monkeypatch.setattr(datasets.MNIST, "download", half)
@@ -286,7 +290,7 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path, capsys, monkeypat
     with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         assert data.load("mnist", root).source == "stand-in"
         assert f"download failed: {str(error) or 'EOFError'}" in capsys.readouterr().err
-    assert not any(root.iterdir())
+    assert [path.name for path in root.iterdir()] == ["of another"]
     assert socket.getdefaulttimeout() is None
 
 
