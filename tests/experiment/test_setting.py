@@ -144,6 +144,14 @@ def train_phi(setting, out, kind, eps=0.1, meta_seed=0):
     return experiment.phi(phis.phi_name(kind, 0, meta_seed, eps))
 
 
+def test_a_run_waits_for_its_phi_or_for_what_tunes_it(setting, tmp_path):
+    experiment = protocol.Experiment(setting, tmp_path)
+    needs = {key["method"]: set(piece.needs) for key, piece in experiment.runs()}
+    tuning_sgd = {p.name for p in experiment.pieces() if p.name.startswith("tune-SGD-lr")}
+    assert needs["L2L"] == {"attacked-fold0-phi0-eps0.1"}
+    assert needs["SGD"] == tuning_sgd and len(tuning_sgd) == 3
+
+
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting, tmp_path):
     phi, fresh = train_phi(setting, tmp_path, ABLATION), untrained(setting, ABLATION, 0, 0)
     meta, start = phi["linear"], fresh["linear"]
