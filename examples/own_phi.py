@@ -45,9 +45,7 @@ def main(episodes: int = 100, steps: int = 100) -> tuple[float, float]:
         return l2l_ref.Episode(build(), loader, attack)
 
     phi = l2l_ref.new_phi(build(), odd=True, theta_input=True, output_scale=0.1)
-    settings = l2l_ref.MetaSettings(
-        episodes, steps=steps, meta_lr=5e-3, schedule="cosine", input_alpha=1.0, alpha=0.0
-    )
+    settings = l2l_ref.MetaSettings(episodes, steps=steps, meta_lr=5e-3, input_alpha=1.0, alpha=0.0)
     l2l_ref.meta_train(phi, settings, draw)
 
     def accuracy(make: Callable[[nn.Module], torch.optim.Optimizer], seed: int) -> float:

@@ -44,7 +44,7 @@ def meta_gradient(phi: MetaOptimizer, *inputs, order: int) -> tuple[Tensor, floa
 def meta_train(order: int, episodes: int, batches, compare: bool) -> tuple[MetaOptimizer, list]:
     """φ after so many episodes, and of some unrolls (cosine, ratio of norms, both seconds)."""
     phi, compared = MetaOptimizer(), []
-    settings = MetaSettings(episodes, meta_lr=paper.META_LR, schedule="cosine")
+    settings = MetaSettings(episodes, meta_lr=paper.META_LR)
     group = nn.ModuleDict({"linear": phi})
     adam, unrolls = meta_adam(group, settings), paper.STEPS // paper.UNROLL
     for number in range(episodes):

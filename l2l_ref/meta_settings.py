@@ -14,9 +14,8 @@ class MetaSettings:
         episodes: how many; each trains fresh optimizees.
         steps: updates an episode, where it does not bring its own number.
         unroll: updates a truncated unroll; one step of Adam on φ follows each.
-        meta_lr: learning rate of that Adam; on log η, of the nominal term, it is `ETA_LR`.
-        schedule: "constant", or "cosine" from those rates to 0 over all episodes.
-        clip: largest norm of the meta-gradient; of that of log η likewise.
+        meta_lr: learning rate of that Adam; on log η, of the nominal term, it is `ETA_LR`. Both
+            fall to 0 as a cosine over all episodes.
         input_alpha: α in Eq. 6 of the loss whose gradient is the input of φ.
         penalty: λ of that loss (`equations.penalised`).
         alpha: α in Eq. 6 of the meta-loss; the paper has one α for both.
@@ -32,8 +31,6 @@ class MetaSettings:
     steps: int = 100
     unroll: int = 20
     meta_lr: float = 1e-3
-    schedule: str = "constant"
-    clip: float = 1.0
     input_alpha: float = 0.5
     penalty: float = 0.0
     alpha: float = 0.5
@@ -48,8 +45,6 @@ class MetaSettings:
             "steps": (self.steps >= 1, "at least 1"),
             "unroll": (self.unroll >= 1, "at least 1"),
             "meta_lr": (0 <= self.meta_lr < math.inf, finite),
-            "schedule": (self.schedule in ("constant", "cosine"), "'constant' or 'cosine'"),
-            "clip": (self.clip > 0, "above 0"),
             "input_alpha": (0 <= self.input_alpha <= 1, share),
             "penalty": (0 <= self.penalty < math.inf, finite),
             "alpha": (0 <= self.alpha <= 1, share),
@@ -73,6 +68,4 @@ class MetaSettings:
 
     def rate(self, episode: int, share: float) -> float:
         """The factor of both learning rates when `share` of an episode (from 0) is done."""
-        if self.schedule == "constant":
-            return 1.0
         return 0.5 * (1 + math.cos(math.pi * (episode + share) / self.episodes))

@@ -29,6 +29,7 @@ class History:
 
 
 ETA_LR = 0.02  # of Adam on log η
+CLIP = 1.0  # largest norm of the meta-gradient, and of that of log η
 CHECKS = 5  # at most, evenly over the episodes after the curriculum
 
 
@@ -154,7 +155,7 @@ def apply_meta_gradient(
         for param, part in zip(params, parts, strict=True):
             param.grad = part.view_as(param) if param.requires_grad else None
     groups, rates = adam.param_groups, (settings.meta_lr, ETA_LR)
-    norms = [nn.utils.clip_grad_norm_(group["params"], settings.clip).item() for group in groups]
+    norms = [nn.utils.clip_grad_norm_(group["params"], CLIP).item() for group in groups]
     if all(map(math.isfinite, norms)):
         for group, lr in zip(groups, rates, strict=False):
             group["lr"] = lr * rate

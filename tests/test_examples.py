@@ -205,7 +205,7 @@ class TestThePaperOnAPage:
             return Episode(self.problem(page, number)[1], self.batches(number), attack)
 
         alphas = {"alpha": self.ALPHA, "input_alpha": self.ALPHA}
-        settings = MetaSettings(2, meta_lr=page.META_LR, schedule="cosine", **alphas)
+        settings = MetaSettings(2, meta_lr=page.META_LR, **alphas)
         assert (settings.steps, settings.unroll) == (page.STEPS, page.UNROLL)
         meta_train(ours, settings, draw, backend=backend)
         for name, weight in phi.state_dict().items():

@@ -10,7 +10,7 @@ from l2l_ref.meta_settings import MetaSettings
     "name, value",
     [
         ("episodes", -1), ("steps", 0), ("unroll", 0), ("meta_lr", float("nan")), ("meta_lr", -1.0),
-        ("meta_lr", float("inf")), ("schedule", "cosinus"), ("clip", 0.0), ("input_alpha", 1.5),
+        ("meta_lr", float("inf")), ("input_alpha", 1.5),
         ("penalty", -0.1), ("alpha", 2.0), ("alpha", float("nan")), ("curriculum", (0.7, 0.3)),
         ("curriculum", (0.5, 1.5)), ("average", 1.0), ("average", float("nan")), ("stride", 0),
     ],

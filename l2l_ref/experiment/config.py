@@ -264,7 +264,6 @@ class Config:
             steps=self.episode_steps[-1],
             unroll=self.unroll,
             meta_lr=self.meta_lr,
-            schedule="cosine",
             input_alpha=1.0 if clean else self.input_alpha,
             penalty=0.0 if clean else self.penalty * eps,
             alpha=1.0 if clean else self.alpha,
