@@ -18,11 +18,11 @@ QUADRATIC = {"curriculum": (0, 0), "penalty": 0, "nominal": False, "alpha": 1,
     [
         # without arguments it is the paper's MNIST
         ("", {"dataset": "mnist", "attack": "fgsm", "eps": (0.1,), "recipe": "paper", "steps": 100,
-              "batch_size": 128, "alpha": 0.5, "input_alpha": 0.5, "p": 10, "meta_lr": 3e-3,
-              "episode_steps": (100,), "nominal": False, "curriculum": (0, 0.5), "penalty": 0,
+              "batch_size": 128, "alpha": 0.5, "input_alpha": 0.5, "p": 5, "meta_lr": 3e-3,
+              "episodes": 140, "episode_steps": (100,), "nominal": False, "curriculum": (0, 0.5), "penalty": 0,
               "eval_on": "test", "images": None}),
         ("--dataset cifar10", {"steps": 1000, "folds": 1, "optimizee": "convnet", "meta_lr": 1e-3,
-                               "episode_steps": (100, 300), "episodes": 100,
+                               "episode_steps": (100, 300), "episodes": 100, "p": 10,
                                "curriculum": (0.5, 0.75)}),
         ("--dataset cifar10 --attack pgd", {"episodes": 50, "episode_steps": (100, 300)}),
         # a miniature of its meta-training learns nothing
