@@ -5,8 +5,8 @@ python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
 import shlex
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> Path:
     print(f"{environment['device']}, {number} process" + "es" * (number > 1)
           + f", backend {backend}, results in {out}", flush=True)  # fmt: skip
     display = queue.Display(pieces, parts)
-    with display.bar or nullcontext(), queue.helpers(work, (config, out), number - 1):
+    with display.bar, queue.helpers(work, (config, out, setting.data), number - 1):
         queue.compute_all(pieces, parts, display.hear)
     with locked(out / folder.LOCK):
         text = report.write(out, experiment.results(), setting, environment, command)
@@ -57,11 +57,12 @@ def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.Module
     return load_phis(config.load, setting) if config.load else (setting, {})
 
 
-def work(config: Config, out: Path, number: int) -> None:
-    """Each further process of a run."""
+def work(config: Config, out: Path, data: dict[str, Any], number: int) -> None:
+    """Each further process of a run, where it finds the same data."""
     setting, phis = ready(config, number)
-    experiment = Experiment(setting, out, phis)
-    queue.compute_all(experiment.pieces(), experiment.parts, queue.quiet)
+    if setting.data == data:
+        experiment = Experiment(setting, out, phis)
+        queue.compute_all(experiment.pieces(), experiment.parts, queue.quiet)
 
 
 if __name__ == "__main__":

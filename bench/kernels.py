@@ -65,7 +65,7 @@ def prepared(operator: str, case: Case, backend: str) -> Callable[[], tuple[Tens
 @contextmanager
 def watched(options: Any) -> Iterator[None]:
     """Where the profilers look: a CUDA profiler's range, and PyTorch's for `--times`."""
-    kind = measure.kind(options.device)
+    kind = options.device.type
     wait = torch.cuda.synchronize if kind == "cuda" else lambda: None
     activity = getattr(torch.profiler.ProfilerActivity, kind.upper())
     times = torch.profiler.profile(activities=[activity]) if options.times else nullcontext()

@@ -27,7 +27,7 @@ COPIED = 1 << 28  # bytes of the copy that tells the bandwidth: beyond the cache
 
 def gpu(device: torch.device) -> dict[str, Any] | None:
     """What a GPU and its driver say of it; None for a CPU."""
-    if measure.kind(device) == "cpu":
+    if device.type == "cpu":
         return None
     found = torch.cuda.get_device_properties(device)
     return {

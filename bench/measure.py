@@ -57,7 +57,7 @@ def parse(top: Parser, arguments: list[str]) -> argparse.Namespace:
     """
     options = top.parse_args(arguments)
     options.device = torch.empty(0, device=available_device(options.device)).device
-    if kind(options.device) == "cuda":
+    if options.device.type == "cuda":
         torch.cuda.set_device(options.device)  # streams and events are the current device's
         torch.backends.cudnn.allow_tf32 = False  # cuDNN's LSTM would round to 10 bits
     resolve(options.backend, options.device)
@@ -66,15 +66,10 @@ def parse(top: Parser, arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def kind(device: torch.device) -> str:
-    """ "cpu" or "cuda": which side of the seams a device is on."""
-    return device.type
-
-
 def clock(run: Callable[[], Any], calls: int, device: torch.device = CPU) -> float:
     """Seconds a call, of `calls` in a row: on a GPU from when the first begins there to when the
     last has ended, so the time to launch them counts where the GPU waits for it."""
-    if kind(device) == "cuda":
+    if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         begin.record()
@@ -88,7 +83,7 @@ def clock(run: Callable[[], Any], calls: int, device: torch.device = CPU) -> flo
 
 def free_bytes(device: torch.device) -> float:
     """Memory that is free now; infinite where the system does not say."""
-    if kind(device) == "cuda":
+    if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + kept)
     try:
@@ -106,7 +101,7 @@ def said_by_linux(file: str, key: str) -> int:
 def give_back(device: torch.device) -> None:
     """Free what nothing refers to, on a GPU for the other programs too."""
     gc.collect()
-    if kind(device) == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 

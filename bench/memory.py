@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import measure, peers
+from bench import peers
 from bench.case import Unavailable, make_case
 from bench.measure import said_by_linux
 
@@ -31,7 +31,7 @@ def peak_extra(
         {"bytes": x, "method": how it was measured}, or {"unavailable": why not}.
     """
     request = name, n, steps, form, backend, device
-    if measure.kind(device) == "cuda":  # its allocator knows the peak
+    if device.type == "cuda":  # its allocator knows the peak
         return measured(*request)
     one = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(1, get_context("spawn"), **one) as pool:
@@ -46,7 +46,7 @@ def measured(
     try:
         run = peers.builders("meta_gradient", backend, device)[name](case).run
         run()
-        if measure.kind(device) == "cuda":
+        if device.type == "cuda":
             size, before = "peak of PyTorch's allocator", torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             run()

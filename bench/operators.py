@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> Any:
     top.add_argument("--no-memory", action="store_false", dest="memory",
                      help="do not measure memory")  # fmt: skip
     options = measure.parse(top, arguments)
-    sizes, most = DEFAULTS[measure.kind(options.device)]
+    sizes, most = DEFAULTS[options.device.type]
     options.sizes, options.most = options.sizes or sizes, options.most or most
     options.unroll = dict.fromkeys(UNROLL, options.unroll) if options.unroll else UNROLL
     if max(options.threads) > cores():

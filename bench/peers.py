@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench import measure
 from bench.case import STEP_BYTES, UNROLL_BYTES, Case, Peer, Unavailable, flops, must_fit
 from bench.measure import CPU
 from l2l_ref import equations
@@ -41,7 +40,7 @@ def builders(
         compiled: with `torch.compile`.
     """
     ours = operators(backend, torch.empty(1, 2, 1, 1, device=device))  # all are float32
-    on_gpu = measure.kind(device) == "cuda"
+    on_gpu = device.type == "cuda"
     if operator == "step":
         table = {
             OURS: partial(step_with, ours.theta_step_),
@@ -92,7 +91,7 @@ def check(operator: str, case: Case, name: str, peer: Peer) -> None:
 def floor(case: Case, factor: int) -> Peer:
     """`factor` times the operations of an update, in one large float32 matrix product."""
     device = case.theta.device
-    columns = COLUMNS * WIDER if measure.kind(device) == "cuda" else COLUMNS
+    columns = COLUMNS * WIDER if device.type == "cuda" else COLUMNS
     a, b = torch.randn(SIDE, SIDE, device=device), torch.randn(SIDE, columns, device=device)
     out = torch.empty(SIDE, columns, device=device)
     operations = factor * flops(case.meta)

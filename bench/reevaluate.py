@@ -17,11 +17,9 @@ from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder, report
 from l2l_ref.experiment.cli import Parser, run_as_script
 from l2l_ref.experiment.config import Config, tuples
-from l2l_ref.experiment.machine import keep_freed_memory
-from l2l_ref.experiment.phis import load_phis
 from l2l_ref.experiment.protocol import Experiment
-from l2l_ref.experiment.setting import prepare
 from l2l_ref.files import read_json, write_json
+from run import ready
 
 
 def parser(prog: str, doc: str) -> Parser:
@@ -52,14 +50,12 @@ def settings_of(options: Any, **changes: Any) -> Config:
 
 def experiment_of(options: Any, **changes: Any) -> Experiment:
     """The run with all its pieces there."""
-    setting, phis = prepare(settings_of(options, **changes)), {}
-    if setting.config.load:
-        setting, phis = load_phis(setting.config.load, setting)
+    setting, phis = ready(settings_of(options, **changes))
     experiment = Experiment(setting, options.folder, phis)
     labels = dict.fromkeys(key["method"] for key, _ in experiment.runs())
     for label in options.methods:
         if label not in labels:
-            raise InputError(f"there is no {label!r} in that run: choose of {', '.join(labels)}")
+            raise InputError(f"that run has no {label!r}: choose one of {', '.join(labels)}")
     if any(piece.name not in experiment.parts for piece in experiment.pieces()):
         raise InputError(f"{options.folder} is not finished: --resume that run first")
     return experiment
@@ -72,7 +68,6 @@ def main(arguments: list[str]) -> None:
     top.add_argument("--steps", type=count, default=50, metavar="N", help="of PGD (50)")
     top.add_argument("--restarts", type=count, default=10, metavar="N", help="on each loss (10)")
     options = top.parse_args(arguments)
-    keep_freed_memory()
     stronger = {"eval_attack": options.attack, "eval_steps": options.steps}
     experiment = experiment_of(options, **stronger, restarts=options.restarts)
     setting, parts = experiment.setting, experiment.parts

@@ -14,7 +14,6 @@ from bench import reevaluate
 from bench.measure import origin
 from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
-from l2l_ref.experiment.machine import keep_freed_memory
 from l2l_ref.experiment.protocol import train_method
 from l2l_ref.experiment.setting import Trial
 from l2l_ref.files import write_json
@@ -25,7 +24,6 @@ from l2l_ref.transfer import Method
 def main(arguments: list[str]) -> None:
     """Parse, train, review, draw, write."""
     options = reevaluate.parser("review.py", __doc__).parse_args(arguments)
-    keep_freed_memory()
     experiment = reevaluate.experiment_of(options)
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
     about = origin("review", arguments, setting.device, setting.config.backend, setting.data)

@@ -130,7 +130,7 @@ def make(
         A callable (model, x, y) -> x_adv.
     """
     if ":" in name:
-        found = imported(name, "attack")
+        found = imported(name)
         if not takes(found, "eps"):
             raise InputError(
                 f"the attack {name} has no argument eps: give a function (model, x, y, eps) -> "
@@ -204,7 +204,7 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
         if count := int(lost.sum()):
             raise InputError(
                 f"the gradient of {count} of {len(x)} samples is NaN or infinite, where their "
-                "logits are finite: mend the model there (a root at 0, say), or leave them out"
+                "logits are finite: change the model there (a root at 0, say), or leave those out"
             )
     return gradient
 

@@ -7,18 +7,18 @@ from importlib import import_module
 from l2l_ref.errors import InputError
 
 
-def imported(name: str, option: str) -> Callable:
-    """What MODULE:FUNCTION names, for that option of `run.py`; InputError if there is none."""
+def imported(name: str) -> Callable:
+    """What MODULE:FUNCTION names; InputError if there is none."""
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"--{option} {name} cannot be imported ({error}): name a function of a module that is "
+            f"{name} cannot be imported ({error}): name a function of a module that is "
             "installed, or whose folder is on PYTHONPATH"
         ) from None
     if not callable(found):
-        raise InputError(f"--{option} {name} is no function: name one")
+        raise InputError(f"{name} is no function: name one")
     return found
 
 

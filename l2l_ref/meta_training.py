@@ -1,4 +1,4 @@
-"""Meta-training: Adam on φ, an episode after the other, with early stopping."""
+"""Meta-training: Adam on φ, an episode after the other; the best of some checkpoints is kept."""
 
 import copy
 import math
@@ -109,8 +109,8 @@ def meta_train(
                 break
         history.episodes.append(loss)
         if check is not None and number + 1 in due:
-            value = check()
-            if not history.checks or value < min(earlier for _, earlier in history.checks):
+            value, lowest = check(), min((one for _, one in history.checks), default=math.inf)
+            if value < lowest or lowest == math.inf:  # of none that are finite, the last
                 best = copy.deepcopy(meta_optimizers.state_dict())
             history.checks.append([number + 1, value])
         keep(number + 1)

@@ -184,5 +184,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group.update(mine)
             for param, index in zip(group["params"], saved["params"], strict=True):
                 if index in states:  # which the base class casts to the parameter's dtype
-                    copies = {k: x.to(param.device, copy=True) for k, x in states[index].items()}
-                    self.state[param] = copies
+                    self.state[param] = {
+                        name: x.to(param.device, copy=True) if isinstance(x, Tensor) else x
+                        for name, x in states[index].items()
+                    }

@@ -148,7 +148,7 @@ def find_alarms(
         (by_attack["FGSM"] < best - slack, "one step breaks more than PGD"),
         (by_attack.get("transfer", 1) < best - slack, "another model's images break more than PGD"),
         (abs(ce - margin) > 0.1, "PGD on one loss breaks far more than on the other"),
-        (left > slack, "PGD without a bound, ε = 1, leaves some"),
+        (left > slack, "some images survive PGD at ε = 1"),
         (unseen > slack, "some that survive have a gradient of exactly zero"),
         (weak > 0.02 * max(1.0, by_steps[10]), "the loss falls with more steps"),
     ]

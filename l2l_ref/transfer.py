@@ -34,6 +34,7 @@ class Method:
         l1: weight of Σ|θ| in the training loss.
         attack: of a training loss under attack, where it is not that of the run.
         half: "transfer", or "meta" for the half that φ was meta-trained on.
+        capture: False if the optimizer reads numbers of Python's that change, such as a rate.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Method:
     l1: float = 0.0
     attack: str | None = None
     half: str = "transfer"
+    capture: bool = True
 
     @property
     def trains_on(self) -> str:
@@ -104,7 +106,8 @@ def train(
             that option.
         average: of `model` (`running_average`), which takes in every update and is what `record`
             is given.
-        calibration: batches of x; before it is recorded, its batch-norm normalises by them.
+        calibration: batches of x; before it is recorded after an update, its batch-norm normalises
+            by them.
 
     Raises:
         InputError: batches that end; an attack that returns no such thing as x; what cannot be
@@ -133,7 +136,7 @@ def train(
 
     mode("train")
     drawn = attacks.generators(attack), attacks.generators(record)
-    graphed = Graphed(update, device, generators=drawn[0], capture=capture)
+    graphed = Graphed(update, device, generators=drawn[0], capture=capture and method.capture)
     recorded_model = model if average is None else average.module
     probe = Graphed(lambda: record(recorded_model), device, generators=drawn[1], capture=capture)
     recorded, recordings, marks = [0], [torch.stack(probe())], []

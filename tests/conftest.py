@@ -143,7 +143,7 @@ def drawn(name: str, *sizes: int) -> data.Data:
         ink, dirt = torch.rand(n, 1, 1, 1, generator=g), torch.rand(x.shape, generator=g)
         x = x * (1 + ink) / 2 + 1.5 * (dirt - 0.8).clamp(min=0)
         sets.append(data.ImageSet((255 * x.clamp(max=1)).to(torch.uint8), y))
-    return data.Data(name, "stand-in", *sets, "0" * 64)
+    return data.Data("stand-in", *sets, "0" * 64)
 
 
 @pytest.fixture(scope="session")

@@ -124,11 +124,11 @@ class TestByName:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("nowhere.at_all:attack", "--attack nowhere.at_all:attack cannot .* PYTHONPATH"),
+            ("nowhere.at_all:attack", "^nowhere.at_all:attack cannot .* PYTHONPATH"),
             ("mine:gone", "no attribute 'gone'"),
-            ("mine:EPS", "--attack mine:EPS is no function"),
-            (".mine:attack", "--attack .mine:attack cannot be imported"),
-            (":attack", "--attack :attack cannot be imported"),
+            ("mine:EPS", "^mine:EPS is no function"),
+            (".mine:attack", "^.mine:attack cannot be imported"),
+            (":attack", "^:attack cannot be imported"),
             ("mine:without_eps", "has no argument eps: give a function"),
             ("builtins:dict", "has no argument eps"),
             ("fgms", "--attack is fgms: it must be fgsm, pgd, none, or MODULE:FUNCTION"),

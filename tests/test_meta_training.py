@@ -76,6 +76,14 @@ def test_resumed_equals_uninterrupted(tmp_path, form, killed_at):
         assert same(resumed, whole)
 
 
+def test_of_checks_that_all_failed_the_last_phi_is_kept():
+    phi, seen = new_phi(), []
+    check = lambda: seen.append(copy.deepcopy(phi.state_dict())) or math.inf  # noqa: E731
+    meta_train(phi, settings(episodes=7), draw, check=check)
+    assert all(torch.equal(seen[-1][name], value) for name, value in phi.state_dict().items())
+    assert any(not torch.equal(seen[0][name], value) for name, value in seen[-1].items())
+
+
 @pytest.mark.parametrize("killed_at", [None, 4, 6])
 def test_phi_is_left_at_the_best_of_its_checks(tmp_path, killed_at):
     """Seven episodes, the first two of a curriculum: checked after each of the other five."""

@@ -57,7 +57,7 @@ def test_what_is_not_there_is_named(file, tmp_path):
     with pytest.raises(InputError, match="has no φ ablation: choose one of attacked, clean"):
         l2l_ref.load(path, "ablation")
     for name, words in (
-        ("mnist-unknown", "mnist-unknown is no file and no φ of the package: it has cifar10-"),
+        ("mnist-unknown", "no file mnist-unknown, and no such φ in the package, only cifar10-"),
         (tmp_path, f"checkpoint {tmp_path} does not exist or cannot be opened"),
     ):
         with pytest.raises(InputError, match=words):

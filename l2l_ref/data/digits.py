@@ -27,7 +27,7 @@ def find(name: str, seed: int) -> Data | None:
     if name == "cifar10":
         images, source = coloured(images), "stand-in"
     whole, cut = ImageSet(images, rows[:, -1].long()), len(rows) - len(rows) // 5
-    return with_checksum(name, source, whole.first(cut), whole.rest(cut))
+    return with_checksum(source, whole.first(cut), whole.rest(cut))
 
 
 def coloured(images: Tensor) -> Tensor:

@@ -99,13 +99,11 @@ class Data:
     """A training and a test set.
 
     Attributes:
-        name: "mnist" or "cifar10".
         source: what the pixels really are, such as "CIFAR-10 (JPEG copy)" or "stand-in".
         checksum: sha256 in hex over all labels and decoded pixels. It depends neither on the
             layout on disk nor on the order of the samples.
     """
 
-    name: str
     source: str
     train: ImageSet
     test: ImageSet

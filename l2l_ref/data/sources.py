@@ -64,7 +64,7 @@ def from_torchvision(kind: Kind, root: Path) -> Data:
                 f"labels of {classes} classes, not {list(kind.shape)} and {CLASSES}: replace it"
             )
         parts.append(ImageSet(images, labels))
-    found = with_checksum(kind.name, kind.title, *parts)
+    found = with_checksum(kind.title, *parts)
     if kind.name == "mnist" and found.checksum != MNIST:  # torchvision checks CIFAR-10 itself
         return replace(found, source="other images in MNIST's layout")
     return found
@@ -100,7 +100,7 @@ def from_folders(kind: Kind, folder: Path) -> Data:
         sets.append(ImageSet(images, labels[order]))
     lossless = all(path.lower().endswith(".png") for part in parts for path, _ in part.imgs)
     source = kind.title + (" (PNG folders)" if lossless else " (JPEG copy)")
-    return with_checksum(kind.name, source, *sets)
+    return with_checksum(source, *sets)
 
 
 def is_picture(path: str) -> bool:
@@ -124,13 +124,13 @@ def decoded(path: str, kind: Kind) -> Tensor:
         raise InputError(f"cannot decode {path} ({brief(error)}): replace or remove it") from None
 
 
-def with_checksum(name: str, source: str, train: ImageSet, test: ImageSet) -> Data:
+def with_checksum(source: str, train: ImageSet, test: ImageSet) -> Data:
     checksum = hashlib.sha256()
     for part in (train, test):
         # A digest for each sample, sorted, since each layout keeps the samples in its own order.
         rows = torch.cat([part.labels[:, None].to(torch.uint8), part.images.flatten(1)], 1).numpy()
         checksum.update(b"".join(sorted(hashlib.sha256(row).digest() for row in rows)))
-    return Data(name, source, train, test, checksum.hexdigest())
+    return Data(source, train, test, checksum.hexdigest())
 
 
 def torchvision() -> Any:

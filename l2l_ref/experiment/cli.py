@@ -69,7 +69,7 @@ def run_as_script(
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # φ and ε on a terminal that has no Greek
+            stream.reconfigure(errors="replace", line_buffering=True)  # φ, ε; logs that grow
     for number in signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, stop)

@@ -136,13 +136,13 @@ class Config:
         (100,), {"cifar10": (100, 300), "robust": (100, 1000), "penalty": (100, 300),
          "quadratic": (100,), "mnist quick": (60,), "cifar10 quick": (10,),
          "quadratic quick": (40,)}, of="φ")
-    average: float = option(META, "decay d of the average θ̄ that the meta-loss is of", 0.0,
+    average: float = option(META, "decay d of the average θ̄ at which the meta-loss is taken", 0.0,
         {"robust": 0.95, "quadratic": 0.0}, of="φ")
     # A meta-gradient is of one coordinate in so many (docs/trials).
     stride: int = option(default=1, exceptions={"mnist paper": 4, "robust": 4, "quadratic": 1},
         of="φ")
     unroll: int = option(META, "updates an unroll", 20, {"quick": 10, "cifar10 quick": 5}, of="φ")
-    meta_lr: float = option(META, "Adam's on φ", 3e-3,
+    meta_lr: float = option(META, "learning rate of Adam on φ", 3e-3,
         {"cifar10": 1e-3, "robust": 3e-3, "quadratic": 1e-2}, of="φ")
     # The paper mixes clean and FGSM losses (4.1) and takes the PGD loss alone (4.2); under that φ
     # collapses, so some of the clean one stays.
@@ -173,7 +173,7 @@ class Config:
 
     steps: int = option(TRANSFER, "updates of an optimizee", 100,
         {"cifar10": 1000, "quick": 40})
-    images: int | None = option(TRANSFER, "that an optimizee trains on (all of its half)")
+    images: int | None = option(TRANSFER, "training images of an optimizee (all of its half)")
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
@@ -201,7 +201,7 @@ class Config:
     seed: int = option(RUN, "base of all randomness", 0)
     device: str = option(RUN, "cpu, cuda, cuda:1, …", "auto", metavar="D", of="place")
     backend: str = option(RUN, "who runs the LSTM", "auto", choices=BACKENDS, of="place")
-    jobs: int | None = option(RUN, "processes, of a core or a GPU each (all that pay)", of="place")
+    jobs: int | None = option(RUN, "processes, a core or a GPU each (all that help)", of="place")
     graphs: bool = option(RUN, "on a GPU, an update is a CUDA graph", True, of="place")
     data_dir: str = option(RUN, "where data is or is downloaded to", "data", metavar="DIR",
         of="place")
@@ -250,8 +250,10 @@ class Config:
                 f"--penalty is {self.penalty} but --alpha 0 has no clean loss that it could be "
                 "added to: leave one of them out"
             )
-        if self.dataset == "quadratic" and self.images:
-            raise InputError(f"--images is {self.images} but quadratics have none: leave it out")
+        for name in ("images", "compare"):
+            if self.dataset == "quadratic" and (value := getattr(self, name)):
+                words = f"{flag(name)} is {show(value)}"
+                raise InputError(f"{words} but --dataset quadratic takes none: leave it out")
         if self.dataset == "quadratic" and self.attack != "none":
             raise InputError(
                 f"--attack {self.attack} does not go with --dataset quadratic, which has no "

@@ -109,7 +109,8 @@ def must_match(here: dict[str, Any], saved: dict[str, Any], folder: Path) -> Non
         settings = {
             flag(name): one for name, one in value["settings"].items() if name not in places
         }
-        return settings | {"data": describe(value["environment"])}
+        environment = value["environment"]
+        return settings | {"data": describe(environment), "φ": environment.get("phi")}
 
     places = names_of("place")
     before, now = facts(saved), facts(here)
@@ -129,5 +130,5 @@ def describe(value: dict[str, Any]) -> str:
 
 def tidy(folder: Path) -> None:
     """Remove what killed processes have left of a run that is complete."""
-    for leftover in [*folder.rglob("*.partial"), *folder.rglob("*.lock")]:
+    for leftover in [*folder.rglob("*.partial"), *folder.glob("parts/*.lock")]:
         leftover.unlink(missing_ok=True)

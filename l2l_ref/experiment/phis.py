@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from itertools import product
 from typing import Any
 
@@ -96,8 +97,8 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
     """Every φ that a run needs, by name, from the `meta_optimizer.pt` of a run.
 
     A φ of the same kind, fold and meta-seed that was trained for another ε will do where it is the
-    only one. The settings of φ in the setting's configuration become those of the file, and its
-    `origin` says where φ comes from.
+    only one. The settings of φ in the setting's configuration become those of the file, and
+    `data["phi"]` says where φ comes from.
 
     Raises:
         InputError: a file of another kind; φ that are missing or do not fit the problem's φ-groups;
@@ -137,4 +138,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
             )
         phis[name] = build({group: groups[group] for group in needed}, setting.device)
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
-    return replace(setting, config=config, origin=origin), phis
+    loaded: list[Any] = [meta for phi in phis.values() for meta in phi.values()]
+    digest = sha256("".join(meta.fingerprint() for meta in loaded).encode()).hexdigest()
+    about = {**setting.data, "phi": f"{origin} (checksum {digest[:12]})"}
+    return replace(setting, config=config, data=about), phis

@@ -196,8 +196,8 @@ def run_method(
     """Train one optimizee and evaluate its average: the fields of its `Curve`, and unless it is a
     quadratic what `Trial.evaluate` returns (for the last θ too), robust accuracies, and its `end`:
     "ok", "collapsed" or "diverged"."""
-    c, trained = setting.config, train_method(setting, method, fold, eps, seed)
-    trial, model, curve, last = trained
+    c = setting.config
+    trial, model, curve, last = train_method(setting, method, fold, eps, seed)
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
     result["seconds"] = curve.ms_per_step * c.steps / 1e3

@@ -148,41 +148,31 @@ class Display:
     """
 
     def __init__(self, pieces: Sequence[Piece] = (), parts: Iterable[str] = ()):
+        from tqdm import tqdm
+
         self.costs = {piece.name: piece.cost for piece in pieces}
         self.parts = parts  # the names of those that are there
         self.start = self.shown = self.done()
         self.begin = time.monotonic()
-        self.bar: Any = None
-        if getattr(sys.stderr, "isatty", bool)():
-            from tqdm import tqdm
-
-            bar = "{percentage:3.0f}% of the run |{bar:20}| {desc}"
-            self.bar = tqdm(total=1.0, bar_format=bar)
+        bar = "{percentage:3.0f}% of the run |{bar:20}| {desc}"
+        self.bar = tqdm(total=1.0, bar_format=bar, disable=None)  # it is, where no terminal is
 
     def hear(self, piece: str, words: str, share: float | None) -> None:
         """What this process tells (`Tell`)."""
         if share is None:
-            return self.print(words)
+            return self.bar.write(words)
         done = self.done(piece, share)
         if done > self.start:
             seconds = (time.monotonic() - self.begin) * (1 - done) / (done - self.start)
             text = f"{timedelta(seconds=round(seconds))} left" + f" · {words}" * bool(words)
-            if self.bar is not None:
-                self.bar.n = done
-                self.bar.set_description_str(text)
-            elif self.shown + EVERY <= done < 1:
+            self.bar.n = done
+            self.bar.set_description_str(text)
+            if self.bar.disable and self.shown + EVERY <= done < 1:
                 self.shown = done
-                self.print(f"{done:.0%} of the run, {text}")
+                self.bar.write(f"{done:.0%} of the run, {text}")
 
     def done(self, piece: str = "", share: float = 0.0) -> float:
         """The share of the run that is done, by cost, with that share of that piece."""
         known = {piece: share, **dict.fromkeys(self.parts, 1.0)}
         costs = sum(cost * known.get(name, 0.0) for name, cost in self.costs.items())
         return costs / (sum(self.costs.values()) or 1.0)
-
-    def print(self, line: str) -> None:
-        """Print a line, above the bar."""
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            print(line, flush=True)

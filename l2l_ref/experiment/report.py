@@ -196,8 +196,8 @@ def title(setting: Setting) -> str:
     words = [config.dataset.upper() if config.dataset != "quadratic" else "Quadratics",
              config.optimizee, attacks.get(config.attack, config.attack), f"recipe {config.recipe}",
              f"data: {setting.data['data']}"]  # fmt: skip
-    if setting.origin:
-        words.append(f"φ from {setting.origin}")
+    if "phi" in setting.data:
+        words.append(f"φ from {setting.data['phi']}")
     return " · ".join(words + ["quick miniature"] * config.quick)
 
 

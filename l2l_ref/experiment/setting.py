@@ -16,7 +16,7 @@ from torch import nn
 
 from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.backend import available_device, resolve
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, shortened
 from l2l_ref.experiment.config import Config, flag
 from l2l_ref.foreign import imported
 from l2l_ref.transfer import Curve, Method, running_average, train
@@ -42,9 +42,8 @@ class Setting:
     problem: problems.Problem
     train: data.Samples
     test: data.Samples
-    data: dict[str, Any]  # in every artefact: what the samples are, and the checksum of images
+    data: dict[str, Any]  # in every artefact: what samples and loaded φ are, with checksums
     device: torch.device
-    origin: str | None = None  # of φ, where it is loaded: data, attack, ε
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def prepare(config: Config, number: int = 0) -> Setting:
     for name in (config.attack, config.eval_attack):
         attacks.make(name, eps=config.eps[0])  # a name that is nowhere is wrong now
     for name in config.compare:
-        imported(name, "compare")
+        imported(name)
     torch.backends.cudnn.deterministic = True  # the same command, the same bits
     problem = problems.make(config.dataset, config.optimizee, config.batch_size)
     if not problem.classes:
@@ -106,6 +105,12 @@ def prepare(config: Config, number: int = 0) -> Setting:
     images = data.load(
         config.dataset, config.data_dir, device=device, strict=config.strict_data, seed=config.seed
     )
+    black = torch.zeros(2, *images.train.images.shape[1:], device=device)
+    try:
+        problem.loss(problem.build().to(device), black, images.train.labels[:2])
+    except Exception as error:  # a function of the user's raises what it likes
+        words = f"--optimizee {config.optimizee} does not take images of {config.dataset} to logits"
+        raise InputError(f"{words} ({shortened(error)}): name one that does") from None
     half = len(images.train) // 2
     smallest = half - half // VALIDATION
     for name in ("batch_size", "images"):
@@ -130,7 +135,8 @@ class Trial:
         return stream(self.setting.config.seed, what, *self.labels, device=device)
 
     def model(self) -> nn.Module:
-        """A fresh optimizee."""
+        """A fresh optimizee; what it draws in training, as dropout does, is the trial's too."""
+        torch.manual_seed(self.stream("global").initial_seed())
         return self.setting.problem.draw(self.stream("theta"), self.setting.device)
 
     def attack(self, eps: float, name: str | None = None) -> attacks.Attack:

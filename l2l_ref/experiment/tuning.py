@@ -85,20 +85,20 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
         add("Adam (N-FGSM) + L1", attacked, alpha=alpha, attack="n-fgsm")
         if mnist:  # on CIFAR-10 under PGD they would double the time of all that is compared
             of_sgd = {"lr": SGD_LRS[1:4], **penalised}
-            add("SGD + penalty + L1, cosine", of_sgd, momentum, cosine=True)
+            add("SGD + penalty + L1, cosine", of_sgd, momentum, cosine=True, capture=False)
             add("Adam (attacked) + L1, cosine", attacked, alpha=alpha, cosine=True)
             add("Adam (attacked) + penalty + L1", {"lr": LRS, **penalised}, alpha=alpha)
     for name in config.compare:
-        make, label = imported(name, "compare"), name.partition(":")[2]
+        make, label = imported(name), name.partition(":")[2]
         label = name if label in grids else label
-        tuned = takes(make, "lr")
+        tuned = {"lr": ADAM_LRS} if takes(make, "lr") else {}
 
         def optimizer(lr: float | None, model: nn.Module, make=make) -> torch.optim.Optimizer:
             return make(model) if lr is None else make(model, lr=lr)
 
-        add(label, {"lr": ADAM_LRS} if tuned else {}, optimizer)
+        add(label, tuned, optimizer, capture=False)
         if config.attack != "none":
-            add(f"{label} (attacked)", {"lr": ADAM_LRS} if tuned else {}, optimizer, alpha=alpha)
+            add(f"{label} (attacked)", tuned, optimizer, alpha=alpha, capture=False)
     return grids
 
 

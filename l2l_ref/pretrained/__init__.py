@@ -51,7 +51,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
         return {**card(str(path)), **read_checkpoint(FOLDER / f"{path}.pt", device)}
     if not Path(path).exists():
         names = ", ".join(list_pretrained())
-        raise InputError(f"{path} is no file and no φ of the package: it has {names}")
+        raise InputError(f"there is no file {path}, and no such φ in the package, only {names}")
     value = read_checkpoint(Path(path), device)
     if value.get("format") != FORMAT:
         raise InputError(

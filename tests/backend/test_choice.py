@@ -90,7 +90,7 @@ def test_a_gpu_with_too_little_shared_memory(fused, monkeypatch, dtype):
     _operators.cache_clear()
     with pytest.warns(UserWarning, match="memory for 56 hidden units on cuda:1"):
         assert operators("auto", own) is equations
-    with pytest.raises(InputError, match="'fused' has not the shared memory for"):
+    with pytest.raises(InputError, match="'fused' has too little shared memory for"):
         operators("fused", own)
     cuda.serves.assert_called_with(2, 56, dtype == torch.float64, 1)
 

@@ -15,7 +15,7 @@ from l2l_ref.backend import cuda_graphs
 from l2l_ref.backend.cuda_graphs import EAGER_CALLS, Graphed, graphs_of
 from l2l_ref.episode import Episode, truncated_unrolls
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import tuning
+from l2l_ref.experiment import cli, tuning
 from l2l_ref.meta_optimizer import new_phi as untrained
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import apply_meta_gradient
@@ -155,7 +155,7 @@ def test_a_replayed_unroll_is_the_unroll_to_the_bit(emulated, name):
     assert len(eager) == len(replayed) and all(map(torch.equal, eager, replayed))
 
 
-def transfer_run(dataset, kind, capture, device=CPU, **options):
+def transfer_run(dataset, kind, captured, device=CPU, **options):
     """A curve, and the model behind it; batches, PGD and recordings from streams of their own."""
     problem = problems.make(dataset)
     phi = new_phi(problem, device, theta_input=True, nominal=True)
@@ -171,7 +171,7 @@ def transfer_run(dataset, kind, capture, device=CPU, **options):
     curve = train(
         model, Method("", optimizer, **options), images.batches(8, generator(6)),
         loss=problem.loss, attack=pgd[0], steps=10,
-        record=partial(evaluate.losses, x=x, y=y, attack=pgd[1]), capture=capture,
+        record=partial(evaluate.losses, x=x, y=y, attack=pgd[1]), capture=captured,
     )  # fmt: skip
     return curve, [*model.parameters(), *model.buffers()]
 
@@ -193,6 +193,17 @@ def test_a_replayed_transfer_is_the_transfer_to_the_bit(emulated, dataset, optio
     assert replace(replayed, ms_per_step=0.0) == replace(eager, ms_per_step=0.0)
     assert len(set(eager.attacked)) == 11  # ten updates, ten changes
     assert all(map(torch.equal, state, final))
+
+
+def test_what_a_graph_would_not_see_is_not_captured(emulated):
+    """The rate of SGD with a cosine, and what the user's optimizer counts, are Python's numbers."""
+    own = ["--compare", "torch.optim:RAdam"]
+    rows = tuning.candidates(cli.parse(own), 0.1)
+    methods = [next(iter(row.values())) for row in rows.values()]
+    apart = {one.label for one in methods if not one.capture}
+    assert apart == {"SGD + penalty + L1, cosine", "RAdam", "RAdam (attacked)"}
+    transfer_run("mnist", partial(tuning.momentum, 0.1), True, cosine=True, capture=False)
+    assert sum(each.captures for each in emulated) == 1  # the recording
 
 
 def test_a_run_captures_unless_told_not_to(workdir, monkeypatch, emulated):

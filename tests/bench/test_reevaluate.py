@@ -47,7 +47,7 @@ def test_the_same_models_and_more_steps(finished, capsys, monkeypatch):
 def test_mistakes(finished):
     for arguments, words in (
         (["nowhere", "L2L"], "nowhere holds no run"),
-        (["r", "Adamant"], "there is no 'Adamant' in that run"),
+        (["r", "Adamant"], "that run has no 'Adamant'"),
     ):
         with pytest.raises(InputError, match=words):
             reevaluate.main(arguments)

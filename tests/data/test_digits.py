@@ -8,7 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from l2l_ref import data
 from l2l_ref.data import digits
+from l2l_ref.errors import InputError
 
 
 @pytest.fixture
@@ -31,6 +33,12 @@ def test_the_seed_cuts_them(installed):
     coloured = digits.find("cifar10", 0)
     assert coloured.source == "stand-in" and coloured.test.images.shape == (4, 3, 32, 32)
     assert torch.equal(coloured.train.labels, found.train.labels)
+
+
+def test_strictly_they_do_not_stand_for_all_of_mnist(installed, tmp_path):
+    assert data.load("mnist", tmp_path).source == "MNIST (20 training images)"
+    with pytest.raises(InputError, match="there is no MNIST"):
+        data.load("mnist", tmp_path, strict=True)
 
 
 def test_coloured_digits_are_the_same_bytes_everywhere():

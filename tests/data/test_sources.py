@@ -122,7 +122,7 @@ def test_layouts(tmp_path, write, name, layout, suffix, source):
         (folder / "train" / "class0" / "._0000.png").write_bytes(b"left by a Mac")
         (folder / "train" / "class0" / "notes.txt").write_text("not an image")
     loaded = find(name, tmp_path)
-    assert (loaded.name, loaded.source) == (name, source)
+    assert loaded.source == source
     for part, expected in zip((loaded.train, loaded.test), written, strict=True):
         assert part.images.is_contiguous() and part.images.shape == expected.images.shape
         assert torch.equal(part.images, expected.images) or suffix == "JPEG"
@@ -292,6 +292,15 @@ def test_a_download_that_fails_leaves_nothing_behind(tmp_path, capsys, monkeypat
         assert f"download failed: {str(error) or 'EOFError'}" in capsys.readouterr().err
     assert [path.name for path in root.iterdir()] == ["of another"]
     assert socket.getdefaulttimeout() is None
+
+
+def test_what_another_process_has_downloaded_meanwhile_is_found(tmp_path, monkeypatch):
+    def too_late(self):
+        write_idx(Path(self.root), *sets("mnist"))
+        write_idx(tmp_path, *sets("mnist"))
+
+    monkeypatch.setattr(datasets.MNIST, "download", too_late)
+    assert len(find("mnist", tmp_path).train) == len(sets("mnist")[0])
 
 
 def test_a_download_is_found_the_next_time(tmp_path, monkeypatch):

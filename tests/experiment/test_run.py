@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ import run
 from l2l_ref import attacks, data, evaluate
 from l2l_ref.backend import resolve
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import machine, protocol, tuning
+from l2l_ref.experiment import cli, machine, protocol, tuning
+from l2l_ref.files import read_checkpoint, write_checkpoint
 
 LOADING, TINY = ([*options, "--seeds", "2"] for options in (conftest.LOADING, conftest.TINY))
 TABLE = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT",
@@ -172,9 +174,17 @@ class TestResumeAndLoad:
         assert a["meta_training"] and not b["meta_training"]
         # another ε may use the only φ there is
         run.main([*LOADING, "--out", "c", "--load", "b/meta_optimizer.pt", "--eps", "0.2"])
-        assert read("c")[0]["title"].endswith("φ from stand-in, fgsm, ε 0.1 · quick miniature")
+        words = r"φ from stand-in, fgsm, ε 0\.1 \(checksum \w{12}\) · quick miniature$"
+        assert re.search(words, read("c")[0]["title"])
         a, c = ((workdir / out / "meta_optimizer.pt").read_bytes() for out in "ac")
         assert a == c
+        resumed = [*LOADING, "--out", "b", "--load", "a/meta_optimizer.pt", "--resume"]
+        run.main(resumed)
+        changed = read_checkpoint(workdir / "a/meta_optimizer.pt")
+        next(iter(changed["phis"].values()))["linear"]["state_dict"]["head.bias"] += 1
+        write_checkpoint(workdir / "a/meta_optimizer.pt", changed)
+        with pytest.raises(InputError, match="b was run with φ stand-in.*, not stand-in"):
+            run.main(resumed)
 
     def test_load_brings_the_settings_of_its_phi(self, workdir, small_data):
         logistic = "--optimizee", "logistic"
@@ -193,7 +203,7 @@ class TestResumeAndLoad:
         run.main([*self.arguments[:-1], "a", "--eps", "0.1", "0.3"])
         for file, arguments, words in (
             ("q/meta_optimizer.pt", [], "no φ for linear parameters, only for quadratic"),
-            ("nowhere.pt", [], "nowhere.pt is no file"),
+            ("nowhere.pt", [], "no file nowhere.pt"),
             ("q/metrics.csv", [], "metrics.csv cannot be read"),
             ("a/meta_optimizer.pt", ["--seed", "1"], "another half: that of .*, seed 0"),
             ("a/meta_optimizer.pt", ["--folds", "2"], "this run needs .*fold1"),
@@ -209,6 +219,12 @@ class TestResumeAndLoad:
             assert not (workdir / "x").exists()
         run.main([*self.arguments[:-1], "c", "--eval-on", "validation"])  # sees a part of the half
         run.main([*LOADING, "--load", "c/meta_optimizer.pt", "--out", "x"])
+
+    def test_a_helper_that_finds_other_data_computes_nothing(self, workdir, small_data):
+        config = cli.parse([*self.arguments, "--seeds", "1"])
+        for found, count in ({}, 0), (run.ready(config)[0].data, 1):
+            run.work(config, workdir / "r", found, 1)
+            assert (len(list(workdir.glob("r/parts/*.json"))) > 0) == count
 
     def test_other_data_are_refused(self, workdir, small_digits, monkeypatch):
         def serve(**changes):
@@ -258,7 +274,8 @@ class TestResumeAndLoad:
         (["--eps", "-0.1"], "--eps is -0.1: it must be between 0 and 1"),
         (["--eps", "0.1", "0.1"], "free of repeats"),
         (["--alpha", "2"], "--alpha is 2: it must be between 0 and 1"),
-        (["--compare", "mine"], "--compare mine cannot be imported"),
+        (["--compare", "mine"], "^mine cannot be imported"),
+        (["--eval-attack", "nowhere:f"], "^nowhere:f cannot be imported"),
         (["--p", "0"], "--p is 0: it must be above 0 and at most 80"),
         (["--seed", "9" * 30], "below 2.63"),
         (["--eps", "9" * 400 + "/1"], "is not a number"),
@@ -269,11 +286,16 @@ class TestResumeAndLoad:
         (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
         (["--dataset", "quadratic", "--attack", "fgsm"], "use --attack none"),
         (["--dataset", "cifar10", "--optimizee", "mlp"], "'mlp' does not go with cifar10"),
+        (["--dataset", "cifar10", "--optimizee", "examples.networks:tanh"],
+         "examples.networks:tanh does not take images of cifar10 to logits .mat1 and mat2"),
+        (["--optimizee", "torch.nn:Linear"], "torch.nn:Linear does not take .* missing 2 required"),
+        (["--optimizee", "builtins:list"], "builtins:list does not take images of mnist"),
         (["--curriculum", "0.5"], "--curriculum: expected 2 arguments"),
         (["--episode-steps", "9", "8"], "--episode-steps is 9 8: .*smallest and largest"),
         (["--images", "31"], "--images is 31: it must be at least --batch-size, 32"),
         (["--images", "501"], "--images is 501 but a candidate trains on 500 images of stand-in"),
-        (["--dataset", "quadratic", "--images", "500"], "quadratics have none"),
+        (["--dataset", "quadratic", "--images", "500"], "--images is 500 but .* none"),
+        (["--dataset", "quadratic", "--compare", "torch.optim:RAdam"], "optim:RAdam but .* none"),
         (["--load", ""], "argument --load: it is empty"),
         (["--out", "file"], "--out file is taken, but not by a run"),
         (["--out", "full"], "--out full is not empty: add --resume"),

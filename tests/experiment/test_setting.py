@@ -1,11 +1,13 @@
 """Folds that do not overlap, random streams that depend on their labels alone, fair comparisons."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from conftest import TINY, pictures, zeroing
+from torch import nn
 
 from l2l_ref.experiment import cli, phis, protocol, tuning
 from l2l_ref.experiment.phis import ABLATION, untrained
@@ -74,6 +76,15 @@ def test_methods_of_a_seed_share_theta0_and_batches(small_data, monkeypatch):
     assert all(map(torch.equal, first, same))
     for other in others:
         assert not torch.equal(first[0], other[0]) and not torch.equal(first[-2], other[-2])
+
+
+def test_what_a_network_draws_in_training_depends_on_its_trial_alone(setting):
+    """Dropout: whatever was computed before."""
+    build = lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))  # noqa: E731
+    own = replace(setting, problem=replace(setting.problem, build=build))
+    (fold,), method = folds(own), Method("", partial(sgd, 0.1))
+    first, other, again = (protocol.run_method(own, method, fold, 0.1, seed) for seed in (0, 1, 0))
+    assert first["attacked"] == again["attacked"] != other["attacked"]
 
 
 NOT = {

@@ -167,7 +167,7 @@ class TestCandidates:
         assert method.optimizer(model).param_groups[0]["lr"] == 0.03 and method.alpha == 0.5
         (method,) = found["own_optimizers:Adam"].values()
         assert isinstance(method.optimizer(model), torch.optim.Adam) and method.alpha == 1
-        with pytest.raises(InputError, match="--compare own_.*:gone cannot .* attribute 'gone'"):
+        with pytest.raises(InputError, match="^own_.*:gone cannot .* attribute 'gone'"):
             prepare(cli.parse([*TINY, "--compare", "own_optimizers:gone"]))
 
 
