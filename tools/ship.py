@@ -8,9 +8,11 @@ It takes the meta-seed whose φ was the best of all on validation images.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from l2l_ref import pretrained
+from l2l_ref.experiment.config import names_of
 from l2l_ref.files import plain, sealed, write_checkpoint, write_json
 
 METHODS = ("L2L", "Adam")  # what the rows that are kept begin with
@@ -30,7 +32,9 @@ def main() -> None:
     summary = json.loads((given.run / "summary.json").read_text())
     about = json.loads((given.run / "config.json").read_text())
     best = {
-        int(name.split("-")[2].removeprefix("phi")): min(loss for _, loss in history["checks"])
+        int(name.split("-")[2].removeprefix("phi")): min(
+            math.inf if loss is None else loss for _, loss in history["checks"]
+        )
         for name, history in summary["meta_training"].items()
         if name.startswith("attacked-fold0") and name.endswith(f"eps{given.eps}")
     }
@@ -64,7 +68,7 @@ def main() -> None:
         "evaluated_on": f"{config['eval_on']} images, {config['steps']} steps",
         "results_of": f"all φ of that run; this is number {seed}, the best on validation images",
         "results": results,
-        "config": {name: v for name, v in config.items() if name not in ("data_dir", "out")},
+        "config": {name: v for name, v in config.items() if name not in names_of("place")},
     }
     path = pretrained.FOLDER / f"{given.name}.pt"
     write_checkpoint(path, {"format": pretrained.FORMAT, "phis": phis})
