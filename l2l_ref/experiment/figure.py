@@ -89,6 +89,7 @@ def draw_curves(
         panel.grid(alpha=0.3)
     for panel in panels[len(config.eps) :]:
         panel.remove()
+    title = textwrap.fill(title, 75 * columns)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
                   frameon=False, title=title, title_fontsize=11)  # fmt: skip
     left_out = dict.fromkeys(row["method"] for row in summary if row["method"] not in STYLES)
