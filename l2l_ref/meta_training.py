@@ -110,7 +110,7 @@ def meta_train(
         history.episodes.append(loss)
         if check is not None and number + 1 in due:
             value, lowest = check(), min((one for _, one in history.checks), default=math.inf)
-            if value < lowest or lowest == math.inf:  # of none that are finite, the last
+            if value < lowest:  # if none is finite, the last φ stays
                 best = copy.deepcopy(meta_optimizers.state_dict())
             history.checks.append([number + 1, value])
         keep(number + 1)
