@@ -140,5 +140,5 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     loaded: list[Any] = [meta for phi in phis.values() for meta in phi.values()]
     digest = sha256("".join(meta.fingerprint() for meta in loaded).encode()).hexdigest()
-    about = {**setting.data, "phi": f"{origin} (checksum {digest[:12]})"}
+    about = {**setting.data, "phi": describe({"data": origin, "data_sha256": digest})}
     return replace(setting, config=config, data=about), phis
