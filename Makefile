@@ -67,8 +67,8 @@ sanitize: $(SETUP) ## the engine's tests with the sanitizers of memory, undefine
 	  LD_PRELOAD="$(call runtimes,libtsan.so)" $(call sanitized_tests,thread) \
 	  -k "threads and not cuda" $(SANITIZABLE) $(ARGS)
 
-soak: $(SETUP) ## an hour and a half: random kills, long runs, random inputs
-	L2L_FUZZ_SECONDS=900 "$(PY)" -m pytest -s tests/soak_long.py tests/experiment/soak_kills.py \
+soak: $(SETUP) ## an hour: random kills, random inputs
+	L2L_FUZZ_SECONDS=900 "$(PY)" -m pytest -s tests/experiment/soak_kills.py \
 	  tests/backend/test_fuzz.py $(ARGS)
 
 docs: $(SETUP) ## the docstrings as pages, in build/docs

@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from l2l_ref import attacks
-from l2l_ref.drawing import own_style, save_png
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import batches_of, eval_mode, is_right
+from l2l_ref.files import replace_with
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -155,7 +155,6 @@ def find_alarms(
     return [sentence for alarm, sentence in rules if alarm]
 
 
-@own_style()
 def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
     """The page of figures, a PNG."""
     from matplotlib.figure import Figure
@@ -180,4 +179,4 @@ def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
     verdict = "; ".join(found.alarms) if found.alarms else "none"
     figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
     figure.supxlabel(footer, fontsize=7, color="0.35")
-    save_png(figure, path, 110)
+    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=110))

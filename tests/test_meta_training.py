@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from l2l_ref.files import read_checkpoint
 from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import apply_meta_gradient, meta_adam, meta_train
 
+MEMORY = Path("/proc/self/statm")
 BATCH = 16
 PROBLEM = problems.make("quadratic", batch_size=BATCH)
 
@@ -74,6 +76,19 @@ def test_resumed_equals_uninterrupted(tmp_path, form, killed_at):
         resumed = new_phi(**form)
         assert meta_train(resumed, chosen, own, checkpoint=path) == expected
         assert same(resumed, whole)
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="Linux tells what memory a process has")
+def test_a_thousand_updates_do_not_grow_the_process(tmp_path):
+    pages = []  # of 4 kB; the LSTM's state alone is 25 of them
+
+    def note(done, loss):
+        pages.append(int(MEMORY.read_text().split()[1]))
+
+    phi = new_phi(odd=True, theta_input=True, nominal=True)
+    chosen = settings(episodes=100)
+    meta_train(phi, chosen, draw, checkpoint=tmp_path / "phi.pt", on_episode=note)
+    assert pages[-1] - pages[20] < 1000
 
 
 def test_of_checks_that_all_failed_the_last_phi_is_kept():
@@ -184,3 +199,18 @@ def test_one_number_that_is_not_finite_moves_neither_log_eta_nor_the_weights(at)
     gradient[at] = math.nan
     assert math.isnan(apply_meta_gradient(phi, {"quadratic": gradient}, adam, 1.0, chosen))
     assert all(torch.equal(value, before[key]) for key, value in phi.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("episodes", -1), ("steps", 0), ("unroll", 0), ("meta_lr", float("nan")), ("meta_lr", -1.0),
+        ("meta_lr", float("inf")), ("input_alpha", 1.5),
+        ("penalty", -0.1), ("alpha", 2.0), ("alpha", float("nan")), ("curriculum", (0.7, 0.3)),
+        ("curriculum", (0.5, 1.5)), ("average", 1.0), ("average", float("nan")), ("stride", 0),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_range_is_named(name, value):
+    with pytest.raises(InputError, match=f"^{name} is .*: it must be "):
+        MetaSettings(**{"episodes": 5, name: value})
+    MetaSettings(5)

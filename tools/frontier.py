@@ -8,8 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-from l2l_ref.drawing import own_style, save_png
-
 # By what a method trains on.
 COLOURS = {
     "clean batches": "#0072B2",
@@ -24,7 +22,6 @@ def kind(trains_on: str) -> str:
     return penalty if "penalty" in trains_on else clean if trains_on == "clean" else attacked
 
 
-@own_style()
 def draw(path: Path, folders: list[Path]) -> None:
     """The PNG at `path`; methods are numbered from the most robust to the least."""
     from matplotlib.figure import Figure
@@ -64,7 +61,7 @@ def draw(path: Path, folders: list[Path]) -> None:
                   f"{e['device']}, torch {e['torch']}, commit {e['git_commit'][:9]}",
                   run["command"]]  # fmt: skip
     figure.supxlabel("\n".join([*words, "mean ± sample deviation"]), fontsize=7, color="0.35")
-    save_png(figure, path, 110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from l2l_ref.drawing import own_style, save_png
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.phis import ABLATION, CLEAN, LEARNED_RATE
+from l2l_ref.files import replace_with
 
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
 STYLES = {
@@ -33,7 +33,6 @@ def marks(row: dict[str, Any]) -> str:
     return ", ".join(f"{row[end]}/{row['runs']} {end}" for end in ends)
 
 
-@own_style()
 def draw_curves(
     path: Path,
     runs: list[dict[str, Any]],
@@ -98,7 +97,6 @@ def draw_curves(
     finish(figure, path, footer, columns)
 
 
-@own_style()
 def draw_meta_training(
     path: Path, histories: dict[str, dict[str, Any]], title: str, footer: str
 ) -> None:
@@ -128,4 +126,4 @@ def finish(figure: Any, path: Path, footer: str, columns: int) -> None:
         for line in footer.splitlines()
     )
     figure.supxlabel(footer, fontsize=7, color="0.35")
-    save_png(figure, path, 130)
+    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

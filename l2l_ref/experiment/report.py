@@ -33,7 +33,8 @@ CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
     "robust": {"L2L-Transfer (clean)": ("Adam", LEARNED_RATE, "Adam + L1")},
     "penalty": {LEARNED_RATE: ("Adam", "Adam + penalty + L1")},
 }
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10
+# The 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom; of more, that of 10 is taken.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
 SHOWN = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy", "seconds")  # in the table
 
@@ -129,18 +130,9 @@ def interval(values: list[float]) -> dict[str, float | None]:
     fewer than three values."""
     of, half = spread(values), None
     if of["std"] is not None and len(values) > 2:
-        half = student(len(values) - 1) * of["std"] / math.sqrt(len(values))
+        quantile = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+        half = quantile * of["std"] / math.sqrt(len(values))
     return {"mean": of["mean"], "half_width": half}
-
-
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; from 11 on by Fisher's expansion, to three decimals."""
-    if freedom <= len(STUDENT):
-        return STUDENT[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def cell(row: dict[str, Any], name: str) -> str:
@@ -254,11 +246,10 @@ def write(
         "meta_training": {name: without(of_unrolls, one) for name, one in histories.items()},
     }
     write_json(out / "summary.json", value)
-    shown, drawn = (text.encode(errors="replace").decode() for text in (heading, foot))  # of bytes
     try:
         if histories:
-            draw_meta_training(out / "meta_training.png", histories, shown, drawn)
-        draw_curves(out / "curves.png", runs, summary, config, shown, of_table + drawn)
+            draw_meta_training(out / "meta_training.png", histories, heading, foot)
+        draw_curves(out / "curves.png", runs, summary, config, heading, of_table + foot)
     except Exception as error:  # fonts, a broken matplotlib: nothing that the run can help
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         print(f"{out}: a figure could not be drawn ({why}): --resume tries again", file=sys.stderr)

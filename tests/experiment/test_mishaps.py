@@ -16,7 +16,7 @@ from test_jobs import SHORT, end, start
 
 import run
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import cli, folder
+from l2l_ref.experiment import cli, figure, folder
 from l2l_ref.files import locked, read_checkpoint, read_json, write_checkpoint
 
 
@@ -138,6 +138,33 @@ def test_a_reader_that_leaves_ends_a_run_that_can_be_resumed(tmp_path):
     assert process.wait() == 2
     assert process.stderr.read() == "run.py: Broken pipe (stopped; --resume continues)\n"
     run.main([*SHORT, "--out", str(tmp_path / "r"), "--resume"])
+
+
+def test_without_stdout(workdir):
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh"]
+    end(start(*SHORT, "--out", "r", cwd=workdir, shell=shell))
+    assert {"curves.png", "summary.json"} <= {path.name for path in Path("r").iterdir()}
+
+
+def test_a_tilde(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    run.main([*SHORT, "--out=~/mine"])
+    assert (workdir / "home" / "mine" / "curves.png").exists() and not Path("~").exists()
+
+
+def test_a_figure_that_fails_is_one_line(workdir, monkeypatch, capsys):
+    def failing(*_):
+        raise ValueError("no such font\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figure, "marks", failing)
+        run.main([*SHORT, "--out", "r"])
+    heard = capsys.readouterr()
+    (line,) = [line for line in heard.err.splitlines() if "could not be drawn" in line]
+    assert "r: a figure could not be drawn (ValueError: no such font): --resume" in line
+    assert "| method" in heard.out and not list(Path("r").glob("curves*"))
+    run.main([*SHORT, "--out", "r", "--resume"])
+    assert Path("r/curves.png").exists()
 
 
 @pytest.fixture
