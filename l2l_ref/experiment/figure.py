@@ -14,8 +14,10 @@ from l2l_ref.files import replace_with
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
 STYLES = {
     "L2L": ("#0072B2", "-"),
+    "L2L + L1": ("#0072B2", "--"),
     "L2L-Transfer": ("#D55E00", "-"),
     "L2L-Transfer (clean)": ("#D55E00", "-"),
+    "L2L-Transfer (clean) + L1": ("#D55E00", ":"),
     "L2L-Transfer (mixed)": ("#E69F00", "--"),
     "Transfer-NOT": ("#CC79A7", "-."),
     "Adam": ("#000000", "-"),

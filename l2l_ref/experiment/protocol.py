@@ -20,6 +20,7 @@ from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.folder import Parts
 from l2l_ref.experiment.phis import (
     CLEAN,
+    WITH_L1,
     episode_lengths,
     kinds_of_phi,
     phi_methods,
@@ -125,8 +126,11 @@ class Experiment:
                 return LearnedOptimizer.for_model(model, self.phi(name), backend=c.backend)
 
             needs = () if name in self.given else (name,)
-            methods = phi_methods(c, kind, eps, optimizer)
-            result += [of(one.label, {"": one}, meta_seed, needs) for one in methods]
+            for one in phi_methods(c, kind, eps, optimizer):
+                result.append(of(one.label, {"": one}, meta_seed, needs))
+                if one.label in WITH_L1 and c.attack != "none":
+                    label, grid = f"{one.label} + L1", tuning.with_l1(c, one)
+                    result.append(of(label, grid, meta_seed, needs))
         return result
 
     def runs(self) -> list[tuple[dict[str, Any], Piece]]:
@@ -137,9 +141,7 @@ class Experiment:
                 values = row.eps, row.label, row.fold.number, row.meta_seed, seed
                 key: dict[str, Any] = dict(zip(KEY, values, strict=True))
                 words = [f"{k}{v}" for k, v in key.items() if k != "method" and v is not None]
-                any_of = next(iter(row.methods.values()))
-                cost = tuning.cost(c, any_of.alpha, any_of.penalty, any_of.attack)
-                cost += c.steps * (row.meta_seed is not None)  # the LSTM
+                cost = row.cost(next(iter(row.methods.values())))
                 needs = row.needs + tuple(piece.name for piece in row.pieces())
                 name, compute = named("run", row.label, *words), partial(self.run, row, seed)
                 result.append((key, Piece(name, compute, cost, needs)))
@@ -156,14 +158,14 @@ class Experiment:
 
     def results(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
         """What all pieces left: the runs, one dict each, its `KEY` and what `run_method` returns;
-        {eps: {fold: {baseline: its tuned settings}}}; {φ's name: its `History` as a dict}. Also
+        {eps: {fold: {row: its tuned settings}}}; {φ's name: its `History` as a dict}. Also
         writes meta_optimizer.pt."""
         c, parts = self.setting.config, self.parts
         runs = [{**key, **parts[piece.name]} for key, piece in self.runs()]
         chosen: dict[str, dict[str, dict[str, str]]] = {}
         for rows in self.tables:
-            baselines = {row.label: row.chosen(parts) for row in rows if row.meta_seed is None}
-            chosen.setdefault(str(rows[0].eps), {})[str(rows[0].fold.number)] = baselines
+            settings = {row.title: row.chosen(parts) for row in rows if "" not in row.methods}
+            chosen.setdefault(str(rows[0].eps), {})[str(rows[0].fold.number)] = settings
         phis = {name: self.phi(name) for name in phis_of(c)}
         histories = {name: parts[name] for name in phis if name not in self.given}
         if c.load and not histories:  # what they come from goes along unchanged

@@ -29,7 +29,11 @@ METRICS = {
 # What φ is compared with: the paper's claim first, then what its row would be without φ, and the
 # strongest baseline that trains on the same.
 CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
-    "paper": {"L2L-Transfer (clean)": ("Adam",), "L2L": (LEARNED_RATE, "Adam (attacked) + L1")},
+    "paper": {
+        "L2L-Transfer (clean)": ("Adam",),
+        "L2L": (LEARNED_RATE, "Adam (attacked)"),
+        "L2L + L1": ("Adam (attacked) + L1",),
+    },
     "robust": {"L2L-Transfer (clean)": ("Adam", LEARNED_RATE, "Adam + L1")},
     "penalty": {LEARNED_RATE: ("Adam", "Adam + penalty + L1")},
 }

@@ -102,6 +102,12 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     return grids
 
 
+def with_l1(config: Config, method: Method) -> dict[str, Method]:
+    """A method with each weight of the L1 norm, by its settings in words."""
+    weights = L1_WEIGHTS[:: config.tune_every]
+    return {f"L1 {weight:g}": replace(method, l1=weight) for weight in weights}
+
+
 def cost(
     config: Config, alpha: float = 1.0, penalty: float = 0.0, attack: str | None = None
 ) -> float:
@@ -128,8 +134,18 @@ class Row:
     meta_seed: int | None = None  # of its φ
     needs: tuple[str, ...] = ()  # the piece that makes that φ
 
+    @property
+    def title(self) -> str:
+        return self.label + f", phi{self.meta_seed}" * (self.meta_seed is not None)
+
+    def cost(self, method: Method) -> float:
+        """Of training with it, as `cost`; the LSTM of a φ is about another gradient."""
+        c = self.setting.config
+        own = cost(c, method.alpha, method.penalty, method.attack)
+        return own + c.steps * (self.meta_seed is not None)
+
     def name(self, what: str) -> str:
-        return named("tune", self.label, what, f"fold{self.fold.number}", f"eps{self.eps}")
+        return named("tune", self.title, what, f"fold{self.fold.number}", f"eps{self.eps}")
 
     def first(self) -> tuple[str, ...]:
         return tuple(self.name(f"{settings}-seed0") for settings in self.methods)
@@ -139,9 +155,9 @@ class Row:
         c, methods = self.setting.config, self.methods
         if len(methods) == 1:
             return []
-        costs = [cost(c, one.alpha, one.penalty, one.attack) for one in methods.values()]
+        costs = [self.cost(one) for one in methods.values()]
         result = [
-            Piece(name, partial(self.run, settings, 0), own)
+            Piece(name, partial(self.run, settings, 0), own, self.needs)
             for name, settings, own in zip(self.first(), methods, costs, strict=True)
         ]
         places = range(math.ceil(len(methods) / STAY))

@@ -170,7 +170,7 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
         row("L2L", "Adam, learned rate", -0.25, 0.1),
         row("L2L-Transfer (clean)", "Adam, learned rate", None, None),
         row("L2L", "Adam", -9.0, 0.1),  # no control
-        row("L2L", "Adam (attacked) + L1", 0.5, None),
+        row("L2L", "Adam (attacked)", 0.5, None),
         row("L2L-Transfer (clean)", "Adam", 2.0, 0.25),
         row("L2L-Transfer (clean)", "Adam + L1", 1.0, 0.125),
     ]
@@ -178,7 +178,7 @@ def test_verdicts_are_of_the_row_and_the_controls_of_a_recipe():
     end = "(95 % over seeds, after the mean over φ"
     assert report.verdicts(rows, "paper") == (
         f"{of_clean}Adam +2.000 ± 0.250 {end})\n"
-        "ε 0.1: loss of L2L minus that of Adam, learned rate -0.250 ± 0.100, Adam (attacked) + L1 "
+        "ε 0.1: loss of L2L minus that of Adam, learned rate -0.250 ± 0.100, Adam (attacked) "
         f"+0.500 {end})"
     )
     assert report.verdicts(rows, "robust") == (

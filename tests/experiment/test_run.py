@@ -21,7 +21,8 @@ from l2l_ref.experiment import cli, machine, protocol, tuning
 from l2l_ref.files import read_checkpoint, write_checkpoint
 
 LOADING, TINY = ([*options, "--seeds", "2"] for options in (conftest.LOADING, conftest.TINY))
-TABLE = {"L2L", "L2L-Transfer (clean)", "L2L-Transfer (mixed)", "Transfer-NOT",
+TABLE = {"L2L", "L2L + L1", "L2L-Transfer (clean)", "L2L-Transfer (clean) + L1",
+         "L2L-Transfer (mixed)", "Transfer-NOT",
          "Transfer-NOT (clean)", "Adam, learned rate", "Adam", "SGD", "Adam + L1",
          "Adam + penalty + L1", "SGD + penalty + L1, cosine", "Adam (attacked)",
          "Adam (attacked) + L1", "Adam (attacked) + L1, cosine", "Adam (attacked) + penalty + L1",
@@ -80,6 +81,7 @@ class TestWhatARunLeaves:
         kinds = sorted(name.split("-")[0] for name in summary["meta_training"])
         assert kinds == ["ablation", "ablation", "attacked", "attacked", "clean"]
         tuned = {m for m in TABLE if m.startswith(("Adam", "SGD")) and "learned" not in m}
+        tuned |= {"L2L + L1, phi0", "L2L-Transfer (clean) + L1, phi0"}
         assert set(summary["tuned"]["0.1"]["0"]) == tuned
         printed = capsys.readouterr().out
         # nobody mistakes the stand-in for the real set

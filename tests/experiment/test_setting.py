@@ -157,10 +157,18 @@ def train_phi(setting, out, kind, eps=0.1, meta_seed=0):
 
 def test_a_run_waits_for_its_phi_or_for_what_tunes_it(setting, tmp_path):
     experiment = protocol.Experiment(setting, tmp_path)
-    needs = {key["method"]: set(piece.needs) for key, piece in experiment.runs()}
+    runs = {key["method"]: piece for key, piece in experiment.runs()}
+    needs = {label: set(piece.needs) for label, piece in runs.items()}
     tuning_sgd = {p.name for p in experiment.pieces() if p.name.startswith("tune-SGD-lr")}
     assert needs["L2L"] == {"attacked-fold0-phi0-eps0.1"}
     assert needs["SGD"] == tuning_sgd and len(tuning_sgd) == 3
+    phi, (row,) = needs["L2L"], [r for r in experiment.tables[0] if r.label == "L2L + L1"]
+    tuned = {piece.name: set(piece.needs) for piece in row.pieces()}
+    weights = {f"tune-L2L-L1-phi0-L1-{weight}-seed0-fold0-eps0.1": phi for weight in (3e-4, 3e-3)}
+    assert tuned == weights and needs["L2L + L1"] == phi | tuned.keys()
+    found = {m.l1: (m.alpha, m.half) for m in row.methods.values()}
+    assert found == dict.fromkeys((3e-4, 3e-3), (0.5, "meta"))
+    assert runs["L2L + L1"].cost == 4 * setting.config.steps  # clean, FGSM, attacked, the LSTM
 
 
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting, tmp_path):
