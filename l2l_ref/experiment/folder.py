@@ -58,7 +58,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
             newest = folder
         if config.resume and newest:
             folder = newest
-    if folder.is_file() or (folder.exists() and any(p.name != LOCK for p in folder.iterdir())):
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:

@@ -22,7 +22,8 @@ from l2l_ref.transfer import Method
 # The kinds: meta-trained under attack; on clean batches; a nominal term without an LSTM.
 UNDER_ATTACK, CLEAN, ABLATION = "attacked", "clean", "ablation"
 LEARNED_RATE = "Adam, learned rate"  # the label of the ablation
-WITH_L1 = ("L2L", "L2L-Transfer (clean)")  # rows that are there with Adam's tuned L1 norm, too
+# Rows that are there with Adam's tuned L1 norm, too; a φ that sees θ gains nothing by it.
+WITH_L1 = ("L2L", "L2L-Transfer (clean)")
 # The row of each recipe that its φ are meant for.
 OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": LEARNED_RATE}
 

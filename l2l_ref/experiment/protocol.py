@@ -128,7 +128,7 @@ class Experiment:
             needs = () if name in self.given else (name,)
             for one in phi_methods(c, kind, eps, optimizer):
                 result.append(of(one.label, {"": one}, meta_seed, needs))
-                if one.label in WITH_L1 and c.attack != "none":
+                if one.label in WITH_L1 and c.attack != "none" and not c.theta_input:
                     label, grid = f"{one.label} + L1", tuning.with_l1(c, one)
                     result.append(of(label, grid, meta_seed, needs))
         return result

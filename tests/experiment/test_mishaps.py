@@ -56,12 +56,6 @@ class TestTwoRunsAndOneFolder:
             run.main([*SHORT, "--seed", "2", "--out", "r"])
         assert read_json(Path("r/config.json"), "")["settings"]["seed"] == 1
 
-    def test_a_claim_that_came_to_nothing_is_no_run(self, workdir):
-        Path("r").mkdir()
-        Path("r", folder.LOCK).touch()
-        run.main([*SHORT, "--out", "r"])
-        assert Path("r/summary.json").exists()
-
 
 def flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())

@@ -10,7 +10,7 @@ import pytest
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import queue
 from l2l_ref.experiment.folder import Parts
-from l2l_ref.experiment.queue import Display, Piece, compute_all, named
+from l2l_ref.experiment.queue import Display, Piece, compute_all
 from l2l_ref.files import locked
 
 
@@ -51,11 +51,6 @@ def test_a_result_is_a_file_that_any_process_reads(parts):
     parts.path("a").write_text("{")
     with pytest.raises(InputError, match=r"a\.json is broken: delete it"):
         parts["a"]
-
-
-def test_a_name_is_one_that_any_file_system_takes():
-    words = "run", "Adam (attacked) + L1, cosine", "lr 0.001, L1 0", f"eps{0.1}"
-    assert named(*words) == "run-Adam-attacked-L1-cosine-lr-0.001-L1-0-eps0.1"
 
 
 def test_the_most_costly_comes_first_of_those_whose_needs_are_there(parts):

@@ -21,10 +21,9 @@ from l2l_ref.experiment import cli, machine, protocol, tuning
 from l2l_ref.files import read_checkpoint, write_checkpoint
 
 LOADING, TINY = ([*options, "--seeds", "2"] for options in (conftest.LOADING, conftest.TINY))
-TABLE = {"L2L", "L2L + L1", "L2L-Transfer (clean)", "L2L-Transfer (clean) + L1",
-         "L2L-Transfer (mixed)", "Transfer-NOT",
-         "Transfer-NOT (clean)", "Adam, learned rate", "Adam", "SGD", "Adam + L1",
-         "Adam + penalty + L1", "SGD + penalty + L1, cosine", "Adam (attacked)",
+TABLE = {"L2L", "L2L + L1", "L2L-Transfer (clean)", "L2L-Transfer (clean) + L1", "Adam + L1",
+         "L2L-Transfer (mixed)", "Transfer-NOT", "Transfer-NOT (clean)", "Adam, learned rate",
+         "Adam", "SGD", "Adam + penalty + L1", "SGD + penalty + L1, cosine", "Adam (attacked)",
          "Adam (attacked) + L1", "Adam (attacked) + L1, cosine", "Adam (attacked) + penalty + L1",
          "Adam (N-FGSM) + L1"}  # fmt: skip
 ADAM = torch.optim.Adam, "step"  # of φ

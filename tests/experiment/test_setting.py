@@ -169,6 +169,8 @@ def test_a_run_waits_for_its_phi_or_for_what_tunes_it(setting, tmp_path):
     found = {m.l1: (m.alpha, m.half) for m in row.methods.values()}
     assert found == dict.fromkeys((3e-4, 3e-3), (0.5, "meta"))
     assert runs["L2L + L1"].cost == 4 * setting.config.steps  # clean, FGSM, attacked, the LSTM
+    (rows,) = protocol.Experiment(prepared("--recipe", "robust"), tmp_path).tables
+    assert not any(r.label.startswith("L2L") and "L1" in r.label for r in rows)  # φ sees θ
 
 
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting, tmp_path):
