@@ -147,7 +147,7 @@ def test_random_start_is_uniform_in_the_ball_and_the_box():
 
 
 def test_n_fgsm_is_a_step_from_noise_of_twice_eps_clipped_to_pixels():
-    """Of a linear model the gradient is the same everywhere."""
+    """Of a linear model the gradient is the same everywhere, of a valley not."""
     model, x, y = nn.Linear(50, 2).double(), torch.rand(4, 50).double(), torch.tensor([0, 1, 0, 1])
     x[:, :25] = 0.5
     found = n_fgsm(model, x, y, eps=0.05, generator=generator(3))
@@ -155,6 +155,9 @@ def test_n_fgsm_is_a_step_from_noise_of_twice_eps_clipped_to_pixels():
     noise = torch.empty_like(x).uniform_(-0.1, 0.1, generator=generator(3))
     torch.testing.assert_close(found, (x + noise + 0.05 * sign).clamp(0, 1))
     assert (found - x).abs().max() > 0.14 and (found[:, 25:] == 1).any()
+    valley = lambda x: torch.stack((-(x - 0.5).square().sum(1), 0 * x[:, 0]), 1)  # noqa: E731
+    found = n_fgsm(valley, torch.full_like(x, 0.5), 0 * y, eps=0.05, generator=generator(3))
+    torch.testing.assert_close(found, 0.5 + noise + 0.05 * noise.sign())
 
 
 def test_generator_may_live_on_another_device_than_x():

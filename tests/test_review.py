@@ -111,6 +111,12 @@ def test_the_surrogate_is_attacked_as_it_would_be_used(models, small_digits, mon
     assert in_training.by_attack == used.by_attack and surrogate.training
 
 
+def test_who_is_wrong_already_needs_no_gradient():
+    constant = lambda x: 0 * x.flatten(1)[:, :2] + torch.tensor([1.0, 0.0])  # noqa: E731
+    images = torch.rand(9, 4, generator=generator()), torch.ones(9, dtype=torch.int64)
+    assert review(constant, images, eps=EPS, steps=1).alarms == []
+
+
 def test_mistakes_are_named(models, small_digits):
     with pytest.raises(InputError, match="eps is 2"):
         review(models[0], small_digits.test, eps=2)

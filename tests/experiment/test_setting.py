@@ -63,6 +63,7 @@ def test_methods_of_a_seed_share_theta0_and_batches(small_data, monkeypatch):
 
     def spy(model, method, batches, **options):
         assert options["every"] == 3  # a curve has about fifty points
+        assert torch.equal(options["calibration"][0], fold.transfer.first(32).all()[0])
         x, y = next(batches)
         seen.append([*(p.detach().clone() for p in model.parameters()), x, y])
         raise StopIteration
@@ -131,6 +132,10 @@ def test_bad_ends_are_marked(setting):
     ends = {"ok": partial(sgd, 0.0), "diverged": partial(sgd, math.inf), "collapsed": zeroing}
     for end, optimizer in ends.items():
         assert protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"] == end
+    found = protocol.run_method(
+        prepared("--steps", "30"), Method("", partial(sgd, 0.1)), fold, 0.1, 0
+    )
+    assert found["last"]["pgd_loss"] != found["pgd_loss"]  # which is that of the average
 
 
 @pytest.mark.parametrize("half", ["meta", "transfer", "fit"])
