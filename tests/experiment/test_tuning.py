@@ -125,9 +125,9 @@ class TestCandidates:
         counts = {label: len(grid) for label, grid in found.items()}
         assert counts == {"Adam": 6, "SGD": 5, "Adam + L1": 16, "Adam + penalty + L1": 12,
                           "SGD + penalty + L1, cosine": 12, "Adam (attacked)": 6,
-                          "Adam (attacked) + L1": 3, "Adam (attacked) + L1, cosine": 3,
+                          "Adam (attacked) + L1": 12, "Adam (attacked) + L1, cosine": 12,
                           "Adam (attacked) + penalty + L1": 12,
-                          "Adam (N-FGSM) + L1": 3}  # fmt: skip
+                          "Adam (N-FGSM) + L1": 12}  # fmt: skip
         for label, grid in found.items():
             for method in grid.values():
                 assert method.label == label and method.cosine == label.endswith("cosine")
