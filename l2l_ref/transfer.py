@@ -174,7 +174,7 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
 def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
     """Add the gradient of weight·Σ|θ|, which is weight·sign θ, to that of each parameter."""
     for group in optimizer.param_groups:
-        for theta in group["params"]:
+        for theta in filter(lambda theta: theta.requires_grad, group["params"]):
             if theta.grad is None:
                 theta.grad = torch.zeros_like(theta)
             theta.grad.add_(theta.sign(), alpha=weight)

@@ -82,10 +82,11 @@ def test_l1_reaches_parameters_that_the_loss_does_not():
 
     model = Unused(1, 1)
     nn.init.constant_(model.bias, -1.0)
+    model.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
     method = Method("", lambda m: torch.optim.SGD(m.parameters(), lr=0.1), l1=0.5)
     batches = iter([(torch.ones(1, 1), torch.zeros(1, 1))] * 2)
     train(model, method, batches, loss=square, attack=attacks.none, steps=2, record=nothing)
-    close(model.bias.item(), -0.9)
+    close([model.bias.item(), model.frozen.item()], [-0.9, 1.0])
 
 
 def test_records_first_every_kth_and_last():

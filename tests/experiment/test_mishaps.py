@@ -82,9 +82,7 @@ def unsealed(path: Path) -> None:
         ("meta_optimizer.pt", [*SHORT[:3], "--load", "r/meta_optimizer.pt"]),
     ],
 )
-def test_a_file_that_is_not_as_it_was_written_is_named(
-    finished, name, command, change, monkeypatch
-):
+def test_a_file_that_has_changed_is_named(finished, name, command, change, monkeypatch):
     change(finished / name)
     if name.endswith("seed0.json"):  # it is said before anything is computed
         monkeypatch.setattr(queue, "compute_all", None)
