@@ -172,9 +172,10 @@ def running_average(model: nn.Module, decay: float) -> AveragedModel:
 
 @torch.no_grad()
 def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
-    """Add the gradient of weight·Σ|θ|, which is weight·sign θ, to that of each parameter."""
+    """Add the gradient of weight·Σ|θ|, which is weight·sign θ, to that of each parameter that is
+    not frozen."""
     for group in optimizer.param_groups:
-        for theta in filter(lambda theta: theta.requires_grad, group["params"]):
+        for theta in [one for one in group["params"] if one.requires_grad]:
             if theta.grad is None:
                 theta.grad = torch.zeros_like(theta)
             theta.grad.add_(theta.sign(), alpha=weight)

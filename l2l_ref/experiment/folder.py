@@ -58,7 +58,10 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
             newest = folder
         if config.resume and newest:
             folder = newest
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+    begun = (LOCK, ".partial")  # all that is there while another process writes the config.json
+    if folder.is_file() or (
+        folder.exists() and any(not p.name.endswith(begun) for p in folder.iterdir())
+    ):
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:

@@ -103,7 +103,7 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
 
 
 def l1_weights(config: Config) -> tuple[float, ...]:
-    """Beside an attack: one on CIFAR-10, where a candidate takes minutes."""
+    """Those of attacked batches, and of φ: on CIFAR-10 one, as a candidate takes minutes there."""
     return L1_WEIGHTS if config.dataset == "mnist" else LITTLE_L1[1:]
 
 
@@ -141,6 +141,7 @@ class Row:
 
     @property
     def title(self) -> str:
+        """The label, and which φ."""
         return self.label + f", phi{self.meta_seed}" * (self.meta_seed is not None)
 
     def cost(self, method: Method) -> float:

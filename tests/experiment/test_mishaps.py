@@ -56,6 +56,14 @@ class TestTwoRunsAndOneFolder:
             run.main([*SHORT, "--seed", "2", "--out", "r"])
         assert read_json(Path("r/config.json"), "")["settings"]["seed"] == 1
 
+    @pytest.mark.parametrize("resume", [[], ["--resume"]])
+    def test_a_claim_that_came_to_nothing_or_is_under_way_is_no_run(self, workdir, resume):
+        Path("r").mkdir()
+        for name in (folder.LOCK, "config.json.7.partial"):
+            Path("r", name).touch()
+        run.main([*SHORT, "--out", "r", *resume])
+        assert Path("r/summary.json").exists()
+
 
 def flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())
