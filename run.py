@@ -37,11 +37,10 @@ def main(arguments: list[str]) -> Path:
     print(report.title(setting))
     print(f"{environment['device']}, {number} process" + "es" * (number > 1)
           + f", backend {backend}, results in {out}", flush=True)  # fmt: skip
-    display = queue.Display(pieces, parts)
-    with display.bar, queue.helpers(work, (config, out, setting.data), number - 1):
-        queue.compute_all(pieces, parts, display.hear)
+    with queue.helpers(work, (config, out, setting.data), number - 1):
+        queue.compute_all(pieces, parts, print)
     with locked(out / folder.LOCK):
-        text = report.write(out, experiment.results(), setting, environment, command)
+        text = report.write(experiment, environment, command)
         folder.tidy(out)
     names = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f"\n{text}\n\n{out}: {names}", flush=True)
@@ -62,7 +61,7 @@ def work(config: Config, out: Path, data: dict[str, Any], number: int) -> None:
     setting, phis = ready(config, number)
     if setting.data == data:
         experiment = Experiment(setting, out, phis)
-        queue.compute_all(experiment.pieces(), experiment.parts, queue.quiet)
+        queue.compute_all(experiment.pieces(), experiment.parts, lambda *_: None)
 
 
 if __name__ == "__main__":

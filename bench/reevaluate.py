@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     runs, worst = [], 0.0
     for key, piece in experiment.runs():
         if key["method"] in options.methods:
-            run = piece.compute(parts, lambda words, _: print(words))
+            run = piece.compute(parts)
             worst = max(worst, abs(run["pgd_loss"] - parts[piece.name]["pgd_loss"]))
             runs.append({**key, **run})
     found = origin("reevaluate", arguments, setting.device, setting.config.backend, setting.data)

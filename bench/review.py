@@ -9,15 +9,17 @@ are tried on it. Writes review-METHOD.json and .png into the run's folder.
 import re
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 from bench import reevaluate
 from bench.measure import origin
 from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
+from l2l_ref.experiment.figure import finish
 from l2l_ref.experiment.protocol import train_method
 from l2l_ref.experiment.setting import Trial
 from l2l_ref.files import write_json
-from l2l_ref.review import draw, review
+from l2l_ref.review import Review, review
 from l2l_ref.transfer import Method
 
 
@@ -45,6 +47,31 @@ def main(arguments: list[str]) -> None:
         write_json(options.folder / f"{name}.json", {**about, "method": label, **asdict(found)})
         attacks = ", ".join(f"{name} {value:.3f}" for name, value in found.by_attack.items())
         print(f"{label}: {attacks}\nalarms: {'; '.join(found.alarms) or 'none'}")
+
+
+def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
+    """The page of figures, a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
+    curves = found.by_eps, found.by_steps, found.by_restarts
+    for panel, curve in zip((over_eps, over_steps, over_restarts), curves, strict=True):
+        panel.plot(list(curve), list(curve.values()), "o-")
+        panel.grid(alpha=0.3)
+    over_eps.axvline(found.eps, color="0.6", lw=0.8)
+    over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1))
+    over_eps.set_xscale("symlog", linthresh=found.eps)
+    over_eps.set_xlim(0, 1)
+    over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
+    over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
+    names = list(found.by_attack)[::-1]
+    boxes = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
+    bars.bar_label(boxes, fmt="%.3f", padding=2)
+    bars.set(xlabel="accuracy", xlim=(0, 1.1))
+    verdict = "; ".join(found.alarms) or "none"
+    figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
+    finish(figure, path, footer)
 
 
 if __name__ == "__main__":

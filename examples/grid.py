@@ -37,7 +37,7 @@ def main(data_dir: str = "data", *options: str, root: Path = Path("runs/grid")) 
         experiment = Experiment(own, root / f"eps{eps}-p{p}-lr{rate}")
         runs = [piece for key, piece in experiment.runs() if key["method"] == "L2L"]
         phis = [piece for piece in experiment.pieces() if piece.name.startswith(UNDER_ATTACK)]
-        queue.compute_all([*phis, *runs], experiment.parts, queue.quiet)
+        queue.compute_all([*phis, *runs], experiment.parts, print)
         found[eps, p, rate] = [experiment.parts[piece.name] for piece in runs]
     print("| ε | p | rate on φ | loss, PGD-7 | by φ | PGD-20 % |\n|---|---|---|---|---|---|")
     for (eps, p, rate), ends in found.items():

@@ -16,11 +16,10 @@ A φ that has been meta-trained under attack trains any model, on clean batches:
 """
 
 from l2l_ref.attacks import fgsm, pgd
-from l2l_ref.episode import Episode
+from l2l_ref.episode import Episode, MetaSettings
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import robust_accuracy
 from l2l_ref.meta_optimizer import MetaOptimizer, new_phi
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import list_pretrained, load

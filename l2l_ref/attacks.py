@@ -3,9 +3,6 @@
 An attack is a plain callable `(model, x, y) -> x_adv`; `functools.partial` binds the rest. So an
 attack of another library is a function of two lines (`examples/another_attack.py`).
 
-Whoever calls an attack here, in training or in evaluation, does it by `guarded`: whatever it does
-to modes, buffers, `.grad` or x is undone, and what it returns is checked.
-
 Throughout, `model` is any callable from x, float [b, ...] in [0, 1], to logits [b, classes]; y
 holds the true labels, int64 [b]; x_adv has the shape, dtype and device of x, and lies in the ball
 of radius eps around x and in [0, 1]. A model that wants other pixels normalises them itself.
@@ -20,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, must
 from l2l_ref.foreign import imported, takes
 from l2l_ref.guard import check_samples, guarded, readable
 
@@ -96,7 +93,12 @@ def pgd(
             where its logits are small, so it tells a robust model from one that hides its gradient.
         generator: draws the starts, on its own device; None is torch's default for x's device.
     """
-    _check(x, y, eps, steps, step_size, loss, norm)
+    _check(x, y, eps)
+    must(steps >= 1 and not steps % 1, "steps", steps, "a whole number >= 1")
+    sized = step_size is None or 0 < step_size < math.inf
+    must(sized, "step_size", step_size, "finite and > 0; None is 2.5 * eps / steps")
+    must(loss in LOSSES, "loss", loss, f"one of {', '.join(LOSSES)}")
+    must(norm in NORMS, "norm", norm, f"one of {', '.join(NORMS)}")
     if eps == 0 or not len(x):
         return x
     step_size = 2.5 * eps / steps if step_size is None else step_size
@@ -191,10 +193,7 @@ def _input_gradient(model: Callable, x: Tensor, y: Tensor, loss: str) -> Tensor:
     """Of the sum, not the mean, so that one sample's gradient does not depend on the batch size.
 
     Only its direction counts, so each sample's is times a power of two that keeps it from vanishing
-    in the rounding of float16.
-
-    Raises:
-        InputError: a gradient that is not finite where the logits are.
+    in the rounding of float16. InputError for one that is not finite where the logits are.
     """
     x = x.detach().requires_grad_()
     logits = model(x)
@@ -260,15 +259,9 @@ def _uniform_in_ball(x: Tensor, eps: float, norm: str, generator: Generator | No
     return _project_(noise.to(x.device).add_(x), x, eps, norm)
 
 
-def _check(
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    steps: int = 1,
-    step_size: float | None = None,
-    loss: str = "cross_entropy",
-    norm: str = "linf",
-) -> None:
+def _check(x: Tensor, y: Tensor, eps: float) -> None:
+    """Of what every attack here is given."""
+    must(0 <= eps < math.inf, "eps", eps, "finite and >= 0; pixels are in [0, 1]")
     check_samples(x, y)
     if x.numel() and readable(x):
         low, high = (value.item() for value in x.aminmax())
@@ -278,13 +271,3 @@ def _check(
                 f"x has values from {low:.4g} to {high:.4g}, but pixels are in [0, 1]: give images "
                 "in that range and normalise them inside the model"
             )
-    sized = step_size is None or 0 < step_size < math.inf
-    for name, value, right, allowed in (
-        ("eps", eps, 0 <= eps < math.inf, "finite and >= 0; pixels are in [0, 1]"),
-        ("steps", steps, steps >= 1 and not steps % 1, "a whole number >= 1"),
-        ("step_size", step_size, sized, "finite and > 0; None is 2.5 * eps / steps"),
-        ("loss", loss, loss in LOSSES, f"one of {', '.join(LOSSES)}"),
-        ("norm", norm, norm in NORMS, f"one of {', '.join(NORMS)}"),
-    ):
-        if not right:
-            raise InputError(f"{name} is {value!r}, but must be {allowed}")

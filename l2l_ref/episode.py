@@ -1,20 +1,22 @@
 """One episode of meta-training: a fresh optimizee, trained by φ in truncated unrolls, each of which
 has a meta-gradient. `truncated_unrolls` is the loop of the paper."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from l2l_ref.attacks import Attack, generators
 from l2l_ref.backend import operators
 from l2l_ref.backend.cuda_graphs import Graphed
 from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, cross_entropy, robust_loss, update_cotangents
+from l2l_ref.errors import must
 from l2l_ref.guard import guarded
 from l2l_ref.meta_optimizer import MetaOptimizer, no_autocast, with_phi
-from l2l_ref.meta_settings import MetaSettings
 
 
 @dataclass
@@ -34,6 +36,66 @@ class Episode:
     attack: Attack
     loss: Loss = cross_entropy
     steps: int | None = None
+
+
+@dataclass(frozen=True)
+class MetaSettings:
+    """The settings of `meta_train`; an InputError for a number out of its range.
+
+    Attributes:
+        episodes: how many; each trains fresh optimizees.
+        steps: updates an episode, where it does not bring its own number.
+        unroll: updates a truncated unroll; one step of Adam on φ follows each.
+        meta_lr: learning rate of that Adam; on log η, of the nominal term, it is `ETA_LR`. Both
+            fall to 0 as a cosine over all episodes.
+        input_alpha: α in Eq. 6 of the loss whose gradient is the input of φ.
+        penalty: λ of that loss (`equations.penalised`).
+        alpha: α in Eq. 6 of the meta-loss; the paper has one α for both.
+        curriculum: shares of the episodes, (a, b): clean ones up to a, then α moves evenly from 1
+            to its value, which it has from b on; (0, 0) from the start. `draw` does so with ε.
+        average: d in [0, 1), 0 for none: the meta-loss is taken at the running average of θ,
+            θ̄_t = (1 - w_t)·θ̄_{t-1} + w_t·θ_t with w_t = max(1 - d, 1/t).
+        stride: an unroll's meta-gradient is estimated from one coordinate in so many, which take
+            turns.
+    """
+
+    episodes: int
+    steps: int = 100
+    unroll: int = 20
+    meta_lr: float = 1e-3
+    input_alpha: float = 0.5
+    penalty: float = 0.0
+    alpha: float = 0.5
+    curriculum: tuple[float, float] = (0.0, 0.0)
+    average: float = 0.0
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        a, b = self.curriculum
+        for name, right, allowed in (
+            ("episodes", self.episodes >= 0, "at least 0"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("unroll", self.unroll >= 1, "at least 1"),
+            ("meta_lr", 0 <= self.meta_lr < math.inf, "finite and at least 0"),
+            ("alpha", 0 <= self.alpha <= 1, "in [0, 1]"),
+            ("input_alpha", 0 <= self.input_alpha <= 1, "in [0, 1]"),
+            ("penalty", 0 <= self.penalty < math.inf, "finite and at least 0"),
+            ("curriculum", 0 <= a <= b <= 1, "two shares of the episodes, 0 <= a <= b <= 1"),
+            ("average", 0 <= self.average < 1, "at least 0 and below 1"),
+            ("stride", self.stride >= 1, "at least 1"),
+        ):
+            must(right, name, getattr(self, name), allowed)
+
+    def strength(self, episode: int) -> float:
+        """How far the curriculum is in an episode (from 0): 0 all clean, 1 at α and ε as set."""
+        clean, full = (share * self.episodes for share in self.curriculum)
+        if episode < clean:
+            return 0.0
+        return 1.0 if episode >= full else (episode + 1 - clean) / (full - clean + 1)
+
+    def rate(self, episode: int, share: float) -> float:
+        """The factor of both learning rates when `share` of an episode (from 0) is done."""
+        return 0.5 * (1 + math.cos(math.pi * (episode + share) / self.episodes))
 
 
 def truncated_unrolls(
@@ -122,6 +184,7 @@ def truncated_unrolls(
         yield dphis, torch.stack(losses)
 
 
+@dataclass
 class Coordinates:
     """The coordinates of an optimizee that share one φ, through an episode.
 
@@ -130,36 +193,29 @@ class Coordinates:
     tensor where one loss does both), and `direction` [N] the d of the nominal term. What the
     meta-gradient needs of them is recorded of a sample of n coordinates: {name: [T+1, n]}, row t
     at θ_t.
-
-    Args:
-        params: parameters of the optimizee.
-        two_losses: the input of φ is not the gradient of the meta-loss.
-        settings: `unroll`, `average` and `stride` matter here.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        meta_optimizer: MetaOptimizer,
-        settings: MetaSettings,
-        two_losses: bool,
-        backend: str,
-    ):
-        self.meta_optimizer, self.settings, self.backend = meta_optimizer, settings, backend
-        self.params = list(params)
+    params: Sequence[Tensor]
+    meta_optimizer: MetaOptimizer
+    settings: MetaSettings
+    two_losses: bool  # the input of φ is not the gradient of the meta-loss
+    backend: str
+
+    def __post_init__(self) -> None:
+        meta = self.meta_optimizer
         self.theta = torch.cat([param.detach().reshape(-1) for param in self.params])
-        self.average = self.theta.clone() if settings.average else self.theta
+        self.average = self.theta.clone() if self.settings.average else self.theta
         self.gradient, self.direction = torch.empty_like(self.theta), torch.empty_like(self.theta)
-        self.loss_gradient = torch.empty_like(self.theta) if two_losses else self.gradient
-        self.phi = torch.empty_like(meta_optimizer.phi())
+        self.loss_gradient = torch.empty_like(self.theta) if self.two_losses else self.gradient
+        self.phi = torch.empty_like(meta.phi())
         n = len(self.theta)
-        self.state, self.moments = meta_optimizer.init_state(n), meta_optimizer.init_moments(n)
+        self.state, self.moments = meta.init_state(n), meta.init_moments(n)
         self.updates = torch.zeros_like(self.theta[0])  # their number, where a CUDA graph counts
         needed = {
             "gradient": True,
-            "loss_gradient": two_losses,
-            "theta": meta_optimizer.form["theta_input"],
-            "direction": meta_optimizer.nominal,
+            "loss_gradient": self.two_losses,
+            "theta": meta.form["theta_input"],
+            "direction": meta.nominal,
         }
         self.recorded = {name: getattr(self, name) for name, wanted in needed.items() if wanted}
 
@@ -194,9 +250,7 @@ class Coordinates:
     @torch.no_grad()
     def place(self, vector: Tensor) -> None:
         """Copy `theta` or `average` into the parameters."""
-        parts = vector.split([param.numel() for param in self.params])
-        views = [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
-        torch._foreach_copy_(self.params, views)
+        torch._foreach_copy_(list(self.params), _unflatten_dense_tensors(vector, self.params))
 
     def record(self, t: int) -> None:
         """Row t of all records."""

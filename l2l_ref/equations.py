@@ -90,15 +90,7 @@ def unpack(phi: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def update(
-    theta: Tensor | None,
-    gradient: Tensor,
-    state: Tensor,
-    phi: Tensor,
-    *,
-    p: float,
-    output_scale: float,
-    theta_input: bool,
-    odd: bool,
+    theta: Tensor | None, gradient: Tensor, state: Tensor, phi: Tensor, **form: Unpack[Form]
 ) -> tuple[Tensor, Tensor]:
     """Eq. 4: what φ proposes for each coordinate, u = s·(w·h + b), and the next state.
 
@@ -110,12 +102,12 @@ def update(
     Returns:
         u [N] and the next state, shaped like `state`.
     """
-    inputs = preprocess(gradient, p)  # [F, N]
-    if theta_input:
+    inputs = preprocess(gradient, form["p"])  # [F, N]
+    if form["theta_input"]:
         assert theta is not None, "phi sees theta"
         seen = (THETA_SCALE * theta).clamp(-THETA_CLAMP, THETA_CLAMP)
         inputs = torch.cat((inputs, seen[None]))
-    if odd:  # Eq. 5 of -g: the first number stays, the second flips; so does θ
+    if form["odd"]:  # Eq. 5 of -g: the first number stays, the second flips; so does θ
         mirrored = torch.cat((inputs[:1], -inputs[1:]))
         inputs = torch.cat((inputs, mirrored), dim=1)  # [F, 2N]
 
@@ -128,9 +120,9 @@ def update(
         next_state.append(torch.stack((h, c)))
         below = h
     out = (head_weight @ below).squeeze(0) + head_bias
-    if odd:
+    if form["odd"]:
         out = torch.sub(*out.chunk(2))
-    return output_scale * out, torch.stack(next_state)
+    return form["output_scale"] * out, torch.stack(next_state)
 
 
 def theta_step(
@@ -176,17 +168,7 @@ def unroll_meta_gradient(
 
     Returns:
         [P], packed like `phi`.
-
-    Raises:
-        RuntimeError: `thetas` that are missing, or not shaped like `gradients`.
     """
-    if thetas is not None and thetas.shape != gradients.shape:
-        shape, expected = list(thetas.shape), list(gradients.shape)
-        raise RuntimeError(f"thetas has shape {shape}, expected {expected}")
-    if thetas is None and form["theta_input"]:
-        raise RuntimeError(
-            "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
-        )
     steps, n = gradients.shape
     by_sign = state.view(*state.shape[:3], 2 if form["odd"] else 1, n)
     phi = phi.detach().requires_grad_()

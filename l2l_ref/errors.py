@@ -10,6 +10,12 @@ class InputError(ValueError):
 
 
 def shortened(words: object, most: int = 600) -> str:
-    """Without the middle, where a value is very long."""
-    text = str(words)
+    """In one line, without the middle where it is very long; of an empty error its class."""
+    text = " ".join(str(words).split()) or type(words).__name__
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def must(right: bool, name: str, value: object, allowed: str) -> None:
+    """InputError unless it is `right`: what is called so is that value, and what is allowed."""
+    if not right:
+        raise InputError(f"{name} is {value!r}: it must be {allowed}")

@@ -9,7 +9,6 @@ Modes, buffers and `.grad` of the model come out as they went in, whatever the a
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from l2l_ref import attacks
 from l2l_ref.attacks import Attack
 from l2l_ref.equations import Loss, cross_entropy
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, must
 from l2l_ref.guard import check_samples, guarded, untouched
 
 
@@ -51,15 +50,14 @@ def robust_accuracy(
         no gradient: it was exactly zero. (Of a constant predictor it says nothing.)
     """
     for name, value in (("restarts", restarts), ("batch_size", batch_size)):
-        if not value >= 1 or value % 1:
-            raise InputError(f"{name} is {value}, but must be a whole number >= 1.")
+        must(value >= 1 and not value % 1, name, value, "a whole number >= 1")
     several = [attack] if callable(attack) else list(attack)
     if not several:
         raise InputError("attack is an empty list: give at least attacks.none")
     tries = [guarded(attack) for attack in several for _ in range(restarts)]
     losses = {loss for attack in several if (loss := attacks.loss_of(attack))}
     robust = count = unseen = 0
-    with eval_mode(model):
+    with untouched(model, training=False):
         for x, y in batches_of(model, images, batch_size):
             count += len(y)
             for attack in tries:
@@ -101,30 +99,16 @@ def batches_of(model: Callable, images: Any, size: int) -> Iterator[tuple[Tensor
         raise InputError("images has 0 samples, but an accuracy needs at least 1; add some.")
 
 
-@contextmanager
-def eval_mode(model: Callable) -> Iterator[None]:
-    """`untouched`, and in eval mode if it is an `nn.Module`; what a function hides is as it is."""
-    with untouched(model):
-        if isinstance(model, nn.Module):
-            model.eval()
-        yield
-
-
 @torch.no_grad()
 def losses(
     model: Callable, x: Tensor, y: Tensor, attack: Attack, loss: Loss = cross_entropy
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of the model on a batch and on the same batch under attack.
 
-    Args:
-        model: x -> what `loss` takes; logits [b, classes] for the cross-entropy.
-        x, y: float [b, ...] in [0, 1] and labels int64 [b].
-        attack: any callable (model, x, y) -> x_adv.
-        loss: (model, x, y) -> 0-dim loss.
-    Returns:
-        (clean, attacked): two 0-dim tensors without a graph, on the model's device.
+    x is float [b, ...] in [0, 1], y int64 [b], and `loss` (model, x, y) -> 0-dim; the two are 0-dim
+    tensors without a graph, on the model's device.
     """
-    with eval_mode(model):
+    with untouched(model, training=False):
         x_adv = guarded(attack)(model, x, y)
         return loss(model, x, y), loss(model, x_adv, y)
 
@@ -132,13 +116,9 @@ def losses(
 def is_collapsed(attacked_loss: float, accuracy: float, classes: int) -> bool:
     """Whether a run ended in the constant predictor, which no attack can hurt further.
 
-    Args:
-        attacked_loss: mean cross-entropy under attack, in nats; NaN is not a collapse.
-        accuracy: in [0, 1].
-        classes: >= 2.
-    Returns:
-        True where the loss is within 1 % of ln(classes), that of the uniform prediction, and the
-        accuracy near chance: at most 1.5 / classes, which leaves room for unbalanced classes.
+    So it did where the mean cross-entropy under attack, in nats, is within 1 % of ln(classes), that
+    of the uniform prediction, and the accuracy near chance: at most 1.5 / classes, which leaves
+    room for unbalanced classes. NaN is not a collapse.
     """
     chance = math.log(classes)
     return abs(attacked_loss - chance) <= 0.01 * chance and accuracy <= 1.5 / classes

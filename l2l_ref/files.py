@@ -39,25 +39,15 @@ def replace_with(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a file (`flock`), which is there only meanwhile.
-
-    The kernel frees it when this process ends, however it ends. If another process holds it, wait
-    for that, or yield False.
-    """
-    while True:
-        with open(path, "a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            if not os.fstat(file.fileno()).st_nlink:
-                continue  # who held it has removed this file
-            try:
-                yield True
-            finally:
-                path.unlink(missing_ok=True)
-            return
+    """Hold the lock of a file (`flock`), which stays; the kernel frees it when this process ends,
+    however it ends. If another process holds it, wait for that, or yield False."""
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
@@ -71,18 +61,14 @@ def write_checkpoint(path: Path, value: dict[str, Any]) -> None:
 
 def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `write_checkpoint` wrote, or an InputError; loading it never executes code."""
-    try:
+    with suppress(OSError):
         body, _, digest = path.read_bytes().rpartition(SEAL)
-    except OSError as error:
-        raise InputError(
-            f"checkpoint {path} does not exist or cannot be opened ({error.strerror}): check it"
-        ) from None
-    if sha256(body).hexdigest().encode() != digest:
-        raise InputError(
-            f"checkpoint {path} cannot be read: it is broken or was not written by l2l_ref; delete "
-            "it, or name another"
-        )
-    return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+        if sha256(body).hexdigest().encode() == digest:
+            return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    raise InputError(
+        f"checkpoint {path} cannot be read: it is not there, is broken or was not written by "
+        "l2l_ref; delete it, or name another"
+    )
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from l2l_ref.errors import InputError
 
 
 @contextmanager
-def untouched(model: Callable) -> Iterator[None]:
+def untouched(model: Callable, training: bool | None = None) -> Iterator[None]:
     """Gives `model` back with its modes, buffers, `.grad` and `requires_grad` as they were.
 
     Inside, its parameters are frozen: whoever runs backward pays for the input's gradient alone.
@@ -20,6 +20,7 @@ def untouched(model: Callable) -> Iterator[None]:
 
     Args:
         model: an `nn.Module`. Other callables pass through: nothing is known of what they hide.
+        training: the mode inside; None leaves it.
     """
     if not isinstance(model, nn.Module):
         yield
@@ -35,6 +36,8 @@ def untouched(model: Callable) -> Iterator[None]:
             own.update({name: b.clone() for name, b in kept.items() if b is not None})
         for p in leaves:
             p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
+        if training is not None:
+            model.train(training)
         yield
     finally:
         for m, training in modes:

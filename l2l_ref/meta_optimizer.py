@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from l2l_ref.backend import operators
 from l2l_ref.equations import MAX_P, Form, Tensors, adam_direction
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, must
 
 FIRST_ETA = 1e-3  # Adam's usual learning rate
 
@@ -34,6 +35,11 @@ class MetaOptimizer(nn.Module):
             η = exp(`log_eta`), a parameter beside φ that starts at log 1e-3.
         generator: draws the weights; uniform in ±1/√hidden_size as `nn.LSTM` does.
 
+    Attributes:
+        settings: the constructor's arguments: with the state dict, all that φ is.
+        form: those of them that the operators take.
+        state_axes: of the state of a coordinate: [num_layers, 2, hidden_size, signs], two if odd.
+
     Raises:
         InputError: a size below 1; p or output_scale out of range.
     """
@@ -51,17 +57,15 @@ class MetaOptimizer(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        for name, size in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if size < 1:
-                raise InputError(f"{name} is {size}: it must be at least 1")
-        if not 0 < p <= MAX_P:
-            raise InputError(
-                f"p is {p}: it must be above 0 and at most {MAX_P} (e^p must be finite)"
-            )
-        if not 0 < output_scale < float("inf"):
-            raise InputError(f"output_scale is {output_scale}: it must be positive and finite")
-        self.hidden_size, self.num_layers = hidden_size, num_layers
+        must(hidden_size >= 1, "hidden_size", hidden_size, "at least 1")
+        must(num_layers >= 1, "num_layers", num_layers, "at least 1")
+        must(0 < p <= MAX_P, "p", p, f"above 0 and at most {MAX_P} (e^p must be finite)")
+        must(0 < output_scale < math.inf, "output_scale", output_scale, "positive and finite")
         self.form = Form(p=p, output_scale=output_scale, theta_input=theta_input, odd=odd)
+        sizes = {"hidden_size": hidden_size, "num_layers": num_layers}
+        self.settings: dict[str, Any] = {**sizes, **self.form, "nominal": nominal}
+        self.state_axes = num_layers, 2, hidden_size, 1 + odd
+        self.nominal = nominal
         self.lstm = nn.LSTM(3 if theta_input else 2, hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
         for weight in self.lstm.parameters():
@@ -69,17 +73,6 @@ class MetaOptimizer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.log_eta = nn.Parameter(torch.tensor(math.log(FIRST_ETA))) if nominal else None
-
-    @property
-    def nominal(self) -> bool:
-        """Whether an update has the nominal term, -η·d."""
-        return self.log_eta is not None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments: with the state dict, all that φ is."""
-        sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
-        return {**sizes, **self.form, "nominal": self.nominal}
 
     def weights(self) -> list[nn.Parameter]:
         """The weights of φ: all parameters but `log_eta`."""
@@ -94,11 +87,6 @@ class MetaOptimizer(nn.Module):
         """Of all that φ is: 16 hexadecimal digits, the same on every device."""
         weights = {name: weight.tolist() for name, weight in self.state_dict().items()}
         return hashlib.sha256(repr((self.settings, weights)).encode()).hexdigest()[:16]
-
-    @property
-    def state_axes(self) -> tuple[int, int, int, int]:
-        """Of the state of a coordinate: (num_layers, 2, hidden_size, signs), two signs if odd."""
-        return self.num_layers, 2, self.hidden_size, 1 + self.form["odd"]
 
     def init_state(self, coordinates: int) -> Tensor:
         """Zeros of shape [num_layers, 2, hidden_size, M], M = coordinates (twice that if odd)."""
@@ -160,21 +148,14 @@ class MetaOptimizer(nn.Module):
             step(thetas, gradients, states, self.phi() if phi is None else phi, **self.form)
         if moments is None or self.log_eta is None:
             return None
-        rows, sizes = [m.view(3, -1) for m in moments], [theta.numel() for theta in thetas]
-        gradient = joined([g.flatten() for g in gradients])
-        direction, following = adam_direction(gradient, joined(rows))
-        torch._foreach_copy_(rows, following.split(sizes, dim=1))
-        d, ways = (
-            [part.view_as(theta) for part, theta in zip(x.split(sizes), thetas, strict=True)]
-            for x in (direction, direction * self.log_eta.exp())
+        rows = [m.view(3, -1) for m in moments]
+        joined = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        direction, following = adam_direction(_flatten_dense_tensors(gradients), joined)
+        torch._foreach_copy_(rows, following.split([row.shape[1] for row in rows], dim=1))
+        torch._foreach_sub_(
+            list(thetas), _unflatten_dense_tensors(direction * self.log_eta.exp(), thetas)
         )
-        torch._foreach_sub_(list(thetas), ways)
-        return d
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Along the last axis; of one it is a view."""
-    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return _unflatten_dense_tensors(direction, thetas)
 
 
 def no_autocast(theta: Tensor) -> AbstractContextManager:

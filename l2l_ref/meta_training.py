@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2l_ref.episode import Episode, truncated_unrolls
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint, write_checkpoint
-from l2l_ref.meta_settings import MetaSettings
 
 
 @dataclass
@@ -79,17 +78,13 @@ def meta_train(
 
     def keep(episodes: int) -> None:
         if checkpoint is not None:
-            state = {
-                "settings": identity,
-                "episodes": episodes,
-                "meta_optimizers": meta_optimizers.state_dict(),
-                "adam": adam.state_dict(),
-                "history": asdict(history),
-                "best": best,
-            }
-            write_checkpoint(checkpoint, state)
+            state = {"settings": identity, "episodes": episodes, "best": best}
+            state |= {"meta_optimizers": meta_optimizers.state_dict(), "adam": adam.state_dict()}
+            write_checkpoint(checkpoint, {**state, "history": asdict(history)})
 
-    due = check_points(settings)
+    begin = settings.curriculum[1] * settings.episodes
+    step = (settings.episodes - begin) / CHECKS
+    due = {round(begin + step * k) for k in range(1, CHECKS + 1)}  # the last one too
     for number in range(done, settings.episodes):
         loss = math.nan
         episode = draw(number)
@@ -119,13 +114,6 @@ def meta_train(
         meta_optimizers.load_state_dict(best)
         keep(settings.episodes)
     return history
-
-
-def check_points(settings: MetaSettings) -> set[int]:
-    """The numbers of episodes after which φ is checked, that of all of them included."""
-    begin = settings.curriculum[1] * settings.episodes
-    step = (settings.episodes - begin) / CHECKS
-    return {round(begin + step * k) for k in range(1, CHECKS + 1)} | {settings.episodes}
 
 
 def meta_adam(meta_optimizers: nn.ModuleDict, settings: MetaSettings) -> torch.optim.Adam:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from l2l_ref.backend import resolve
-from l2l_ref.errors import InputError
+from l2l_ref.errors import InputError, must
 from l2l_ref.meta_optimizer import MetaOptimizer, with_phi
 
 OWN = ("meta_optimizer", "backend")  # of a group: a state dict does not change them
@@ -41,11 +41,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         InputError: a group without φ; a number out of range; parameters that are not real, or on
             another device than φ; sparse gradients; a state of another φ.
-
-    Example:
-        >>> optimizer = LearnedOptimizer(model.parameters(), meta_optimizer)
-        >>> loss(model(x), y).backward()
-        >>> optimizer.step()
     """
 
     def __init__(
@@ -91,8 +86,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise InputError(f"Tensor lr must be 1-element, not {list(group['lr'].shape)}")
         for name in ("lr", "weight_decay"):
-            if not 0 <= float(group[name]) < math.inf:
-                raise InputError(f"{name} is {group[name]}: it must be finite and at least 0")
+            value = float(group[name])
+            must(0 <= value < math.inf, name, value, "finite and at least 0")
         super().add_param_group(param_group)
         own = meta_optimizer.head.weight.device
         for param in self.param_groups[-1]["params"]:

@@ -20,19 +20,12 @@ from l2l_ref.foreign import imported
 
 @dataclass(frozen=True)
 class Problem:
-    """A family of optimizees.
+    """A family of optimizees."""
 
-    Attributes:
-        name: as on the command line.
-        build: () -> an untrained module, whose θ₀ is that of its own constructors.
-        loss: (model, x, y) -> 0-dim loss, averaged over the batch.
-        classes: how many, or 0 where there is nothing to classify.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    loss: Loss
-    classes: int
+    name: str  # as on the command line
+    build: Callable[[], nn.Module]  # -> an untrained module, whose θ₀ is that of its constructors
+    loss: Loss  # (model, x, y) -> 0-dim loss, averaged over the batch
+    classes: int  # how many, or 0 where there is nothing to classify
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> nn.Module:
         """A fresh optimizee in training mode, its θ₀ from `generator` (a CPU one).
@@ -110,8 +103,8 @@ def squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Quadratics:
-    """Functions that are drawn, as `data.Samples`: every part of them is the whole, and a curve is
-    recorded on those that are trained on."""
+    """Functions that are drawn and cut as `data.ImageSet` is: every part is the whole, and a curve
+    is recorded on those that are trained on."""
 
     size: int  # functions of an optimizee
     device: torch.device | str = "cpu"
@@ -148,16 +141,12 @@ OPTIMIZEES: dict[str, dict[str, Callable[..., nn.Module]]] = {  # the first is t
 
 
 def make(dataset: str, optimizee: str | None = None, batch_size: int = 128) -> Problem:
-    """The problem of a data set: its default optimizee, or the one that is named.
+    """The problem of a data set ("mnist", "cifar10" or "quadratic"); a quadratic one holds as many
+    functions as a batch has samples. InputError for an unknown one, or a wrong optimizee.
 
     Args:
-        dataset: "mnist", "cifar10" or "quadratic".
         optimizee: "mlp" (MNIST), "convnet" (CIFAR-10), "logistic" (either), or MODULE:FUNCTION, a
-            function () -> a module that takes the images to ten logits.
-        batch_size: how many functions a quadratic problem holds.
-
-    Raises:
-        InputError: an unknown data set, or an optimizee that does not go with it.
+            function () -> a module that takes the images to ten logits; None is the first.
     """
     if dataset not in OPTIMIZEES:
         raise InputError(f"dataset '{dataset}' is unknown: choose one of {', '.join(OPTIMIZEES)}")

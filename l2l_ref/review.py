@@ -8,16 +8,15 @@ model, the worst of all attacks on each sample, and what must never be seen of a
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from l2l_ref import attacks
-from l2l_ref.errors import InputError
-from l2l_ref.evaluate import batches_of, eval_mode, is_right
-from l2l_ref.files import replace_with
+from l2l_ref.errors import must
+from l2l_ref.evaluate import batches_of, is_right
+from l2l_ref.guard import untouched
 
 FRACTIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of ε; the whole box, 1.0, comes last
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -70,8 +69,7 @@ def review(
     Raises:
         InputError: eps out of range; no images.
     """
-    if not 0 < eps < 1:
-        raise InputError(f"eps is {eps}, but must be above 0 and below 1.")
+    must(0 < eps < 1, "eps", eps, "above 0 and below 1")
     x, y = (torch.cat(parts) for parts in zip(*batches_of(model, images, 1000), strict=True))
     pgd = partial(attacks.pgd, generator=generator)
 
@@ -84,7 +82,7 @@ def review(
             alive &= is_right(model, attack(model, x, y), y)
         return alive
 
-    with eval_mode(model):
+    with untouched(model, training=False):
         clean = is_right(model, x, y)
         radii = sorted({min(share * eps, 1.0) for share in FRACTIONS} | {1.0})
         by_eps, alive = {}, clean.clone()
@@ -109,7 +107,7 @@ def review(
             "PGD, margin": survivors(both(eps)[1]),
         }
         if surrogate is not None:
-            with eval_mode(surrogate):
+            with untouched(surrogate, training=False):
                 x_adv = pgd(surrogate, x, y, eps=eps, steps=steps)
             tried["transfer"] = survivors(lambda *_: x_adv)
         tried["worst case"] = torch.stack([alive, *tried.values()]).all(0)
@@ -141,42 +139,14 @@ def find_alarms(
     slack = max(0.02, n**-0.5)
     ce, margin = by_attack["PGD, cross-entropy"], by_attack["PGD, margin"]
     best = min(ce, margin)
-    left = by_eps[1.0]
     weak = min(by_steps[10], by_steps[20]) - by_steps[100]
     rules = [
         (by_attack["noise"] < best - slack, "random noise breaks more than PGD"),
         (by_attack["FGSM"] < best - slack, "one step breaks more than PGD"),
         (by_attack.get("transfer", 1) < best - slack, "another model's images break more than PGD"),
         (abs(ce - margin) > 0.1, "PGD on one loss breaks far more than on the other"),
-        (left > slack, "some images survive PGD at ε = 1"),
+        (by_eps[1.0] > slack, "some images survive PGD at ε = 1"),
         (unseen > slack, "some that survive have a gradient of exactly zero"),
         (weak > 0.02 * max(1.0, by_steps[10]), "the loss falls with more steps"),
     ]
     return [sentence for alarm, sentence in rules if alarm]
-
-
-def draw(path: Path, found: Review, title: str, footer: str = "") -> None:
-    """The page of figures, a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    over_eps, over_steps, over_restarts, bars = figure.subplots(2, 2).ravel()
-    over_eps.plot(list(found.by_eps), list(found.by_eps.values()), "o-")
-    over_eps.axvline(found.eps, color="0.6", lw=0.8)
-    over_eps.set(xlabel="ε", ylabel="accuracy under PGD", ylim=(0, 1))
-    over_eps.set_xscale("symlog", linthresh=found.eps)
-    over_eps.set_xlim(0, 1)
-    over_steps.plot(list(found.by_steps), list(found.by_steps.values()), "o-")
-    over_steps.set(xlabel="steps of PGD", ylabel="loss", xscale="log")
-    over_restarts.plot(list(found.by_restarts), list(found.by_restarts.values()), "o-")
-    over_restarts.set(xlabel="restarts of PGD", ylabel="accuracy", ylim=(0, 1))
-    names = list(found.by_attack)[::-1]
-    boxes = bars.barh(names, [found.by_attack[name] for name in names], color="#0072B2")
-    bars.bar_label(boxes, fmt="%.3f", padding=2)
-    bars.set(xlabel="accuracy", xlim=(0, 1.1))
-    for panel in (over_eps, over_steps, over_restarts):
-        panel.grid(alpha=0.3)
-    verdict = "; ".join(found.alarms) if found.alarms else "none"
-    figure.suptitle(f"{title}\nε = {found.eps:.3g}, {found.samples} images. Alarms: {verdict}")
-    figure.supxlabel(footer, fontsize=7, color="0.35")
-    replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=110))

@@ -18,34 +18,20 @@ from l2l_ref.data.images import endless
 from l2l_ref.equations import Loss, robust_loss
 from l2l_ref.guard import guarded
 
-Recorder = Callable[[nn.Module], tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train an optimizee: an optimizer, and the loss whose gradient is its input.
+    """A way to train an optimizee: an optimizer, and the loss whose gradient is its input."""
 
-    Attributes:
-        label: as in figures and tables.
-        optimizer: model -> a `torch.optim.Optimizer` on its parameters.
-        alpha: Eq. 6 of the training loss; 1 trains on clean batches alone.
-        penalty: λ of its clean part (`equations.penalised`).
-        cosine: the learning rate falls to 0 as a cosine.
-        l1: weight of Σ|θ| in the training loss.
-        attack: of a training loss under attack, where it is not that of the run.
-        half: "transfer", or "meta" for the half that φ was meta-trained on.
-        capture: False if the optimizer reads numbers of Python's that change, such as a rate.
-    """
-
-    label: str
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    alpha: float = 1.0
-    penalty: float = 0.0
-    cosine: bool = False
-    l1: float = 0.0
-    attack: str | None = None
-    half: str = "transfer"
-    capture: bool = True
+    label: str  # as in figures and tables
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]  # on the parameters of a model
+    alpha: float = 1.0  # of Eq. 6; 1 trains on clean batches alone
+    penalty: float = 0.0  # λ of the clean part (`equations.penalised`)
+    cosine: bool = False  # the learning rate falls to 0 as a cosine
+    l1: float = 0.0  # weight of Σ|θ| in the training loss
+    attack: str | None = None  # of the training loss, where it is not that of the run
+    half: str = "transfer"  # or "meta", the half that φ was meta-trained on
+    capture: bool = True  # False if the optimizer reads numbers of Python's that change: a rate
 
     @property
     def trains_on(self) -> str:
@@ -56,20 +42,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses along a training run, at each number of updates in `steps`.
+    """Losses along a training run, at each number of updates in `steps`."""
 
-    Attributes:
-        steps: updates done.
-        clean: loss on clean data.
-        attacked: loss under attack; equals `clean` where there is no attack.
-        ms_per_step: median milliseconds of an update: batch, attack, forward, backward and
-            optimizer, without the recording. By the clock; on a GPU by its own, in which the time
-            that it waits for the host counts too.
-    """
-
-    steps: list[int]
-    clean: list[float]
-    attacked: list[float]
+    steps: list[int]  # updates done
+    clean: list[float]  # loss on clean data
+    attacked: list[float]  # loss under attack; equals `clean` where there is no attack
+    # Of an update, without the recording: batch, attack, forward, backward and optimizer. The mean
+    # between two recordings, of which this is the median.
     ms_per_step: float
 
     @property
@@ -86,7 +65,7 @@ def train(
     loss: Loss,
     attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
     steps: int,
-    record: Recorder,
+    record: Callable[[nn.Module], tuple[Tensor, Tensor]],
     every: int = 1,
     capture: bool = True,
     average: AveragedModel | None = None,
@@ -139,9 +118,9 @@ def train(
     graphed = Graphed(update, device, generators=drawn[0], capture=capture and method.capture)
     recorded_model = model if average is None else average.module
     probe = Graphed(lambda: record(recorded_model), device, generators=drawn[1], capture=capture)
-    recorded, recordings, marks = [0], [torch.stack(probe())], []
+    recorded, recordings, times = [0], [torch.stack(probe())], []
+    begin = now(device)
     for step in range(1, steps + 1):
-        begin = mark(device)
         graphed(*next(batches))
         if cosine is not None:
             cosine.step()
@@ -149,16 +128,16 @@ def train(
             mode("eval")
             average.update_parameters(model)
             mode("train")
-        marks.append((begin, mark(device)))
         if step % every == 0 or step == steps:
+            times.append((now(device) - begin) / (step - recorded[-1]))
             recorded.append(step)
             if calibration:
                 update_bn(calibration, recorded_model)
             recordings.append(torch.stack(probe()))
+            begin = now(device)
     mode("eval")
     clean, attacked = torch.stack(recordings, dim=1).tolist()  # waits for the device
-    times = [milliseconds(*pair) for pair in marks]
-    return Curve(recorded, clean, attacked, statistics.median(times))
+    return Curve(recorded, clean, attacked, 1e3 * statistics.median(times))
 
 
 def running_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -181,15 +160,8 @@ def add_l1_gradient(optimizer: torch.optim.Optimizer, weight: float) -> None:
             theta.grad.add_(theta.sign(), alpha=weight)
 
 
-def mark(device: torch.device) -> float | torch.cuda.Event:
-    """A point in time: seconds on the clock; on CUDA an event, for which the host does not wait."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def milliseconds(begin: Any, end: Any) -> float:
-    """Between two marks of a kind, both in the past."""
-    return 1e3 * (end - begin) if isinstance(end, float) else begin.elapsed_time(end)
+def now(device: torch.device) -> float:
+    """Seconds on the clock when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

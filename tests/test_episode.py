@@ -6,9 +6,8 @@ from conftest import SMALL, generator, weights
 from torch import nn
 
 from l2l_ref import equations
-from l2l_ref.episode import Episode, truncated_unrolls
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.meta_optimizer import new_phi
-from l2l_ref.meta_settings import MetaSettings
 
 BATCH, STEPS, UNROLL = 6, 7, 4
 # α of the input of φ and of the meta-loss, λ, the curriculum of three episodes, d of the average;

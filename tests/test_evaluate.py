@@ -131,7 +131,7 @@ def test_numbers_out_of_range_are_named():
     for images, attack, options, words in (
         (SEVEN, none, {"restarts": 0}, "restarts is 0"),
         (SEVEN, none, {"batch_size": -1}, "batch_size is -1"),
-        (SEVEN, none, {"restarts": 1.5}, "restarts is 1.5, but must be a whole number"),
+        (SEVEN, none, {"restarts": 1.5}, "restarts is 1.5: it must be a whole number"),
         (SEVEN, [], {}, "attack is an empty list"),
         (empty, none, {}, "0 samples"),
     ):

@@ -23,11 +23,10 @@ from examples import (
 )
 from l2l_ref import attacks
 from l2l_ref.attacks import fgsm, none
-from l2l_ref.episode import Episode
+from l2l_ref.episode import Episode, MetaSettings
 from l2l_ref.equations import cross_entropy
 from l2l_ref.errors import InputError
 from l2l_ref.meta_optimizer import MetaOptimizer, new_phi
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import save

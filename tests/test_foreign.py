@@ -12,12 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import run
 from examples import another_attack
 from l2l_ref import attacks, problems
-from l2l_ref.episode import Episode
+from l2l_ref.episode import Episode, MetaSettings
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import robust_accuracy
 from l2l_ref.guard import guarded
 from l2l_ref.meta_optimizer import new_phi
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 
 EPS = 0.1
@@ -131,7 +130,7 @@ class TestByName:
             (":attack", "^:attack cannot be imported"),
             ("mine:without_eps", "has no argument eps: give a function"),
             ("builtins:dict", "has no argument eps"),
-            ("fgms", "--attack is fgms: it must be fgsm, pgd, none, or MODULE:FUNCTION"),
+            ("fgms", "attack is 'fgms', which is unknown: .* or MODULE:FUNCTION"),
         ],
     )
     def test_a_name_that_is_nowhere(self, name, words, small_data, workdir):

@@ -10,12 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from l2l_ref.attacks import fgsm, n_fgsm, none, pgd
-from l2l_ref.episode import Episode
+from l2l_ref.episode import Episode, MetaSettings
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import losses, robust_accuracy
 from l2l_ref.guard import guarded
 from l2l_ref.meta_optimizer import new_phi
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import meta_train
 from l2l_ref.transfer import Method, train
 

@@ -13,10 +13,9 @@ from torch import nn
 
 from l2l_ref import attacks, meta_training, problems
 from l2l_ref import meta_optimizer as phis
-from l2l_ref.episode import Episode
+from l2l_ref.episode import Episode, MetaSettings
 from l2l_ref.errors import InputError
 from l2l_ref.files import read_checkpoint
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import apply_meta_gradient, meta_adam, meta_train
 
 MEMORY = Path("/proc/self/statm")

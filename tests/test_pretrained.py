@@ -58,7 +58,7 @@ def test_what_is_not_there_is_named(file, tmp_path):
         l2l_ref.load(path, "ablation")
     for name, words in (
         ("mnist-unknown", "no file mnist-unknown, and no such φ in the package, only cifar10-"),
-        (tmp_path, f"checkpoint {tmp_path} does not exist or cannot be opened"),
+        (tmp_path, f"checkpoint {tmp_path} cannot be read"),
     ):
         with pytest.raises(InputError, match=words):
             l2l_ref.load(name)

@@ -7,10 +7,11 @@ import torch
 from conftest import generator, weights
 from torch import nn
 
+from bench.review import draw
 from l2l_ref import attacks, problems
 from l2l_ref.errors import InputError
 from l2l_ref.evaluate import losses
-from l2l_ref.review import STEPS, Review, draw, find_alarms, review
+from l2l_ref.review import STEPS, Review, find_alarms, review
 from l2l_ref.transfer import Method, train
 
 EPS = 0.1

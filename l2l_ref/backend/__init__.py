@@ -18,13 +18,16 @@ BUILD = "python setup.py build_ext --inplace"  # in a checkout; pip install does
 BUILD_CUDA = f"USE_CUDA=1 {BUILD}"
 DEVICES = ("cpu", "cuda")
 MAX_HIDDEN = 256  # units that the fused kernels take; some GPUs take fewer
+_warn = cache(warnings.warn)  # each reason once
 
 
 @cache
 def built(device: str = "cpu") -> bool:
-    """Is the extension there, for a type of device, "cpu" or "cuda"? No CUDA without the CPU."""
+    """Is the extension there, for a type of device, "cpu" or "cuda"? No CUDA without the CPU, or
+    where torch has none."""
     names = ["l2l_ref.backend._C"] + ["l2l_ref.backend._C_cuda"] * (device == "cuda")
-    return all(find_spec(name) is not None for name in names)
+    missing = device == "cuda" and torch.version.cuda is None
+    return not missing and all(find_spec(name) is not None for name in names)
 
 
 def available_device(name: str) -> torch.device:
@@ -43,11 +46,12 @@ def available_device(name: str) -> torch.device:
     return device
 
 
-def resolve(backend: str, device: torch.device | str = "cpu") -> str:
-    """The backend that `backend` stands for on a device: "reference" or "fused".
+def resolve(backend: str, device: torch.device | str = "cpu", state: Tensor | None = None) -> str:
+    """The backend that `backend` stands for on a device, for an LSTM state [L, 2, H, ...] where one
+    is given: "reference" or "fused".
 
-    "auto" is fused where that is built and serves the device. Where it is not, the reference runs,
-    and a warning says so once.
+    "auto" is fused where that is built and serves both. Where it does not, the reference runs, and
+    a warning says so once.
 
     Raises:
         InputError: an unknown name, or "fused" where it is not to be had.
@@ -56,7 +60,7 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
         raise InputError(f"backend '{backend}' is unknown: choose one of {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    kind = torch.device(device).type
+    kind, why = torch.device(device).type, None
     if not built():
         why = "needs the compiled extension, which this installation does not have: with a C++ "
         why += f"compiler '{BUILD}' in a checkout, or 'pip install .', builds it"
@@ -65,49 +69,41 @@ def resolve(backend: str, device: torch.device | str = "cpu") -> str:
     elif not built(kind):
         why = "was built without CUDA: with a CUDA toolkit of PyTorch's version "
         why += f"'{BUILD_CUDA}' in a checkout builds it"
-    else:
+    elif state is not None:
+        why = _unserved(state)
+    if why is None:
         return "fused"
-    return _fall_back(backend, why)
+    if backend == "fused":
+        raise InputError(f"backend 'fused' {why}; or use backend 'reference'")
+    _warn(f"the reference runs the LSTM, as the fused engine {why}", stacklevel=3)
+    return "reference"
 
 
 def operators(backend: str, state: Tensor) -> ModuleType:
     """The module whose operators `backend` runs on an LSTM state such as `state` [L, 2, H, ...].
 
-    "auto" takes the reference also for a dtype or a size that the fused kernels do not serve.
-
     Raises:
-        InputError: as `resolve`, or "fused" for a state that its kernels do not serve.
+        InputError: as `resolve`.
         ImportError: an extension that is there but broken is never mistaken for a missing one.
     """
-    layers, _, units = state.shape[:3]
-    return _operators(backend, layers, units, state.dtype, state.device)
-
-
-@cache
-def _operators(
-    backend: str, layers: int, units: int, dtype: torch.dtype, device: torch.device
-) -> ModuleType:
-    """Remembered, as every step asks."""
-    resolved = resolve(backend, device)
-    if resolved == "fused" and (why := _unserved(layers, units, dtype, device)):
-        resolved = _fall_back(backend, why)
-    if resolved == "reference":
+    if resolve(backend, state.device, state) == "reference":
         return equations
     from l2l_ref.backend import ops  # a statement, which torch.compile can follow
 
     return ops
 
 
-def _unserved(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def _unserved(state: Tensor) -> str | None:
     """Why the kernels do not take such an LSTM; a GPU's shared memory may be too small."""
-    if dtype not in (torch.float32, torch.float64):
-        return f"does not serve {dtype}, only float32 and float64"
+    layers, _, units = state.shape[:3]
+    if state.dtype not in (torch.float32, torch.float64):
+        return f"does not serve {state.dtype}, only float32 and float64"
     if units > MAX_HIDDEN:
         return f"does not serve {units} hidden units, only up to {MAX_HIDDEN}"
-    if device.type == "cuda":
-        cuda = import_module("l2l_ref.backend._C_cuda")
-        if not cuda.serves(layers, units, dtype == torch.float64, device.index):
-            return f"has too little shared memory for {units} hidden units on {device}"
+    if state.device.type == "cuda":
+        cuda, double = import_module("l2l_ref.backend._C_cuda"), state.dtype == torch.float64
+        if not cuda.serves(layers, units, double, state.device.index):
+            return f"has too little shared memory for {units} hidden units on {state.device}"
     return None
 
 
@@ -118,9 +114,7 @@ def build_info() -> dict[str, Any] | None:
     """
     if not built():
         return None
-    cuda = None
-    if built("cuda") and torch.version.cuda is not None:
-        cuda = import_module("l2l_ref.backend._C_cuda").build_info()
+    cuda = import_module("l2l_ref.backend._C_cuda").build_info() if built("cuda") else None
     return {**import_module("l2l_ref.backend._C").build_info(), "cuda": cuda}
 
 
@@ -133,19 +127,6 @@ def use_tensor_cores(on: bool) -> None:
     Raises:
         InputError: the extension has no CUDA half, or this torch has none.
     """
-    if not built("cuda") or torch.version.cuda is None:
+    if not built("cuda"):
         raise InputError(f"tensor cores need the fused engine with CUDA: '{BUILD_CUDA}' builds it")
     import_module("l2l_ref.backend._C_cuda").use_tensor_cores(on)
-
-
-def _fall_back(backend: str, why: str) -> str:
-    """The reference in place of "auto"; an error for "fused"."""
-    if backend == "fused":
-        raise InputError(f"backend 'fused' {why}; or use backend 'reference'")
-    _warn(why)
-    return "reference"
-
-
-@cache
-def _warn(why: str) -> None:
-    warnings.warn(f"the reference runs the LSTM, as the fused engine {why}", stacklevel=4)

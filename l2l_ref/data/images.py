@@ -1,9 +1,8 @@
-"""Samples: what an experiment cuts, trains on and evaluates on. Labelled images are such."""
+"""Sets of labelled images: what an experiment cuts, trains on and evaluates on."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,29 +10,12 @@ from torch import Tensor
 from l2l_ref.errors import InputError
 
 
-class Samples(Protocol):
-    """What may be cut into parts and drawn from in batches, as `ImageSet` is."""
-
-    def __len__(self) -> int: ...
-    def halves(self, seed: int) -> tuple["Samples", "Samples"]: ...
-    def shuffled(self, generator: torch.Generator, /) -> "Samples": ...
-    def first(self, count: int | None, /) -> "Samples": ...
-    def rest(self, count: int, /) -> "Samples": ...
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def probe(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
-
-
 @dataclass(frozen=True)
 class ImageSet:
-    """A whole set of labelled images on one device, and indexed there: no loader, no workers.
+    """A whole set of labelled images on one device, and indexed there: no loader, no workers."""
 
-    Attributes:
-        images: uint8 [n, channels, height, width].
-        labels: int64 [n].
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 [n, channels, height, width]
+    labels: Tensor  # int64 [n]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,10 +26,6 @@ class ImageSet:
         x = self.images.index_select(0, index).float().div_(255)  # bytes travel, floats stay
         return x, self.labels.index_select(0, index)
 
-    def subset(self, index: Tensor) -> "ImageSet":
-        """A copy of the samples at `index` (int64 [b]), in that order."""
-        return ImageSet(self.images[index], self.labels[index])
-
     def halves(self, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """Two halves, disjoint, in the random order of `seed`; of an odd number one is left out."""
         whole, size = self.shuffled(torch.Generator().manual_seed(seed)), len(self) // 2
@@ -55,8 +33,8 @@ class ImageSet:
 
     def shuffled(self, generator: torch.Generator) -> "ImageSet":
         """A copy of all, in an order drawn on the CPU."""
-        order = torch.randperm(len(self), generator=generator)
-        return self.subset(order.to(self.labels.device))
+        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        return ImageSet(self.images[order], self.labels[order])
 
     def first(self, count: int | None) -> "ImageSet":
         """The first `count`, or as many as there are (None: all), without a copy."""
@@ -70,10 +48,8 @@ class ImageSet:
         """Each a `batch`, without end: an epoch has a new order, drawn from `generator` on the CPU.
 
         The ragged last batch of an epoch is dropped, so that all have the same size. The device
-        waits for the host once an epoch, when it gets the order.
-
-        Raises:
-            InputError: at the call, unless 1 <= size <= len(self).
+        waits for the host once an epoch, when it gets the order. InputError, at the call, unless
+        1 <= size <= len(self).
         """
         if not 1 <= size <= len(self):
             raise InputError(
@@ -96,26 +72,17 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test set.
+    """A training and a test set."""
 
-    Attributes:
-        source: what the pixels really are, such as "CIFAR-10 (JPEG copy)" or "stand-in".
-        checksum: sha256 in hex over all labels and decoded pixels. It depends neither on the
-            layout on disk nor on the order of the samples.
-    """
-
-    source: str
+    source: str  # what the pixels really are, such as "CIFAR-10 (JPEG copy)" or "stand-in"
     train: ImageSet
     test: ImageSet
-    checksum: str
+    checksum: str  # sha256 of labels and decoded pixels, whatever their layout and order on disk
 
 
 def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, begun again whenever they end, as a DataLoader can be.
-
-    Raises:
-        InputError: while it is read: batches that end and cannot be begun again, or none at all.
-    """
+    """The batches, begun again whenever they end, as a DataLoader can be; while it is read, an
+    InputError for batches that end and cannot be begun again, or none at all."""
     while True:
         count = 0
         for batch in batches:

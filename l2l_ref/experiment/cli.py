@@ -1,7 +1,6 @@
 """The command line: its options, the Config they make, how a program ends."""
 
 import argparse
-import io
 import signal
 import sys
 from collections.abc import Callable
@@ -42,18 +41,13 @@ def parser() -> Parser:
 
 
 def parse(arguments: list[str]) -> Config:
-    """The Config of a command line.
-
-    Raises:
-        InputError: anything the user can mend.
-    """
+    """The Config of a command line; InputError for anything the user can mend."""
     given = vars(parser().parse_args(arguments))
     if given.get("load") in list_pretrained():
         its_own = card(given["load"])["config"]
         given = {key: its_own[key] for key in ("dataset", "attack", "eps")} | given
-    clash = sorted(given.keys() & names_of("φ")) if "load" in given else []
-    if clash:
-        names = ", ".join(map(flag, clash))
+    if "load" in given and (clash := given.keys() & names_of("φ")):
+        names = ", ".join(map(flag, sorted(clash)))
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
     return complete(tuples(given))
 
@@ -68,7 +62,7 @@ def run_as_script(
         raise KeyboardInterrupt(number)
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if hasattr(stream, "reconfigure"):  # there is none where it was closed
             stream.reconfigure(errors="replace", line_buffering=True)  # φ, ε; logs that grow
     for number in signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
@@ -77,7 +71,7 @@ def run_as_script(
         main(sys.argv[1:])
         return
     except InputError as error:
-        code, words = 2, f"{name}: {shortened(str(error))}"
+        code, words = 2, f"{name}: {shortened(error)}"
     except OSError as error:  # no room, no permission, a disk that fails, a reader that left
         where = f"{shortened(error.filename)}: " if error.filename else ""
         code, words = 2, f"{name}: {where}{error.strerror or error} ({interrupted})"

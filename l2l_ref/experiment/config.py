@@ -8,14 +8,13 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from l2l_ref.backend import BACKENDS
+from l2l_ref.episode import MetaSettings
 from l2l_ref.equations import MAX_P
 from l2l_ref.errors import InputError
-from l2l_ref.meta_settings import MetaSettings
 
 GROUPS = "experiment", "meta-training", "transfer and evaluation", "the run"  # of the help
 WHAT, META, TRANSFER, RUN = GROUPS
 DATASETS = ("mnist", "cifar10", "quadratic")
-ATTACKS = ("fgsm", "pgd", "none")
 RECIPES = ("paper", "robust", "penalty")
 
 
@@ -56,7 +55,7 @@ class Option:
     # {words: the value there}, of which the last that holds wins. Words are a data set, an attack,
     # a recipe or "quick"; all must be those of the run. The recipe "penalty" is "robust" too.
     exceptions: dict[str, Any] = field(default_factory=dict)
-    choices: tuple[str, ...] | None = None
+    choices: tuple[Any, ...] | None = None
     metavar: str | None = None
     of: str = ""  # "φ": a loaded φ brings it along; "place": it may change when a run is continued
 
@@ -83,10 +82,8 @@ class Option:
         if type_ is bool:
             action = argparse.BooleanOptionalAction if self.default else "store_true"
             return {"action": action, "help": text}
-        inner = [one for one in get_args(type_) if one not in (NoneType, Ellipsis)]
-        kind = (inner or [type_])[0]
-        if self.metavar in ("DIR", "FILE"):
-            kind = path
+        inner = [one for one in get_args(type_) if one not in (NoneType, Ellipsis)] or [type_]
+        kind = path if self.metavar in ("DIR", "FILE") else inner[0]
         return {
             "type": number if kind is float else kind,
             "nargs": ("+", 2)[len(inner) - 1] if get_origin(type_) is tuple else None,
@@ -104,11 +101,7 @@ def option(*positional: Any, **more: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a run; `complete` fills in the defaults.
-
-    Raises:
-        InputError: a value outside its range.
-    """
+    """Every setting of a run, an InputError if out of range; `complete` fills in the defaults."""
 
     dataset: str = option(WHAT, "of images, or Andrychowicz et al.'s quadratics", "mnist",
         choices=DATASETS)
@@ -177,7 +170,7 @@ class Config:
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
-    folds: int = option(TRANSFER, "2: the halves change places too", 1)
+    folds: int = option(TRANSFER, "2: the halves change places too", 1, choices=(1, 2))
     attacked_alpha: float = option(  # that of Adam on attacked batches
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
     compare: tuple[str, ...] = option(TRANSFER, "more baselines: MODULE:FUNCTION, model[, lr] -> "
@@ -212,12 +205,10 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        counts = [one.name for one in fields(self) if one.type is int and one.name != "seed"]
         lengths, radii = self.episode_steps, self.eps
-        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
+        counts = {name: value for name, value in vars(self).items() if type(value) is int}
+        rules = {name: (value >= 1, "at least 1") for name, value in counts.items()}
         rules |= {
-            "folds": (self.folds in (1, 2), "1 or 2"),
-            "jobs": (self.jobs is None or self.jobs >= 1, "at least 1"),
             "images": (
                 self.images is None or self.images >= self.batch_size,
                 f"at least --batch-size, {self.batch_size}",
@@ -226,17 +217,20 @@ class Config:
                 len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1],
                 "a length, or smallest and largest",
             ),
-            "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),  # paper: it sets input_alpha too
             "p": (0 < self.p <= MAX_P, f"above 0 and at most {MAX_P}"),
             "eps": (
                 all(0 <= eps <= 1 for eps in radii) and len(set(radii)) == len(radii),
                 "between 0 and 1 (pixel values are in [0, 1]) and free of repeats",
             ),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
+            "penalty": (not (self.penalty and self.input_alpha == 0), "left out with --alpha 0"),
         }
-        for name, known in (("attack", ATTACKS), ("eval_attack", ("pgd",))):
-            value = getattr(self, name)
-            rules[name] = value in known or ":" in value, f"{', '.join(known)}, or MODULE:FUNCTION"
+        if self.dataset == "quadratic":
+            rules |= {
+                "attack": (self.attack == "none", "none: quadratics have no pixels to attack"),
+                "images": (self.images is None, "left out: quadratics have none"),
+                "compare": (not self.compare, "left out with --dataset quadratic"),
+            }
         for name, (right, allowed) in rules.items():
             if not right:
                 value = show(getattr(self, name))
@@ -245,35 +239,14 @@ class Config:
             self.meta_settings()
         except InputError as error:  # its first word is the name of a field
             raise InputError(flag(str(error))) from None
-        if self.penalty and self.input_alpha == 0:
-            raise InputError(
-                f"--penalty is {self.penalty} but --alpha 0 has no clean loss that it could be "
-                "added to: leave one of them out"
-            )
-        for name in ("images", "compare"):
-            if self.dataset == "quadratic" and (value := getattr(self, name)):
-                words = f"{flag(name)} is {show(value)}"
-                raise InputError(f"{words} but --dataset quadratic takes none: leave it out")
-        if self.dataset == "quadratic" and self.attack != "none":
-            raise InputError(
-                f"--attack {self.attack} does not go with --dataset quadratic, which has no "
-                "pixels to attack: use --attack none"
-            )
 
     def meta_settings(self, eps: float = 1.0, *, clean: bool = False) -> MetaSettings:
         """How a φ is meta-trained; `clean`: on clean batches alone, and for them."""
-        return MetaSettings(
-            episodes=self.episodes,
-            steps=self.episode_steps[-1],
-            unroll=self.unroll,
-            meta_lr=self.meta_lr,
-            input_alpha=1.0 if clean else self.input_alpha,
-            penalty=0.0 if clean else self.penalty * eps,
-            alpha=1.0 if clean else self.alpha,
-            curriculum=self.curriculum,
-            average=self.average,
-            stride=self.stride,
-        )
+        own = {one.name: getattr(self, one.name) for one in fields(MetaSettings)}
+        own |= {"steps": self.episode_steps[-1], "penalty": self.penalty * eps}
+        if clean:
+            own |= {"input_alpha": 1.0, "alpha": 1.0, "penalty": 0.0}
+        return MetaSettings(**own)
 
 
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(Config)}

@@ -11,6 +11,7 @@ from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.phis import ABLATION, CLEAN, LEARNED_RATE
 from l2l_ref.files import replace_with
 
+Rows = list[dict[str, Any]]  # runs, means or differences, by column
 # Okabe & Ito's colour-blind-safe palette, and a line style each, so that grey print will do too.
 STYLES = {
     "L2L": ("#0072B2", "-"),
@@ -36,16 +37,11 @@ def marks(row: dict[str, Any]) -> str:
 
 
 def draw_curves(
-    path: Path,
-    runs: list[dict[str, Any]],
-    summary: list[dict[str, Any]],
-    config: Config,
-    title: str,
-    footer: str,
+    path: Path, runs: Rows, summary: Rows, config: Config, title: str, footer: str
 ) -> None:
     """Draw the mean of each method in `STYLES`, ± one deviation, into the PNG at `path`.
 
-    Runs that collapsed or diverged are counted in their panel, and curves that leave it are named,
+    Above a panel are the counts of runs that collapsed or diverged, and the curves that leave it,
     so that no mean hides them. `summary` is that of `report.summarise`.
     """
     from matplotlib.figure import Figure
@@ -56,37 +52,26 @@ def draw_curves(
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
-        peaks, lows, start = {}, [math.inf], math.nan
+        notes = [f"ε = {eps:.3g}"] * (config.attack != "none")
+        notes += [f"{row['method']}: {marks(row)}" for row in summary
+                  if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
         for method, (colour, style) in STYLES.items():
             own = [run for run in runs if (run["eps"], run["method"]) == (eps, method)]
             if not own:
                 continue
-            losses = torch.tensor([run["attacked"] for run in own])
-            mean = losses.mean(0)
-            spread = losses.std(0) if len(own) > 1 else torch.zeros_like(mean)
-            steps = own[0]["steps"]
+            losses, steps = torch.tensor([run["attacked"] for run in own]), own[0]["steps"]
+            mean, spread = losses.mean(0), losses.std(0, correction=int(len(own) > 1))
+            away = mean > 1.5 * mean[0]
+            if away.any():
+                notes.append(f"{method}: up to {mean[away].max():.3g}")
+                mean[away] = math.nan  # or it would flatten all the others
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-            finite = mean[mean.isfinite()]
-            peaks[method], start = finite.max().item(), mean[0].item()
-            lows.append(finite.min().item())
-        # a curve that runs away is cut, or it would flatten all the others
-        highest = min(max(peaks.values()), 1.5 * start)
-        notes = [f"{row['method']}: {marks(row)}" for row in summary
-                 if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
-        notes += [f"{method}: up to {peak:.3g}" for method, peak in peaks.items() if peak > highest]
-        panel.text(0.985, 0.975, "\n".join(notes), ha="right", va="top", fontsize=8,
-                   transform=panel.transAxes,
-                   bbox={"color": "white", "alpha": 0.8, "lw": 0})  # fmt: skip
         under = {"none": "", "fgsm": " under FGSM", "pgd": f" under PGD-{config.attack_steps}"}
         panel.set(xlabel="step", ylabel="loss" + under.get(config.attack, " under attack"))
-        if config.attack != "none":
-            panel.set_title(f"ε = {eps:.3g}")
         if config.dataset == "quadratic":
             panel.set_yscale("log")
-        else:
-            low = min(lows)
-            panel.set_ylim(0.95 * low, highest + (0.1 + 0.06 * len(notes)) * (highest - low))
+        panel.set_title("\n".join(notes), fontsize=9)
         panel.grid(alpha=0.3)
     for panel in panels[len(config.eps) :]:
         panel.remove()
@@ -96,7 +81,7 @@ def draw_curves(
     left_out = dict.fromkeys(row["method"] for row in summary if row["method"] not in STYLES)
     if left_out:
         footer = f"not drawn: {', '.join(left_out)}\n{footer}"
-    finish(figure, path, footer, columns)
+    finish(figure, path, footer)
 
 
 def draw_meta_training(
@@ -119,13 +104,9 @@ def draw_meta_training(
     panel.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, title=title,
                   title_fontsize=9, fontsize=8)  # fmt: skip
-    finish(figure, path, footer, 1)
+    finish(figure, path, footer)
 
 
-def finish(figure: Any, path: Path, footer: str, columns: int) -> None:
-    footer = "\n".join(
-        textwrap.fill(line, 120 * columns, break_long_words=False, break_on_hyphens=False)
-        for line in footer.splitlines()
-    )
-    figure.supxlabel(footer, fontsize=7, color="0.35")
+def finish(figure: Any, path: Path, footer: str) -> None:
+    figure.supxlabel(footer, fontsize=7, color="0.35", wrap=True)
     replace_with(path, lambda partial: figure.savefig(partial, format="png", dpi=130))

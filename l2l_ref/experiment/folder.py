@@ -59,9 +59,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         if config.resume and newest:
             folder = newest
     begun = (LOCK, ".partial")  # all that is there while another process writes the config.json
-    if folder.is_file() or (
-        folder.exists() and any(not p.name.endswith(begun) for p in folder.iterdir())
-    ):
+    if not all(path.name.endswith(begun) for path in folder.glob("*")):
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:
@@ -109,20 +107,15 @@ def must_match(here: dict[str, Any], saved: dict[str, Any], folder: Path) -> Non
     """
 
     def facts(value: dict[str, Any]) -> dict[str, Any]:
-        settings = {
-            flag(name): one for name, one in value["settings"].items() if name not in places
-        }
-        environment = value["environment"]
-        return settings | {"data": describe(environment), "φ": environment.get("phi")}
+        settings = {flag(name): one for name, one in value["settings"].items()}
+        about = value["environment"]
+        return settings | {"data": describe(about), "φ": about.get("phi")}
 
-    places = names_of("place")
     before, now = facts(saved), facts(here)
-    for name in sorted(now):
-        if before.get(name) != now[name]:
-            raise InputError(
-                f"{folder} was run with {name} {before.get(name)}, not {now[name]}: give that, or "
-                f"{AFRESH}"
-            )
+    for name in sorted(now.keys() - map(flag, names_of("place"))):
+        was, fresh = before.get(name), f"give that, or {AFRESH}"
+        if was != now[name]:
+            raise InputError(f"{folder} was run with {name} {was}, not {now[name]}: {fresh}")
 
 
 def describe(value: dict[str, Any]) -> str:
@@ -132,6 +125,6 @@ def describe(value: dict[str, Any]) -> str:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes have left of a run that is complete."""
-    for leftover in [*folder.rglob("*.partial"), *folder.glob("parts/*.lock")]:
+    """Remove the locks of a run that is complete, and what killed processes have left."""
+    for leftover in [*folder.rglob("*.partial"), *folder.rglob("*.lock")]:
         leftover.unlink(missing_ok=True)

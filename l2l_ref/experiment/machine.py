@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,17 @@ CGROUP = Path("/sys/fs/cgroup")
 LARGEST_BLOCK = 32 << 20  # bytes; glibc takes no higher threshold
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc not to give freed memory back to the system; whether that could be done.
+def keep_freed_memory() -> None:
+    """Tell glibc, if that is the C library, not to give freed memory back to the system.
 
     Every step of a network frees tensors of some megabytes and asks for the same ones again. Memory
     that comes anew from the system is cleared page by page at first touch, which costs a network
     of convolutions as much time as its arithmetic.
     """
-    try:
+    with suppress(OSError, TypeError, AttributeError):  # another one has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another C library
-        return False
-    kept = mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and kept)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK)
 
 
 def cores() -> int:
@@ -83,14 +82,12 @@ def processor() -> str:
 def git_commit() -> str | None:
     """The commit of this checkout, with "+" behind it if files differ; None outside git."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    where = [f"--git-dir={root}/.git", f"--work-tree={root}"]  # whatever is around it or in GIT_DIR
     words = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]  # without tags
     try:
-        return subprocess.check_output(
-            ["git", "-C", str(root), *words],
-            env=own, stderr=subprocess.DEVNULL, text=True, timeout=10,
-        ).strip()  # fmt: skip
+        found = subprocess.check_output(
+            ["git", *where, *words], stderr=subprocess.DEVNULL, text=True, timeout=10
+        )
+        return found.strip()
     except (OSError, subprocess.SubprocessError):
         return None

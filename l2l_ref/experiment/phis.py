@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_ref.data import digits
+from l2l_ref.data import sources
 from l2l_ref.errors import InputError
 from l2l_ref.experiment.config import Config, names_of, tuples
 from l2l_ref.experiment.folder import describe
 from l2l_ref.experiment.setting import Setting, stream
-from l2l_ref.meta_optimizer import new_phi, phi_groups
+from l2l_ref.meta_optimizer import new_phi, with_phi
 from l2l_ref.pretrained import build, list_pretrained, read
 from l2l_ref.transfer import Method
 
@@ -72,9 +72,8 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
 def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
     """An untrained φ of a kind; ABLATION's is as small as can be, and its update frozen at zero."""
     c = setting.config
-    form = {
-        name: getattr(c, name) for name in ("p", "output_scale", "theta_input", "odd", "nominal")
-    }
+    names = "p", "output_scale", "theta_input", "odd", "nominal"
+    form = {name: getattr(c, name) for name in names}
     if kind == ABLATION:
         form = {"hidden_size": 1, "num_layers": 1, "nominal": True}
     generator = stream(c.seed, "phi", fold, meta_seed)
@@ -100,11 +99,8 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
 
     A φ of the same kind, fold and meta-seed that was trained for another ε will do where it is the
     only one. The settings of φ in the setting's configuration become those of the file, and
-    `data["phi"]` says where φ comes from.
-
-    Raises:
-        InputError: a file of another kind; φ that are missing or do not fit the problem's φ-groups;
-            φ meta-trained on images that this run would transfer or evaluate on.
+    `data["phi"]` says where φ comes from. InputError for φ that are missing, do not fit the model,
+    or were meta-trained on images that this run would transfer or evaluate on.
     """
     value = read(path, setting.device)
     if "config" not in value:
@@ -117,14 +113,14 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
         if seen != f"{describe(setting.data)}, seed {c.seed}, --eval-on {on}":
             source, own = setting.data["data"], path in list_pretrained()
             # a miniature claims nothing, and without a network there is no other data
-            if not (own and (c.quick or source.endswith((digits.SOURCE, "stand-in")))):
+            if not (own and (c.quick or source.endswith((sources.DIGITS, "stand-in")))):
                 raise InputError(
                     f"--load {path} holds φ meta-trained on another half: that of {seen}. Give the "
                     "same, or this run would use images that they have seen"
                 )
             print(f"φ of {path} may have met some of these images: {source}", file=sys.stderr)
     config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
-    phis, needed = {}, phi_groups(setting.problem.build())
+    phis, model = {}, setting.problem.build()
     for name, (kind, fold, meta_seed, _) in phis_of(config).items():
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
         if name not in saved and len(alike) != 1:
@@ -132,13 +128,8 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                 f"--load {path} holds {', '.join(saved)} but this run needs {name}: change --eps, "
                 "--attack, --folds or --meta-seeds to what is there"
             )
-        groups = saved[name if name in saved else alike[0]]
-        if missing := ", ".join(sorted(needed.keys() - groups.keys())):
-            raise InputError(
-                f"--load {path} has no φ for {missing} parameters, only for {', '.join(groups)}: "
-                "load one that was meta-trained on an optimizee with such layers"
-            )
-        phis[name] = build({group: groups[group] for group in needed}, setting.device)
+        phis[name] = build(saved[name if name in saved else alike[0]], setting.device)
+        with_phi(model, phis[name])  # raises where a layer has none
     origin = f"{value['data']}, {before['attack']}, ε {', '.join(map(str, before['eps']))}"
     loaded: list[Any] = [meta for phi in phis.values() for meta in phi.values()]
     digest = sha256("".join(meta.fingerprint() for meta in loaded).encode()).hexdigest()

@@ -1,10 +1,7 @@
-"""The paper's experiment: meta-train, tune the baselines, transfer, evaluate.
+"""The paper's experiment: meta-train, tune the baselines, transfer, evaluate."""
 
-Every finished piece is kept in `<out>/parts`, so that a resumed run repeats none of them.
-"""
-
+import math
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -15,19 +12,9 @@ from torch import nn
 
 from l2l_ref import attacks, data, evaluate
 from l2l_ref.episode import Episode
-from l2l_ref.experiment import tuning
+from l2l_ref.experiment import phis, tuning
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.folder import Parts
-from l2l_ref.experiment.phis import (
-    CLEAN,
-    WITH_L1,
-    episode_lengths,
-    kinds_of_phi,
-    phi_methods,
-    phi_name,
-    phis_of,
-    untrained,
-)
 from l2l_ref.experiment.queue import Piece, named
 from l2l_ref.experiment.setting import Fold, Setting, Trial, capturable, folds, stream
 from l2l_ref.experiment.tuning import Row
@@ -41,7 +28,7 @@ KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, 
 
 
 class Experiment:
-    """The pieces of the experiment of `setting.config`, which leave parts/ in `out`; φ that are not
+    """The pieces of the experiment of `setting.config`, kept in parts/ of `out`; φ that are not
     given by name (`load_phis`) are meta-trained."""
 
     def __init__(self, setting: Setting, out: Path, phis: dict[str, nn.ModuleDict] | None = None):
@@ -56,7 +43,7 @@ class Experiment:
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
         c, result = self.setting.config, []
-        for name, (kind, number, meta_seed, eps) in phis_of(c).items():
+        for name, (kind, number, meta_seed, eps) in phis.phis_of(c).items():
             if name not in self.given:
                 train = partial(self.train_phi, kind, self.folds[number], meta_seed, eps)
                 result.append(Piece(name, train, cost_of_phi(c, kind)))
@@ -64,14 +51,14 @@ class Experiment:
         return result + [piece for _, piece in self.runs()]
 
     def train_phi(
-        self, kind: str, fold: Fold, meta_seed: int, eps: float, _: Any, tell: Callable
+        self, kind: str, fold: Fold, meta_seed: int, eps: float, _: Any
     ) -> dict[str, Any]:
         """Meta-train a φ, whose weights are in the checkpoint; returns its `History` as a dict."""
         setting, c, number = self.setting, self.setting.config, fold.number
-        name = phi_name(kind, number, meta_seed, eps)
-        settings = c.meta_settings(eps, clean=kind == CLEAN)
-        phi = untrained(setting, kind, number, meta_seed)
-        lengths = episode_lengths(c, stream(c.seed, "lengths", number, meta_seed))
+        name = phis.phi_name(kind, number, meta_seed, eps)
+        settings = c.meta_settings(eps, clean=kind == phis.CLEAN)
+        phi = phis.untrained(setting, kind, number, meta_seed)
+        lengths = phis.episode_lengths(c, stream(c.seed, "lengths", number, meta_seed))
 
         def draw(episode: int) -> Episode:
             trial = Trial(setting, ("meta", number, meta_seed, episode))
@@ -84,9 +71,9 @@ class Experiment:
             )
 
         def on_episode(done: int, loss: float) -> None:
-            what = f"meta-training φ {meta_seed} ({kind}, ε {eps:g})"
-            words = f"{what}, episode {done}/{c.episodes}, loss {loss:.3f}"
-            tell(words, done / c.episodes)
+            if done % math.ceil(c.episodes / 10) == 0:
+                words = f"meta-training {name}, episode {done}/{c.episodes}, loss {loss:.3f}"
+                print(words, flush=True)
 
         check = partial(tuning.loss_of_phi, setting, fold, kind, eps, phi)
         history = meta_train(
@@ -97,19 +84,19 @@ class Experiment:
             capture=capturable(c),
             checkpoint=self.parts.path(name, "pt"),
             on_episode=on_episode,
-            check=None if kind == CLEAN else check,  # Transfer-NOT is meant for no row
+            check=None if kind == phis.CLEAN else check,  # Transfer-NOT is meant for no row
         )
         self.phis[name] = phi
         if history.skipped or history.diverged:
             skipped = f"{history.skipped} meta-gradients were not finite and skipped"
             cut = f"{history.diverged} episodes diverged and were cut short"
-            tell(f"{name}: {skipped}, {cut}", None)
+            print(f"{name}: {skipped}, {cut}", flush=True)
         return asdict(history)
 
     def phi(self, name: str) -> nn.ModuleDict:
         """A φ that is there: given, meta-trained here, or by another process."""
         if name not in self.phis:
-            phi = untrained(self.setting, name.split("-")[0], 0, 0)
+            phi = phis.untrained(self.setting, name.split("-")[0], 0, 0)
             path = self.parts.path(name, "pt")
             phi.load_state_dict(read_checkpoint(path, self.setting.device)["meta_optimizers"])
             self.phis[name] = phi
@@ -119,16 +106,16 @@ class Experiment:
         """Those of a table: the baselines, then what each φ trains."""
         c, of = self.setting.config, partial(Row, self.setting, fold, eps)
         result = [of(label, methods) for label, methods in tuning.candidates(c, eps).items()]
-        for meta_seed, kind in product(range(c.meta_seeds), kinds_of_phi(c)):
-            name = phi_name(kind, fold.number, meta_seed, eps)
+        for meta_seed, kind in product(range(c.meta_seeds), phis.kinds_of_phi(c)):
+            name = phis.phi_name(kind, fold.number, meta_seed, eps)
 
             def optimizer(model: nn.Module, name=name) -> LearnedOptimizer:
                 return LearnedOptimizer.for_model(model, self.phi(name), backend=c.backend)
 
             needs = () if name in self.given else (name,)
-            for one in phi_methods(c, kind, eps, optimizer):
+            for one in phis.phi_methods(c, kind, eps, optimizer):
                 result.append(of(one.label, {"": one}, meta_seed, needs))
-                if one.label in WITH_L1 and c.attack != "none" and not c.theta_input:
+                if one.label in phis.WITH_L1 and c.attack != "none" and not c.theta_input:
                     label, grid = f"{one.label} + L1", tuning.with_l1(c, one)
                     result.append(of(label, grid, meta_seed, needs))
         return result
@@ -147,13 +134,13 @@ class Experiment:
                 result.append((key, Piece(name, compute, cost, needs)))
         return result
 
-    def run(self, row: Row, seed: int, parts: Parts, tell: Callable) -> dict[str, Any]:
+    def run(self, row: Row, seed: int, parts: Parts) -> dict[str, Any]:
         """Train and evaluate one; of all warnings, of samples without a gradient, one is told."""
         with warnings.catch_warnings(record=True) as caught:
             result = run_method(self.setting, row.method(parts), row.fold, row.eps, seed)
         if caught and not self.warned:
             self.warned = True
-            tell(f"{row.label}: {caught[0].message}", None)
+            print(f"{row.label}: {caught[0].message}", flush=True)
         return result
 
     def results(self) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
@@ -166,20 +153,20 @@ class Experiment:
         for rows in self.tables:
             settings = {row.title: row.chosen(parts) for row in rows if "" not in row.methods}
             chosen.setdefault(str(rows[0].eps), {})[str(rows[0].fold.number)] = settings
-        phis = {name: self.phi(name) for name in phis_of(c)}
-        histories = {name: parts[name] for name in phis if name not in self.given}
+        made = {name: self.phi(name) for name in phis.phis_of(c)}
+        histories = {name: parts[name] for name in made if name not in self.given}
         if c.load and not histories:  # what they come from goes along unchanged
             write_checkpoint(self.out / "meta_optimizer.pt", read(c.load))
         else:
-            save(self.out / "meta_optimizer.pt", phis, {"config": asdict(c), **self.setting.data})
+            save(self.out / "meta_optimizer.pt", made, {"config": asdict(c), **self.setting.data})
         return runs, chosen, histories
 
 
 def cost_of_phi(c: Config, kind: str) -> float:
     """Of meta-training a φ with its checks, in gradients of a batch."""
-    alphas = [1.0] if kind == CLEAN else {c.alpha, c.input_alpha}
+    alphas = [1.0] if kind == phis.CLEAN else {c.alpha, c.input_alpha}
     updates = c.episodes * sum(c.episode_steps) / len(c.episode_steps)
-    updates += (kind != CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
+    updates += (kind != phis.CLEAN) * CHECKS * c.tune_seeds * c.episode_steps[-1]
     return 1.5 * updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
 
 
@@ -205,17 +192,15 @@ def run_method(
     result["seconds"] = curve.ms_per_step * c.steps / 1e3
     result["trains_on"] = method.trains_on
     if isinstance(fold.test, data.ImageSet):
-        sample = fold.test.first(c.eval_samples)
-        generator = trial.stream("judge")
         result |= trial.evaluate(model, fold.test, eps)
         result["last"] = trial.evaluate(last, fold.test, eps)
         # The margin finds what the cross-entropy of a shrunk or overconfident model hides.
         losses, restarts = list(attacks.LOSSES), c.restarts
         if c.eval_attack != "pgd":  # it has a loss and restarts of its own
             losses, restarts = ["cross_entropy"], 1
-        make = partial(attacks.make, eps=eps, steps=c.eval_steps, generator=generator)
+        make = partial(attacks.make, eps=eps, steps=c.eval_steps, generator=trial.stream("judge"))
         several = [make(c.eval_attack, loss=loss) for loss in losses]
-        accuracy = partial(evaluate.robust_accuracy, model, sample)
+        accuracy = partial(evaluate.robust_accuracy, model, fold.test.first(c.eval_samples))
         result["fgsm_accuracy"] = accuracy(attacks.make("fgsm", eps=eps))
         result["pgd_accuracy"] = accuracy(several, restarts=restarts)
         if evaluate.is_collapsed(result["pgd_loss"], result["accuracy"], setting.problem.classes):

@@ -12,11 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import Any
 
@@ -27,12 +26,9 @@ from l2l_ref.experiment import machine
 from l2l_ref.experiment.folder import Parts
 from l2l_ref.files import locked
 
-POLL = 0.1, 2.0  # seconds that a process sleeps when no piece is free: at first, at most
-EVERY = 0.05  # of a run, between two lines of a log
+POLL = 0.5  # seconds that a process sleeps when no piece is free
+EVERY = 0.05  # of a run, between two lines that say how far it is
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-# A process tells the piece that it is at, some words, and how much of the piece is done; the words
-# are a line to be kept where that is None.
-Tell = Callable[[str, str, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,7 @@ class Piece:
     """Something to compute once."""
 
     name: str
-    # The results of all pieces so far, and a `Tell` of this one -> its own result, which JSON has.
-    compute: Callable[[Parts, Callable[[str, float | None], None]], dict[str, Any]]
+    compute: Callable[[Parts], dict[str, Any]]  # the results so far -> its own, which JSON has
     cost: float  # in evaluations of the gradient of a batch, roughly
     needs: tuple[str, ...] = ()  # names of pieces that come first, in a list of them too
 
@@ -51,37 +46,34 @@ def named(*words: object) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join(map(str, words))).strip("-")
 
 
-def compute_all(pieces: Sequence[Piece], parts: Parts, tell: Tell) -> None:
+def compute_all(pieces: Sequence[Piece], parts: Parts, say: Callable[[str], object]) -> None:
     """Compute every piece that is not there yet and that no other process has taken, the most
-    costly first.
+    costly first, and say now and then how much of the run is there, whoever computed it.
 
     Returns when all are there: a process that finds nothing more to do takes over what others leave
     should they die.
     """
-    pending, pause = sorted(pieces, key=lambda piece: -piece.cost), POLL[0]
+    pending, said = sorted(pieces, key=lambda piece: -piece.cost), list[float]()
+    whole, begin = sum(piece.cost for piece in pieces), time.monotonic()
     parts.folder.mkdir(parents=True, exist_ok=True)
     while True:
         there = set(parts)
         pending = [piece for piece in pending if piece.name not in there]
         if not pending:
             return
-        if any(compute(piece, parts, tell) for piece in pending if there.issuperset(piece.needs)):
-            pause = POLL[0]
+        done = 1 - sum(piece.cost for piece in pending) / whole
+        said = said or [done]  # at first
+        if done >= said[-1] + EVERY:
+            seconds = (time.monotonic() - begin) * (1 - done) / (done - said[0])
+            say(f"{done:.0%} of the run, {timedelta(seconds=round(seconds))} left")
+            said.append(done)
+        for piece in [piece for piece in pending if there.issuperset(piece.needs)]:
+            with locked(parts.path(piece.name, "lock"), wait=False) as held:
+                if held and piece.name not in parts:
+                    parts.keep(piece.name, piece.compute(parts))
+                    break
         else:
-            tell("", "waiting for other processes", 0.0)
-            time.sleep(pause)
-            pause = min(1.1 * pause, POLL[1])
-
-
-def compute(piece: Piece, parts: Parts, tell: Tell) -> bool:
-    """Compute a piece and keep it, unless another process has it; whether this one did."""
-    with locked(parts.path(piece.name, "lock"), wait=False) as held:
-        if not held or piece.name in parts:
-            return False
-        tell(piece.name, "", 0.0)
-        parts.keep(piece.name, piece.compute(parts, partial(tell, piece.name)))
-        tell(piece.name, "", 1.0)
-        return True
+            time.sleep(POLL)
 
 
 def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: torch.device) -> int:
@@ -115,7 +107,6 @@ def helpers(work: Callable[..., None], arguments: tuple, count: int) -> Iterator
     finally:
         for process in running:
             process.terminate()
-        for process in running:
             process.join()
 
 
@@ -133,46 +124,3 @@ def lend_a_hand(work: Callable[..., None], arguments: tuple) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     with suppress(InputError, OSError):
         work(*arguments)
-
-
-def quiet(piece: str, words: str, share: float | None) -> None:
-    """The `Tell` of such a process: a line, and no progress."""
-    if share is None:
-        print(words, flush=True)
-
-
-class Display:
-    """Shows how far a run is: a bar on a terminal, elsewhere a line now and then.
-
-    It knows the pieces that are there, whoever computed them, and what this process is at.
-    """
-
-    def __init__(self, pieces: Sequence[Piece] = (), parts: Iterable[str] = ()):
-        from tqdm import tqdm
-
-        self.costs = {piece.name: piece.cost for piece in pieces}
-        self.parts = parts  # the names of those that are there
-        self.start = self.shown = self.done()
-        self.begin = time.monotonic()
-        bar = "{percentage:3.0f}% of the run |{bar:20}| {desc}"
-        self.bar = tqdm(total=1.0, bar_format=bar, disable=None)  # it is, where no terminal is
-
-    def hear(self, piece: str, words: str, share: float | None) -> None:
-        """What this process tells (`Tell`)."""
-        if share is None:
-            return self.bar.write(words)
-        done = self.done(piece, share)
-        if done > self.start:
-            seconds = (time.monotonic() - self.begin) * (1 - done) / (done - self.start)
-            text = f"{timedelta(seconds=round(seconds))} left" + f" · {words}" * bool(words)
-            self.bar.n = done
-            self.bar.set_description_str(text)
-            if self.bar.disable and self.shown + EVERY <= done < 1:
-                self.shown = done
-                self.bar.write(f"{done:.0%} of the run, {text}")
-
-    def done(self, piece: str = "", share: float = 0.0) -> float:
-        """The share of the run that is done, by cost, with that share of that piece."""
-        known = {piece: share, **dict.fromkeys(self.parts, 1.0)}
-        costs = sum(cost * known.get(name, 0.0) for name, cost in self.costs.items())
-        return costs / (sum(self.costs.values()) or 1.0)

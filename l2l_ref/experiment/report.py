@@ -5,25 +5,23 @@ import io
 import math
 import statistics
 import sys
-from itertools import product
-from pathlib import Path
+from itertools import permutations, product
 from typing import Any
 
 from l2l_ref.experiment.config import Config
-from l2l_ref.experiment.figure import draw_curves, draw_meta_training, marks
+from l2l_ref.experiment.figure import Rows, draw_curves, draw_meta_training, marks
 from l2l_ref.experiment.phis import LEARNED_RATE
-from l2l_ref.experiment.protocol import KEY
+from l2l_ref.experiment.protocol import KEY, Experiment
 from l2l_ref.experiment.setting import PGD_STEPS, Setting
 from l2l_ref.files import replace_with, write_json
 
-METRICS = {
+METRICS = ("attacked_loss", "pgd_loss", "fgsm_loss", "accuracy", "fgsm_accuracy", "pgd_accuracy",
+           "ms_per_step", "seconds")  # fmt: skip
+SHOWN = {  # in the table; of these differences are given, too
     "attacked_loss": "loss",  # the last of the curve, where there is no other
     "pgd_loss": f"loss, PGD-{PGD_STEPS}",
-    "fgsm_loss": "loss, FGSM",
     "accuracy": "clean %",
-    "fgsm_accuracy": "FGSM %",
     "pgd_accuracy": "{attack} %",
-    "ms_per_step": "ms/step",
     "seconds": "s",
 }
 # What φ is compared with: the paper's claim first, then what its row would be without φ, and the
@@ -39,16 +37,14 @@ CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # The 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom; of more, that of 10 is taken.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-PAIRED = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy")  # of which differences are given
-SHOWN = ("attacked_loss", "pgd_loss", "accuracy", "pgd_accuracy", "seconds")  # in the table
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(runs: Rows) -> Rows:
     """One row for each ε and method: mean and sample deviation over folds, φ and seeds.
 
     A metric that is not finite in some run has mean and deviation None: no run is left out.
     """
-    rows: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    rows: dict[tuple[float, str], Rows] = {}
     for run in runs:
         rows.setdefault((run["eps"], run["method"]), []).append(run)
     summary = []
@@ -76,33 +72,30 @@ def spread(values: list[Any]) -> dict[str, float | None]:
     }
 
 
-def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method that a φ trains, less each other one: {"mean", "half_width"} of `PAIRED`.
+def differences(runs: Rows) -> Rows:
+    """Each method that a φ trains, less each other one: {"mean", "half_width"} of `SHOWN`.
 
     Runs of a seed share θ₀ and batches, so they are compared in pairs, after averaging over φ; the
     interval is that of Student's t at 95 % over seeds and folds. Fewer than three have none.
     """
-    seeds: dict[tuple[float, str], dict[tuple[int, int], list[dict[str, Any]]]] = {}
+    seeds: dict[tuple[float, str], dict[tuple[int, int], Rows]] = {}
     for run in runs:
         own = seeds.setdefault((run["eps"], run["method"]), {})
         own.setdefault((run["fold"], run["seed"]), []).append(run)
     rows = []
-    for (eps, method), own in seeds.items():
+    for ((eps, method), own), ((eps_too, other), theirs) in permutations(seeds.items(), 2):
         (first, *_), *_ = own.values()
-        if first["phi"] is None:
+        if eps_too != eps or first["phi"] is None:
             continue
-        for (eps_too, other), theirs in seeds.items():
-            if eps_too != eps or other == method:
-                continue
-            row: dict[str, Any] = {"eps": eps, "method": method, "less": other}
-            for name in [name for name in PAIRED if name in first]:
-                gaps = [mean(own[key], name) - mean(theirs[key], name) for key in sorted(own)]
-                row[name] = interval(gaps)
-            rows.append(row)
+        row: dict[str, Any] = {"eps": eps, "method": method, "less": other}
+        for name in [name for name in SHOWN if name in first]:
+            gaps = [mean(own[key], name) - mean(theirs[key], name) for key in sorted(own)]
+            row[name] = interval(gaps)
+        rows.append(row)
     return rows
 
 
-def verdicts(rows: list[dict[str, Any]], recipe: str) -> str:
+def verdicts(rows: Rows, recipe: str) -> str:
     """The loss of φ minus that of `CONTROLS`, of `differences`; a line for each ε and row of φ."""
     lines = []
     for eps, own in product(dict.fromkeys(row["eps"] for row in rows), CONTROLS[recipe]):
@@ -125,7 +118,7 @@ def signed(value: dict[str, float | None] | None) -> str:
     return f"{value['mean']:+.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def mean(runs: list[dict[str, Any]], name: str) -> float:
+def mean(runs: Rows, name: str) -> float:
     return statistics.fmean(run[name] for run in runs)
 
 
@@ -153,14 +146,15 @@ def cell(row: dict[str, Any], name: str) -> str:
     return text if value["std"] is None else f"{text} ± {scale * value['std']:.{digits}f}"
 
 
-def table(summary: list[dict[str, Any]], config: Config, title: str, footer: str) -> str:
+def table(summary: Rows, config: Config, title: str, footer: str) -> str:
     """The comparison as a Markdown table of at most 100 columns, the lowest loss first; what ended
     badly is named below it."""
     names = [name for name in SHOWN if name in summary[0]]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
-    attack = config.eval_attack.partition(":")[2] or f"PGD-{config.eval_steps}"
-    labels = [METRICS[name].format(attack=attack) for name in names]
+    attack = config.eval_attack.rpartition(":")[2]  # of MODULE:FUNCTION
+    attack = f"PGD-{config.eval_steps}" if attack == "pgd" else attack
+    labels = [SHOWN[name].format(attack=attack) for name in names]
     several = len({row["eps"] for row in summary}) > 1
     head = ["ε"] * several + ["method", "trains on", *labels]
 
@@ -210,7 +204,7 @@ def footnotes(config: Config, environment: dict[str, Any], command: str) -> tupl
     )
 
 
-def curves_csv(runs: list[dict[str, Any]], data: str) -> str:
+def curves_csv(runs: Rows, data: str) -> str:
     """One row for each ε, method, fold, φ, seed and step; the last column says what data it was."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -222,25 +216,18 @@ def curves_csv(runs: list[dict[str, Any]], data: str) -> str:
     return buffer.getvalue()
 
 
-def write(
-    out: Path,
-    results: tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]],
-    setting: Setting,
-    environment: dict[str, Any],
-    command: str,
-) -> str:
-    """Write what `Experiment.results` found into `out`, and draw it; returns the table.
-
-    A figure that fails is one line on stderr, and all else is there.
-    """
-    (runs, chosen, histories), config, source = results, setting.config, setting.data["data"]
+def write(experiment: Experiment, environment: dict[str, Any], command: str) -> str:
+    """Write what it has found into its folder, and draw it; returns the table. A figure that fails
+    is one line on stderr, and all else is there."""
+    runs, chosen, histories = experiment.results()
+    out, setting, config = experiment.out, experiment.setting, experiment.setting.config
     heading, (of_table, foot) = title(setting), footnotes(config, environment, command)
-    summary, text = summarise(runs), curves_csv(runs, source)
+    summary, text = summarise(runs), curves_csv(runs, setting.data["data"])
     replace_with(out / "metrics.csv", lambda partial: partial.write_text(text, encoding="utf-8"))
     of_steps, of_unrolls = ("steps", "clean", "attacked"), ("loss", "norm")
     value: dict[str, Any] = {
         "title": heading,
-        "data": source,
+        "data": setting.data["data"],
         "command": command,
         "environment": environment,
         "table": summary,

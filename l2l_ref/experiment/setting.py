@@ -17,7 +17,7 @@ from torch import nn
 from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.backend import available_device, resolve
 from l2l_ref.errors import InputError, shortened
-from l2l_ref.experiment.config import Config, flag
+from l2l_ref.experiment.config import Config
 from l2l_ref.foreign import imported
 from l2l_ref.transfer import Curve, Method, running_average, train
 
@@ -26,6 +26,7 @@ AVERAGE_OVER = 0.1  # share of the steps in the average that is evaluated
 POINTS = 50  # of a curve
 PGD_STEPS = 7  # of the loss under attack
 CALIBRATION = 1024  # images that the batch-norm of an average takes its statistics from
+Samples = data.ImageSet | problems.Quadratics
 
 
 def stream(*labels: Any, device: torch.device | str = "cpu") -> torch.Generator:
@@ -40,8 +41,8 @@ class Setting:
 
     config: Config
     problem: problems.Problem
-    train: data.Samples
-    test: data.Samples
+    train: Samples
+    test: Samples
     data: dict[str, Any]  # in every artefact: what samples and loaded φ are, with checksums
     device: torch.device
 
@@ -51,11 +52,11 @@ class Fold:
     """The samples of one fold, and how often the halves have changed places (0 or 1)."""
 
     number: int
-    meta: data.Samples  # meta-trains
-    fit: data.Samples  # the part of it that trains candidates
-    validation: data.Samples  # the part of it that chooses among them
-    transfer: data.Samples  # trains what is compared
-    test: data.Samples  # evaluates it
+    meta: Samples  # meta-trains
+    fit: Samples  # the part of it that trains candidates
+    validation: Samples  # the part of it that chooses among them
+    transfer: Samples  # trains what is compared
+    test: Samples  # evaluates it
 
 
 def folds(setting: Setting) -> list[Fold]:
@@ -80,11 +81,7 @@ def folds(setting: Setting) -> list[Fold]:
 
 def prepare(config: Config, number: int = 0) -> Setting:
     """Load the data and choose the device; of several GPUs this process takes that of its number.
-
-    Raises:
-        InputError: a device, backend or attack that is not there; too little data; what `data.load`
-            raises.
-    """
+    InputError for a device, backend or attack that is not there, and for too little data."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,14 +108,12 @@ def prepare(config: Config, number: int = 0) -> Setting:
     except Exception as error:  # a function of the user's raises what it likes
         words = f"--optimizee {config.optimizee} does not take images of {config.dataset} to logits"
         raise InputError(f"{words} ({shortened(error)}): name one that does") from None
-    half = len(images.train) // 2
-    smallest = half - half // VALIDATION
-    for name in ("batch_size", "images"):
-        if (getattr(config, name) or 0) > smallest:
-            raise InputError(
-                f"{flag(name)} is {getattr(config, name)} but a candidate trains on {smallest} "
-                f"images of {images.source}: choose a smaller one"
-            )
+    half, asked = len(images.train) // 2, config.images or config.batch_size
+    if asked > (smallest := half - half // VALIDATION):
+        raise InputError(
+            f"{asked} images are asked for but a candidate trains on {smallest} images of "
+            f"{images.source}: give --images or --batch-size a smaller number"
+        )
     about = {"data": images.source, "data_sha256": images.checksum}
     return Setting(config, problem, images.train, images.test, about, device)
 
@@ -148,13 +143,7 @@ class Trial:
         return attacks.make(name or c.attack, eps=eps, steps=c.attack_steps, generator=generator)
 
     def train(
-        self,
-        method: Method,
-        samples: data.Samples,
-        probe: data.Samples,
-        eps: float,
-        *,
-        every: int | None = None,
+        self, method: Method, samples: Samples, probe: Samples, eps: float
     ) -> tuple[nn.Module, Curve, nn.Module]:
         """A fresh optimizee that `method` has trained on `samples`, at its running average, its
         curve, always on the same of `probe`, and itself."""
@@ -172,7 +161,7 @@ class Trial:
             attack=self.attack(eps, method.attack),
             steps=c.steps,
             record=partial(evaluate.losses, x=x, y=y, attack=attack, loss=loss),
-            every=every or c.record_every or math.ceil(c.steps / POINTS),
+            every=c.record_every or math.ceil(c.steps / POINTS),
             capture=capturable(c),
             average=average,
             calibration=calibration.split(c.batch_size),

@@ -43,14 +43,12 @@ def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=rate, capturable=on_gpu)
 
 
-def sgd(lr: float, model: nn.Module) -> torch.optim.Optimizer:
-    """Plain gradient descent, Eq. 2."""
-    return torch.optim.SGD(model.parameters(), lr=lr)
+def sgd(lr: float, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Plain gradient descent, Eq. 2, but for the options."""
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
 
 
-def momentum(lr: float, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with Nesterov's momentum of 0.9."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
+momentum = partial(sgd, momentum=0.9, nesterov=True)
 
 
 def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
@@ -113,14 +111,12 @@ def with_l1(config: Config, method: Method) -> dict[str, Method]:
     return {f"L1 {weight:g}": replace(method, l1=weight) for weight in weights}
 
 
-def cost(
-    config: Config, alpha: float = 1.0, penalty: float = 0.0, attack: str | None = None
-) -> float:
+def cost(c: Config, alpha: float = 1.0, penalty: float = 0.0, attack: str | None = None) -> float:
     """Of training an optimizee, in gradients of a batch."""
-    passes = {"none": 0, "fgsm": 1, "n-fgsm": 1}.get(attack or config.attack, config.attack_steps)
+    passes = {"none": 0, "fgsm": 1, "n-fgsm": 1}.get(attack or c.attack, c.attack_steps)
     attacked = 0 if alpha == 1 else 1 + passes
     clean = 0 if alpha == 0 else 3 if penalty else 1
-    return config.steps * (attacked + clean)
+    return c.steps * (attacked + clean)
 
 
 @dataclass(frozen=True)
@@ -153,32 +149,28 @@ class Row:
     def name(self, what: str) -> str:
         return named("tune", self.title, what, f"fold{self.fold.number}", f"eps{self.eps}")
 
-    def first(self) -> tuple[str, ...]:
-        return tuple(self.name(f"{settings}-seed0") for settings in self.methods)
-
     def pieces(self) -> list[Piece]:
         """All that `chosen` needs."""
-        c, methods = self.setting.config, self.methods
-        if len(methods) == 1:
+        if len(self.methods) == 1:
             return []
-        costs = [self.cost(one) for one in methods.values()]
-        result = [
-            Piece(name, partial(self.run, settings, 0), own, self.needs)
-            for name, settings, own in zip(self.first(), methods, costs, strict=True)
-        ]
-        places = range(math.ceil(len(methods) / STAY))
-        for place, seed in product(places, range(1, c.tune_seeds)):
-            name, run = f"place-{place}-seed{seed}", partial(self.run_place, place, seed)
-            result.append(Piece(self.name(name), run, max(costs), self.first()))
+        result = []
+        for settings, method in self.methods.items():
+            name, run = self.name(f"{settings}-seed0"), partial(self.run, settings, 0)
+            result.append(Piece(name, run, self.cost(method), self.needs))
+        first, most = tuple(piece.name for piece in result), max(piece.cost for piece in result)
+        places = range(math.ceil(len(first) / STAY))
+        for place, seed in product(places, range(1, self.setting.config.tune_seeds)):
+            name, run = self.name(f"place-{place}-seed{seed}"), partial(self.run_place, place, seed)
+            result.append(Piece(name, run, most, first))
         return result
 
-    def run(self, settings: str, seed: int, *_: Any) -> dict[str, Any]:
+    def run(self, settings: str, seed: int, _: Parts) -> dict[str, Any]:
         outcome = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
         return {"settings": settings, **outcome}
 
-    def run_place(self, place: int, seed: int, parts: Parts, _: Any) -> dict[str, Any]:
-        first = sorted((parts[name] for name in self.first()), key=score)
-        return self.run(first[place]["settings"], seed)
+    def run_place(self, place: int, seed: int, parts: Parts) -> dict[str, Any]:
+        first = [parts[piece.name] for piece in self.pieces()[: len(self.methods)]]
+        return self.run(sorted(first, key=score)[place]["settings"], seed, parts)
 
     def chosen(self, parts: Parts) -> str:
         """The best settings, in words."""
@@ -211,9 +203,9 @@ def score(outcome: Mapping[str, Any]) -> tuple[int, float]:
 def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
     """Train a method on one part of the meta-training half and evaluate it on the other: its loss
     under PGD, and whether it collapsed."""
-    trial, steps = Trial(setting, ("tune", fold.number, seed)), setting.config.steps
-    fit = fold.fit.first(setting.config.images)
-    model, curve, _ = trial.train(method, fit, fold.validation, eps, every=steps)
+    c = replace(setting.config, record_every=setting.config.steps)
+    trial = Trial(replace(setting, config=c), ("tune", fold.number, seed))
+    model, curve, _ = trial.train(method, fold.fit.first(c.images), fold.validation, eps)
     if not isinstance(fold.validation, data.ImageSet):
         return {"collapsed": False, "loss": curve.attacked[-1]}
     found = trial.evaluate(model, fold.validation, eps)

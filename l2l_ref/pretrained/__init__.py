@@ -41,11 +41,8 @@ def save(path: Path, phis: dict[str, nn.ModuleDict], about: dict[str, Any]) -> N
 def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `save` wrote: {"phis": {name: what `build` takes}, and what was given as `about`}.
 
-    Args:
-        path: of a file, or one of `list_pretrained()`.
-
-    Raises:
-        InputError: no such file or name, or a file of another kind.
+    `path` is that of a file, or one of `list_pretrained()`. InputError for no such file or name, or
+    a file of another kind.
     """
     if str(path) in list_pretrained():
         return {**card(str(path)), **read_checkpoint(FOLDER / f"{path}.pt", device)}
@@ -75,12 +72,9 @@ def build(groups: dict[str, dict[str, Any]], device: torch.device | str = "cpu")
 def load(name: str | Path, phi: str | None = None) -> nn.ModuleDict:
     """A meta-trained φ, {φ-group: MetaOptimizer}, for `LearnedOptimizer.for_model`.
 
-    Args:
+    Args (InputError for no such name, file or φ):
         name: one of `list_pretrained()`, or the meta_optimizer.pt of a run.
         phi: its name in the file; None is the first, which a run meta-trained under attack.
-
-    Raises:
-        InputError: no such name, file or φ.
     """
     saved = read(name)["phis"]
     chosen = next(iter(saved)) if phi is None else phi

@@ -13,11 +13,10 @@ import run
 from l2l_ref import attacks, data, evaluate, problems
 from l2l_ref.backend import cuda_graphs
 from l2l_ref.backend.cuda_graphs import EAGER_CALLS, Graphed, graphs_of
-from l2l_ref.episode import Episode, truncated_unrolls
+from l2l_ref.episode import Episode, MetaSettings, truncated_unrolls
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, tuning
 from l2l_ref.meta_optimizer import new_phi as untrained
-from l2l_ref.meta_settings import MetaSettings
 from l2l_ref.meta_training import apply_meta_gradient
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.transfer import Method, train

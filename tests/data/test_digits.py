@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from l2l_ref import data
-from l2l_ref.data import digits
+from l2l_ref.data import sources
 from l2l_ref.errors import InputError
 
 
@@ -24,13 +24,13 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_the_seed_cuts_them(installed):
-    found, again, other = (digits.find("mnist", seed) for seed in (0, 0, 1))
+    found, again, other = (sources.stand_in("mnist", seed) for seed in (0, 0, 1))
     numbers = torch.cat([part.images[:, 0, 0, 0].long() for part in (found.train, found.test)])
     labels = torch.cat([found.train.labels, found.test.labels])
     assert found.source == "MNIST (20 training images)" and torch.equal(numbers % 10, labels)
     assert len(found.test) == 4 and numbers.sort().values.tolist() == list(range(20))
     assert found.checksum == again.checksum != other.checksum
-    coloured = digits.find("cifar10", 0)
+    coloured = sources.stand_in("cifar10", 0)
     assert coloured.source == "stand-in" and coloured.test.images.shape == (4, 3, 32, 32)
     assert torch.equal(coloured.train.labels, found.train.labels)
 
@@ -43,7 +43,7 @@ def test_strictly_they_do_not_stand_for_all_of_mnist(installed, tmp_path):
 
 def test_coloured_digits_are_the_same_bytes_everywhere():
     images = torch.arange(4 * 784).view(4, 1, 28, 28).to(torch.uint8)
-    digest = hashlib.sha256(digits.coloured(images).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(sources.coloured(images).numpy().tobytes()).hexdigest()
     assert digest.startswith("5a063ae51be0")
 
 

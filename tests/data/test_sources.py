@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import datasets
 
 from l2l_ref import data
-from l2l_ref.data import ImageSet, digits, sources
+from l2l_ref.data import ImageSet, sources
 from l2l_ref.errors import InputError
 
 IDX = "MNIST/raw"
@@ -33,7 +33,7 @@ def apart(monkeypatch):
 
     for dataset in (datasets.MNIST, datasets.CIFAR10):
         monkeypatch.setattr(dataset, "download", no_network)
-    monkeypatch.setattr(digits, "find", lambda name, seed: drawn(name, 50, 20))
+    monkeypatch.setattr(sources, "stand_in", lambda name, seed: drawn(name, 50, 20))
 
 
 def sets(name: str) -> list[ImageSet]:

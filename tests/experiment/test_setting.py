@@ -156,7 +156,7 @@ def test_each_method_trains_on_so_many_images_of_its_half(small_data, seen_pictu
 def train_phi(setting, out, kind, eps=0.1, meta_seed=0):
     """The φ that a run meta-trains."""
     experiment = protocol.Experiment(setting, out)
-    experiment.train_phi(kind, experiment.folds[0], meta_seed, eps, {}, lambda *_: None)
+    experiment.train_phi(kind, experiment.folds[0], meta_seed, eps, {})
     return experiment.phi(phis.phi_name(kind, 0, meta_seed, eps))
 
 
@@ -181,7 +181,7 @@ def test_a_run_waits_for_its_phi_or_for_what_tunes_it(setting, tmp_path):
 def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting, tmp_path):
     phi, fresh = train_phi(setting, tmp_path, ABLATION), untrained(setting, ABLATION, 0, 0)
     meta, start = phi["linear"], fresh["linear"]
-    assert (meta.hidden_size, meta.num_layers) == (1, 1) and meta.nominal
+    assert [*meta.settings.values()][:2] == [1, 1] and meta.nominal
     assert all(map(torch.equal, meta.weights(), start.weights()))
     assert not meta.head.weight.any() and not meta.head.bias.any()
     assert meta.log_eta != start.log_eta and meta.log_eta.requires_grad
@@ -189,7 +189,7 @@ def test_the_nominal_term_alone_learns_its_rate_and_nothing_else(setting, tmp_pa
     robust = prepared("--recipe", "robust")
     assert untrained(robust, ABLATION, 0, 0)["linear"].settings == meta.settings
     other = untrained(setting, "attacked", 0, 0)["linear"]
-    assert not other.nominal and other.hidden_size == 20
+    assert not other.nominal and other.settings["hidden_size"] == 20
     assert untrained(robust, "attacked", 0, 0)["linear"].nominal
 
 
