@@ -91,10 +91,11 @@ def draw_meta_training(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.7 + 0.1 * len(histories)), layout="constrained")
-    panel = figure.subplots()
+    panel, colours = figure.subplots(), dict[str, str]()
     for name, history in histories.items():
-        kind, _, phi, *_ = name.split("-")
-        style, colour = {CLEAN: ":", ABLATION: "--"}.get(kind, "-"), f"C{phi.removeprefix('phi')}"
+        kind, _, which = name.partition("-")  # of one fold, seed and ε, all have one colour
+        style = {CLEAN: ":", ABLATION: "--"}.get(kind, "-")
+        colour = colours.setdefault(which, f"C{len(colours)}")
         episodes = range(1, len(history["episodes"]) + 1)
         panel.plot(episodes, history["episodes"], style, color=colour, lw=0.8, label=name)
         if history["checks"]:
