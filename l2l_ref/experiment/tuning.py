@@ -76,7 +76,7 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     add("Adam + L1", {"lr": LOW_LRS, "L1": L1_WEIGHTS})
     if config.attack != "none":
         penalised = {"L1": LITTLE_L1, "penalty": PENALTIES if mnist else PENALTIES[:1]}
-        attacked = {"lr": LRS, "L1": l1_weights(config)}
+        attacked = {"lr": LRS, "L1": l1_weights(config, alpha)}
         add("Adam + penalty + L1", {"lr": LRS, **penalised})
         add("Adam (attacked)", {"lr": ADAM_LRS}, alpha=alpha)
         add("Adam (attacked) + L1", attacked, alpha=alpha)
@@ -100,14 +100,14 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     return grids
 
 
-def l1_weights(config: Config) -> tuple[float, ...]:
-    """Those of attacked batches, and of φ: on CIFAR-10 one, as a candidate takes minutes there."""
-    return L1_WEIGHTS if config.dataset == "mnist" else LITTLE_L1[1:]
+def l1_weights(config: Config, alpha: float) -> tuple[float, ...]:
+    """Of attacked batches of CIFAR-10 one, as a candidate takes minutes there."""
+    return L1_WEIGHTS if config.dataset == "mnist" or alpha == 1 else LITTLE_L1[1:]
 
 
 def with_l1(config: Config, method: Method) -> dict[str, Method]:
     """A method with each weight of the L1 norm, by its settings in words."""
-    weights = l1_weights(config)[:: config.tune_every]
+    weights = l1_weights(config, method.alpha)[:: config.tune_every]
     return {f"L1 {weight:g}": replace(method, l1=weight) for weight in weights}
 
 

@@ -103,6 +103,14 @@ class TestRow:
         ]
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_phi_has_the_weights_of_l1_that_adam_has_on_the_same_batches(dataset):
+    c = cli.parse(["--dataset", dataset, "--attack", "pgd"])
+    for label, alpha in (("Adam + L1", 1.0), ("Adam (attacked) + L1", c.attacked_alpha)):
+        weights = {one.l1 for one in tuning.candidates(c, 0.1)[label].values()}
+        assert {one.l1 for one in tuning.with_l1(c, Method("", None, alpha)).values()} == weights
+
+
 def test_costs_in_gradients():
     """Clean 1, its penalty 3, under attack as many as the attack takes and one more."""
 
