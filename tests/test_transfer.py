@@ -1,5 +1,6 @@
 """The one loop, against gradient descent written out by hand."""
 
+import itertools
 import math
 from functools import partial
 
@@ -73,6 +74,12 @@ def test_sgd_by_hand_and_what_is_recorded(options):
     close(curve.attacked, [10 * w for w in trace])
     assert next(batches)[0].item() == 5.0  # one batch an update, none more
     assert curve.ms_per_step > 0 and not curve.diverged
+
+
+def test_the_time_is_of_an_update(monkeypatch):
+    now = itertools.count()  # each look at the clock is a second later
+    monkeypatch.setattr("l2l_ref.transfer.time.perf_counter", lambda: float(next(now)))
+    assert run(Method("SGD", partial(sgd, 0.0)), every=3)[1].ms_per_step == pytest.approx(1e3 / 3)
 
 
 def test_l1_reaches_parameters_that_the_loss_does_not():

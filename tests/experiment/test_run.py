@@ -89,6 +89,7 @@ class TestWhatARunLeaves:
         assert {row["data"] for row in rows} == {saved["data"]} == {summary["data"]} == {"stand-in"}
         for method in TABLE:
             assert f"| {method} " in printed
+        assert "meta-training attacked-fold0-phi0-eps0.1, episode " in printed
         config = config_of("r")
         assert config["settings"]["steps"] == 4 and config["command"].startswith("python run.py")
         environment = config["environment"]
@@ -275,6 +276,7 @@ class TestResumeAndLoad:
         (["--eps", "-0.1"], "--eps is -0.1: it must be between 0 and 1"),
         (["--eps", "0.1", "0.1"], "free of repeats"),
         (["--alpha", "2"], "--alpha is 2.0: it must be in .0, 1."),
+        (["--penalty", "1", "--alpha", "0"], "--penalty is 1: it must be left out with --alpha 0"),
         (["--compare", "mine"], "^mine cannot be imported"),
         (["--eval-attack", "nowhere:f"], "^nowhere:f cannot be imported"),
         (["--p", "0"], "--p is 0: it must be above 0 and at most 80"),

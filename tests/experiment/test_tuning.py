@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import TINY, zeroing
+from torch import nn
 
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import cli, tuning
@@ -146,6 +147,9 @@ class TestCandidates:
         assert (method.l1, method.penalty) == (1e-3, pytest.approx(0.15))
         method = found["Adam (attacked) + L1"]["lr 0.01, L1 0.001"]
         assert (method.optimizer.args, method.l1, method.alpha) == ((0.01,), 1e-3, 0.5)
+        method = next(iter(found["SGD + penalty + L1, cosine"].values()))
+        (group,) = method.optimizer(nn.Linear(1, 1)).param_groups
+        assert (group["lr"], group["momentum"], group["nesterov"]) == (0.03, 0.9, True)
 
     def test_of_others(self):
         cifar = self.grids("--dataset", "cifar10")
