@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> Path:
     with locked(out / folder.LOCK):
         text = report.write(experiment, environment, command)
         folder.tidy(out)
-    names = ", ".join(sorted(path.name for path in out.iterdir()))
+    names = ", ".join(sorted(path.name for path in out.glob("[!.]*")))
     print(f"\n{text}\n\n{out}: {names}", flush=True)
     return out
 

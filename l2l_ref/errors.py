@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 def shortened(words: object, most: int = 600) -> str:
     """In one line, without the middle where it is very long; of an empty error its class."""
-    text = " ".join(str(words).split()) or type(words).__name__
+    text = " ".join(str(words).splitlines()) or type(words).__name__
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 

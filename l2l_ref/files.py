@@ -66,8 +66,8 @@ def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         if sha256(body).hexdigest().encode() == digest:
             return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
     raise InputError(
-        f"checkpoint {path} cannot be read: it is not there, is broken or was not written by "
-        "l2l_ref; delete it, or name another"
+        f"checkpoint {path} cannot be read: it is not there, not yours to read, broken, or was "
+        "not written by l2l_ref; name another, or delete it"
     )
 
 

@@ -2,16 +2,17 @@
 
 import inspect
 from collections.abc import Callable
-from pkgutil import resolve_name
+from importlib import import_module
 
 from l2l_ref.errors import InputError
 
 
 def imported(name: str) -> Callable:
     """What MODULE:FUNCTION names; InputError if there is none."""
+    module, _, function = name.partition(":")
     try:
-        found = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"{name} cannot be imported ({error}): name a function of a module that is "
             "installed, or whose folder is on PYTHONPATH"

@@ -37,7 +37,7 @@ def untouched(model: Callable, training: bool | None = None) -> Iterator[None]:
         for p in leaves:
             p.requires_grad_(False).grad = None  # else a `backward` would add to the caller's
         if training is not None:
-            model.train(training)
+            model.train() if training else model.eval()
         yield
     finally:
         for m, training in modes:

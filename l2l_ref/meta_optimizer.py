@@ -24,7 +24,7 @@ class MetaOptimizer(nn.Module):
     every backend. All coordinates share the weights; each has a state of its own. The head starts
     at zero, so an untrained φ changes nothing (paper, section 3; Andrychowicz et al. 2016).
 
-    Args:
+    Args (InputError for a size below 1, or p or output_scale out of range):
         hidden_size: units of each LSTM layer.
         num_layers: LSTM layers.
         p: in (0, 80], range of the logarithm in Eq. 5.
@@ -39,9 +39,6 @@ class MetaOptimizer(nn.Module):
         settings: the constructor's arguments: with the state dict, all that φ is.
         form: those of them that the operators take.
         state_axes: of the state of a coordinate: [num_layers, 2, hidden_size, signs], two if odd.
-
-    Raises:
-        InputError: a size below 1; p or output_scale out of range.
     """
 
     def __init__(

@@ -58,16 +58,13 @@ def review(
 ) -> Review:
     """Measure all of it; the model is in eval mode, and comes out as it went in.
 
-    Args:
+    Args (InputError for an eps out of range, or no images):
         model: x in [0, 1] -> logits [b, classes].
         images: what `robust_accuracy` takes; a few hundred.
         eps: l-infinity radius, in (0, 1).
         steps: of PGD, where nothing else is said.
         surrogate: a model that was trained independently, whose adversarial images are tried.
         generator: draws random starts and noise.
-
-    Raises:
-        InputError: eps out of range; no images.
     """
     must(0 < eps < 1, "eps", eps, "above 0 and below 1")
     x, y = (torch.cat(parts) for parts in zip(*batches_of(model, images, 1000), strict=True))

@@ -130,7 +130,7 @@ class TestByName:
             (":attack", "^:attack cannot be imported"),
             ("mine:without_eps", "has no argument eps: give a function"),
             ("builtins:dict", "has no argument eps"),
-            ("fgms", "attack is 'fgms', which is unknown: .* or MODULE:FUNCTION"),
+            ("fgms", "--attack is fgms: it must be fgsm, pgd, none, or MODULE:FUNCTION"),
         ],
     )
     def test_a_name_that_is_nowhere(self, name, words, small_data, workdir):

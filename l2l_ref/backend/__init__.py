@@ -31,11 +31,7 @@ def built(device: str = "cpu") -> bool:
 
 
 def available_device(name: str) -> torch.device:
-    """The device that is called so.
-
-    Raises:
-        InputError: it is not there, or is neither a CPU nor a GPU with CUDA.
-    """
+    """The device that is called so; InputError unless it is there, a CPU or a GPU with CUDA."""
     try:
         device = torch.device(name)
         if device.type not in DEVICES:
@@ -70,7 +66,7 @@ def resolve(backend: str, device: torch.device | str = "cpu", state: Tensor | No
         why = "was built without CUDA: with a CUDA toolkit of PyTorch's version "
         why += f"'{BUILD_CUDA}' in a checkout builds it"
     elif state is not None:
-        why = _unserved(state)
+        why = _unserved(state.shape[0], state.shape[2], state.dtype, state.device)
     if why is None:
         return "fused"
     if backend == "fused":
@@ -93,17 +89,17 @@ def operators(backend: str, state: Tensor) -> ModuleType:
     return ops
 
 
-def _unserved(state: Tensor) -> str | None:
+@cache
+def _unserved(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels do not take such an LSTM; a GPU's shared memory may be too small."""
-    layers, _, units = state.shape[:3]
-    if state.dtype not in (torch.float32, torch.float64):
-        return f"does not serve {state.dtype}, only float32 and float64"
+    if dtype not in (torch.float32, torch.float64):
+        return f"does not serve {dtype}, only float32 and float64"
     if units > MAX_HIDDEN:
         return f"does not serve {units} hidden units, only up to {MAX_HIDDEN}"
-    if state.device.type == "cuda":
-        cuda, double = import_module("l2l_ref.backend._C_cuda"), state.dtype == torch.float64
-        if not cuda.serves(layers, units, double, state.device.index):
-            return f"has too little shared memory for {units} hidden units on {state.device}"
+    if device.type == "cuda":
+        cuda = import_module("l2l_ref.backend._C_cuda")
+        if not cuda.serves(layers, units, dtype == torch.float64, device.index):
+            return f"has too little shared memory for {units} hidden units on {device}"
     return None
 
 

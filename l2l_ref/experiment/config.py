@@ -15,6 +15,7 @@ from l2l_ref.errors import InputError
 GROUPS = "experiment", "meta-training", "transfer and evaluation", "the run"  # of the help
 WHAT, META, TRANSFER, RUN = GROUPS
 DATASETS = ("mnist", "cifar10", "quadratic")
+ATTACKS = ("fgsm", "pgd", "none")
 RECIPES = ("paper", "robust", "penalty")
 
 
@@ -170,7 +171,7 @@ class Config:
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
-    folds: int = option(TRANSFER, "2: the halves change places too", 1, choices=(1, 2))
+    folds: int = option(TRANSFER, "2: the halves change places too", 1)
     attacked_alpha: float = option(  # that of Adam on attacked batches
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
     compare: tuple[str, ...] = option(TRANSFER, "more baselines: MODULE:FUNCTION, model[, lr] -> "
@@ -206,9 +207,11 @@ class Config:
 
     def __post_init__(self):
         lengths, radii = self.episode_steps, self.eps
-        counts = {name: value for name, value in vars(self).items() if type(value) is int}
-        rules = {name: (value >= 1, "at least 1") for name, value in counts.items()}
+        counts = [one.name for one in fields(self) if one.type is int]
+        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
         rules |= {
+            "jobs": (self.jobs is None or self.jobs >= 1, "at least 1"),
+            "folds": (self.folds in (1, 2), "1 or 2"),
             "images": (
                 self.images is None or self.images >= self.batch_size,
                 f"at least --batch-size, {self.batch_size}",
@@ -225,6 +228,9 @@ class Config:
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             "penalty": (not (self.penalty and self.input_alpha == 0), "left out with --alpha 0"),
         }
+        for name, known in (("attack", ATTACKS), ("eval_attack", ("pgd",))):
+            value = getattr(self, name)
+            rules[name] = value in known or ":" in value, f"{', '.join(known)}, or MODULE:FUNCTION"
         if self.dataset == "quadratic":
             rules |= {
                 "attack": (self.attack == "none", "none: quadratics have no pixels to attack"),

@@ -41,20 +41,21 @@ def draw_curves(
 ) -> None:
     """Draw the mean of each method in `STYLES`, ± one deviation, into the PNG at `path`.
 
-    Above a panel are the counts of runs that collapsed or diverged, and the curves that leave it,
-    so that no mean hides them. `summary` is that of `report.summarise`.
+    Above a panel are the counts of runs that collapsed or diverged, and what curves were cut at 1.5
+    times their start, so that no mean hides them. `summary` is that of `report.summarise`.
     """
     from matplotlib.figure import Figure
 
     columns = min(2, len(config.eps))
     rows = math.ceil(len(config.eps) / columns)
-    figure = Figure(figsize=(7.5 * columns, 4.2 * rows + 1.6), layout="constrained")
+    figure, most = Figure(layout="constrained"), 0  # notes above a panel
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for panel, eps in zip(panels, config.eps, strict=False):
         notes = [f"ε = {eps:.3g}"] * (config.attack != "none")
         notes += [f"{row['method']}: {marks(row)}" for row in summary
                   if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
+        means = []
         for method, (colour, style) in STYLES.items():
             own = [run for run in runs if (run["eps"], run["method"]) == (eps, method)]
             if not own:
@@ -62,17 +63,24 @@ def draw_curves(
             losses, steps = torch.tensor([run["attacked"] for run in own]), own[0]["steps"]
             mean, spread = losses.mean(0), losses.std(0, correction=int(len(own) > 1))
             away = mean > 1.5 * mean[0]
-            if away.any():
+            if away.any() and config.dataset != "quadratic":
                 notes.append(f"{method}: up to {mean[away].max():.3g}")
                 mean[away] = math.nan  # or it would flatten all the others
+            means.append(mean)
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
         under = {"none": "", "fgsm": " under FGSM", "pgd": f" under PGD-{config.attack_steps}"}
         panel.set(xlabel="step", ylabel="loss" + under.get(config.attack, " under attack"))
         if config.dataset == "quadratic":
             panel.set_yscale("log")
+        else:  # a deviation may lie outside
+            shown = torch.cat(means)
+            shown = shown[shown.isfinite()]
+            panel.set_ylim(0.95 * shown.min().item(), 1.05 * shown.max().item())
+        most = max(most, len(notes))
         panel.set_title("\n".join(notes), fontsize=9)
         panel.grid(alpha=0.3)
+    figure.set_size_inches(7.5 * columns, (4.2 + 0.15 * most) * rows + 1.6)
     for panel in panels[len(config.eps) :]:
         panel.remove()
     title = textwrap.fill(title, 75 * columns)

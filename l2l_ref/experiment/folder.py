@@ -59,7 +59,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         if config.resume and newest:
             folder = newest
     begun = (LOCK, ".partial")  # all that is there while another process writes the config.json
-    if not all(path.name.endswith(begun) for path in folder.glob("*")):
+    if folder.is_file() or not all(path.name.endswith(begun) for path in folder.glob("*")):
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:
@@ -125,6 +125,6 @@ def describe(value: dict[str, Any]) -> str:
 
 
 def tidy(folder: Path) -> None:
-    """Remove the locks of a run that is complete, and what killed processes have left."""
-    for leftover in [*folder.rglob("*.partial"), *folder.rglob("*.lock")]:
+    """Remove the locks of the parts of a run that is complete, and what killed processes left."""
+    for leftover in [*folder.rglob("*.partial"), *folder.glob("parts/*.lock")]:
         leftover.unlink(missing_ok=True)

@@ -82,12 +82,12 @@ def processor() -> str:
 def git_commit() -> str | None:
     """The commit of this checkout, with "+" behind it if files differ; None outside git."""
     root = Path(__file__).resolve().parents[2]
-    where = [f"--git-dir={root}/.git", f"--work-tree={root}"]  # whatever is around it or in GIT_DIR
+    where = [f"--git-dir={root}/.git", f"--work-tree={root}"]  # not that of a folder around it
     words = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]  # without tags
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        found = subprocess.check_output(
-            ["git", *where, *words], stderr=subprocess.DEVNULL, text=True, timeout=10
-        )
-        return found.strip()
+        return subprocess.check_output(
+            ["git", *where, *words], env=own, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -48,7 +48,7 @@ def named(*words: object) -> str:
 
 def compute_all(pieces: Sequence[Piece], parts: Parts, say: Callable[[str], object]) -> None:
     """Compute every piece that is not there yet and that no other process has taken, the most
-    costly first, and say now and then how much of the run is there, whoever computed it.
+    costly first, and say now and then, between them, how much of the run is there.
 
     Returns when all are there: a process that finds nothing more to do takes over what others leave
     should they die.
@@ -107,6 +107,7 @@ def helpers(work: Callable[..., None], arguments: tuple, count: int) -> Iterator
     finally:
         for process in running:
             process.terminate()
+        for process in running:
             process.join()
 
 

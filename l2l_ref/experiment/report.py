@@ -152,8 +152,7 @@ def table(summary: Rows, config: Config, title: str, footer: str) -> str:
     names = [name for name in SHOWN if name in summary[0]]
     if "pgd_loss" in names:
         names.remove("attacked_loss")
-    attack = config.eval_attack.rpartition(":")[2]  # of MODULE:FUNCTION
-    attack = f"PGD-{config.eval_steps}" if attack == "pgd" else attack
+    attack = config.eval_attack.partition(":")[2] or f"PGD-{config.eval_steps}"
     labels = [SHOWN[name].format(attack=attack) for name in names]
     several = len({row["eps"] for row in summary}) > 1
     head = ["ε"] * several + ["method", "trains on", *labels]
@@ -224,7 +223,6 @@ def write(experiment: Experiment, environment: dict[str, Any], command: str) -> 
     heading, (of_table, foot) = title(setting), footnotes(config, environment, command)
     summary, text = summarise(runs), curves_csv(runs, setting.data["data"])
     replace_with(out / "metrics.csv", lambda partial: partial.write_text(text, encoding="utf-8"))
-    of_steps, of_unrolls = ("steps", "clean", "attacked"), ("loss", "norm")
     value: dict[str, Any] = {
         "title": heading,
         "data": setting.data["data"],
@@ -233,8 +231,8 @@ def write(experiment: Experiment, environment: dict[str, Any], command: str) -> 
         "table": summary,
         "differences": differences(runs),
         "tuned": chosen,
-        "runs": [without(of_steps, run) for run in runs],
-        "meta_training": {name: without(of_unrolls, one) for name, one in histories.items()},
+        "runs": [short(run) for run in runs],
+        "meta_training": {name: short(history) for name, history in histories.items()},
     }
     write_json(out / "summary.json", value)
     try:
@@ -248,5 +246,7 @@ def write(experiment: Experiment, environment: dict[str, Any], command: str) -> 
     return table(summary, config, heading, of_table + foot) + f"\n\n{verdict}" * bool(verdict)
 
 
-def without(names: tuple[str, ...], value: dict[str, Any]) -> dict[str, Any]:
-    return {key: one for key, one in value.items() if key not in names}
+def short(value: dict[str, Any]) -> dict[str, Any]:
+    """Without what has an entry for each step or unroll."""
+    long = "steps", "clean", "attacked", "loss", "norm"
+    return {key: one for key, one in value.items() if key not in long}

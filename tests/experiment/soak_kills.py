@@ -29,7 +29,7 @@ def kill(job, noise) -> None:
 
 
 def files(folder: Path) -> int:
-    return sum(1 for path in folder.rglob("*") if path.is_file())
+    return sum(path.is_file() and path.suffix != ".lock" for path in folder.rglob("*"))
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,7 @@ def test_a_full_disk_in_mid_run_and_then_resumed(once, workdir, monkeypatch, las
         path.touch()
     run.main([*SHORT, "--out", "r", "--resume"])
     assert not any(path.exists() for path in left)
+    assert Path("r", folder.LOCK).exists()  # others may hold it, or wait for it
     assert Path("r/metrics.csv").read_bytes() == (once / "metrics.csv").read_bytes()
 
 

@@ -69,7 +69,7 @@ class TestWhatARunLeaves:
     def test_two_panels_with_every_method(self, workdir, small_data, capsys):
         run.main([*TINY, "--eps", "0.1", "8/255", "--out", "r"])
         folder = workdir / "r"
-        assert {path.name for path in folder.iterdir()} == FILES
+        assert {path.name for path in folder.glob("[!.]*")} == FILES  # and the lock
         summary, rows = read(folder)
         assert {row["method"] for row in summary["table"]} == TABLE
         assert {row["eps"] for row in summary["table"]} == {0.1, 8 / 255}
@@ -271,7 +271,7 @@ class TestResumeAndLoad:
     "arguments, words",
     [
         (["--dataset", "svhn"], "invalid choice: 'svhn'"),
-        (["--attack", "cw"], "attack is 'cw', which is unknown: choose one of none, fgsm"),
+        (["--attack", "cw"], "--attack is cw: it must be fgsm, pgd, none, or MODULE"),
         (["--eps", "big"], "'big' is not a number"),
         (["--eps", "-0.1"], "--eps is -0.1: it must be between 0 and 1"),
         (["--eps", "0.1", "0.1"], "free of repeats"),
@@ -286,7 +286,7 @@ class TestResumeAndLoad:
         (["--average", "0", "--load", "x.pt"], "leave out --average, --episode-steps, --episodes"),
         (["--out", "other", "--resume"], "--out other is taken, but not by a run"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
-        (["--folds", "3"], "--folds: invalid choice: 3 .choose from 1, 2"),
+        (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
         (["--dataset", "quadratic", "--attack", "fgsm"], "--attack is fgsm: it must be none"),
         (["--dataset", "cifar10", "--optimizee", "mlp"], "'mlp' does not go with cifar10"),
         (["--dataset", "cifar10", "--optimizee", "examples.networks:tanh"],
@@ -300,7 +300,7 @@ class TestResumeAndLoad:
         (["--dataset", "quadratic", "--images", "500"], "--images is 500: it must be left out"),
         (["--dataset", "quadratic", "--compare", "torch.optim:RAdam"], "RAdam: it must be left"),
         (["--load", ""], "argument --load: it is empty"),
-        (["--out", "file"], "--out file cannot be written .File exists.: name another"),
+        (["--out", "file"], "--out file is taken, but not by a run"),
         (["--out", "full"], "--out full is not empty: add --resume"),
         (["--out", "broken", "--resume"], "config.json is broken"),
     ],
