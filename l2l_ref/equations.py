@@ -169,6 +169,13 @@ def unroll_meta_gradient(
     Returns:
         [P], packed like `phi`.
     """
+    if thetas is not None and thetas.shape != gradients.shape:
+        shape, expected = list(thetas.shape), list(gradients.shape)
+        raise RuntimeError(f"thetas has shape {shape}, expected {expected}")
+    if thetas is None and form["theta_input"]:
+        raise RuntimeError(
+            "thetas is missing: phi sees theta, pass the theta [T, N] that each update saw"
+        )
     steps, n = gradients.shape
     by_sign = state.view(*state.shape[:3], 2 if form["odd"] else 1, n)
     phi = phi.detach().requires_grad_()

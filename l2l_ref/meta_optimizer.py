@@ -170,10 +170,8 @@ def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     `model.embedding.phi_group = "linear"`. The paper gives convolutional and linear layers a φ each
     (section 4.2); groups named by the kind of layer let a φ move to any optimizee that has layers
     of its kind. A frozen parameter is in no group, one that several modules share in the first's,
-    and what parametrizes a layer (weight norm) in that of the layer.
-
-    Raises:
-        InputError: a model without trainable parameters.
+    and what parametrizes a layer (weight norm) in that of the layer. InputError for a model without
+    trainable parameters.
     """
     groups: dict[str, list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -192,11 +190,7 @@ def phi_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def with_phi(
     model: nn.Module, phi: Mapping[str, MetaOptimizer] | nn.ModuleDict
 ) -> dict[str, tuple[list[nn.Parameter], Any]]:
-    """The parameters of each φ-group of a model, and their φ.
-
-    Raises:
-        InputError: a φ-group that `phi` lacks; what `phi_groups` raises.
-    """
+    """The parameters of each φ-group of a model, and their φ; InputError for one without."""
     groups = phi_groups(model)
     if missing := sorted(groups.keys() - phi.keys()):
         names = {param: name for name, param in model.named_parameters()}

@@ -42,9 +42,10 @@ def available_device(name: str) -> torch.device:
     return device
 
 
-def resolve(backend: str, device: torch.device | str = "cpu", state: Tensor | None = None) -> str:
-    """The backend that `backend` stands for on a device, for an LSTM state [L, 2, H, ...] where one
-    is given: "reference" or "fused".
+@cache
+def resolve(backend: str, device: torch.device | str = "cpu", lstm: tuple | None = None) -> str:
+    """The backend that `backend` stands for on a device, for an LSTM of (layers, units, dtype) if
+    that is given: "reference" or "fused". Remembered, as every step asks.
 
     "auto" is fused where that is built and serves both. Where it does not, the reference runs, and
     a warning says so once.
@@ -65,8 +66,8 @@ def resolve(backend: str, device: torch.device | str = "cpu", state: Tensor | No
     elif not built(kind):
         why = "was built without CUDA: with a CUDA toolkit of PyTorch's version "
         why += f"'{BUILD_CUDA}' in a checkout builds it"
-    elif state is not None:
-        why = _unserved(state.shape[0], state.shape[2], state.dtype, state.device)
+    elif lstm is not None:
+        why = _unserved(torch.device(device), *lstm)
     if why is None:
         return "fused"
     if backend == "fused":
@@ -82,15 +83,15 @@ def operators(backend: str, state: Tensor) -> ModuleType:
         InputError: as `resolve`.
         ImportError: an extension that is there but broken is never mistaken for a missing one.
     """
-    if resolve(backend, state.device, state) == "reference":
+    layers, _, units = state.shape[:3]
+    if resolve(backend, state.device, (layers, units, state.dtype)) == "reference":
         return equations
     from l2l_ref.backend import ops  # a statement, which torch.compile can follow
 
     return ops
 
 
-@cache
-def _unserved(layers: int, units: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def _unserved(device: torch.device, layers: int, units: int, dtype: torch.dtype) -> str | None:
     """Why the kernels do not take such an LSTM; a GPU's shared memory may be too small."""
     if dtype not in (torch.float32, torch.float64):
         return f"does not serve {dtype}, only float32 and float64"
@@ -118,10 +119,8 @@ def use_tensor_cores(on: bool) -> None:
     """Whether steps in float32 multiply on a GPU's tensor cores; off at first.
 
     Serves φ of up to 20 units, from the Ampere generation on, as three products of TF32 numbers, to
-    about the accuracy of float32. An infinite gradient or state becomes NaN there.
-
-    Raises:
-        InputError: the extension has no CUDA half, or this torch has none.
+    about the accuracy of float32. An infinite gradient or state becomes NaN there. InputError where
+    the extension has no CUDA half, or torch has none.
     """
     if not built("cuda"):
         raise InputError(f"tensor cores need the fused engine with CUDA: '{BUILD_CUDA}' builds it")

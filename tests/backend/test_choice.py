@@ -9,17 +9,18 @@ from conftest import cpu_levels, random_phi
 from torch import nn
 
 from l2l_ref import equations
-from l2l_ref.backend import _unserved, _warn, build_info, operators, resolve, use_tensor_cores
+from l2l_ref.backend import _warn, build_info, operators, resolve, use_tensor_cores
 from l2l_ref.errors import InputError
 from l2l_ref.optimizer import LearnedOptimizer
 
 
 @pytest.fixture(autouse=True)
 def anew():
-    """The one warning is given anew in each test, and a GPU is asked anew."""
+    """The one warning is given anew in each test, and the choice is made anew."""
     _warn.cache_clear()
+    resolve.cache_clear()
     yield
-    _unserved.cache_clear()
+    resolve.cache_clear()
 
 
 def state(hidden=20, dtype=torch.float32, device="cpu"):
@@ -46,6 +47,7 @@ def test_fused_where_it_serves_and_the_reference_on_demand(fused, recwarn):
 def test_what_it_does_not_serve(fused, given, words):
     with pytest.warns(UserWarning, match=words):
         assert operators("auto", given) is equations
+    resolve.cache_clear()
     with warnings.catch_warnings():  # once is enough
         warnings.simplefilter("error")
         assert operators("auto", given) is equations
@@ -80,12 +82,12 @@ def test_not_built(fused, monkeypatch, halves, device, words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gpu_with_too_little_shared_memory(fused, monkeypatch, dtype):
     """Asked by way of a state that says it is on CUDA."""
-    cuda = Mock(serves=Mock(side_effect=[True, False]))
+    cuda = Mock(serves=Mock(side_effect=[True, False, False]))
     monkeypatch.setattr("l2l_ref.backend.built", lambda kind="cpu": True)
     monkeypatch.setattr("l2l_ref.backend.import_module", lambda name: cuda)
     own = Mock(shape=(2, 2, 56, 3), dtype=dtype, device=torch.device("cuda:1"))
     assert operators("auto", own) is fused
-    _unserved.cache_clear()
+    resolve.cache_clear()
     with pytest.warns(UserWarning, match="memory for 56 hidden units on cuda:1"):
         assert operators("auto", own) is equations
     with pytest.raises(InputError, match="'fused' has too little shared memory for"):

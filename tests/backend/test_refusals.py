@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine_cases import OPERATORS, STEP, UNROLL, Case, listed
 
+from l2l_ref import equations
 from l2l_ref.backend import MAX_HIDDEN
 
 CASE = Case(6, 2, 4, odd=True, steps=3)
@@ -99,10 +100,14 @@ def test_a_wrong_form_or_state_is_named(fused, arguments, name, wrong, words):
 
 
 def test_missing_thetas(fused, arguments):
+    """The reference refuses as the engine does, also those of another shape."""
     case = CASE._replace(theta_input=True)
-    given = [arguments(case)[name] for name in UNROLL[:-1]]
-    with pytest.raises(RuntimeError, match="thetas is missing: phi sees theta, pass"):
-        fused.unroll_meta_gradient(*given, **case.form)
+    *given, thetas = (arguments(case)[name] for name in UNROLL)
+    for module in (fused, equations):
+        with pytest.raises(RuntimeError, match="thetas is missing: phi sees theta, pass"):
+            module.unroll_meta_gradient(*given, **case.form)
+    with pytest.raises(RuntimeError, match="thetas has shape .*, expected"):
+        equations.unroll_meta_gradient(*given, thetas[1:], **case.form)
 
 
 class TestLists:
