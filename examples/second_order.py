@@ -17,7 +17,7 @@ from examples import paper
 from l2l_ref import MetaOptimizer, MetaSettings, data
 from l2l_ref.meta_training import apply_meta_gradient, meta_adam
 
-SEEDS, EVERY = 3, 10  # unrolls between two that are differentiated both ways
+SEEDS, EVERY, P = 3, 10, 5.0  # EVERY: unrolls between two that are differentiated both ways
 
 
 def unrolled(phi: MetaOptimizer, theta: Tensor, gradient: Tensor, state: Tensor, batches: list,
@@ -43,7 +43,7 @@ def meta_gradient(phi: MetaOptimizer, *inputs, order: int) -> tuple[Tensor, floa
 
 def meta_train(order: int, episodes: int, batches, compare: bool) -> tuple[MetaOptimizer, list]:
     """φ after so many episodes, and of some unrolls (cosine, ratio of norms, both seconds)."""
-    phi, compared = MetaOptimizer(), []
+    phi, compared = MetaOptimizer(p=P), []
     settings = MetaSettings(episodes, meta_lr=paper.META_LR)
     group = nn.ModuleDict({"linear": phi})
     adam, unrolls = meta_adam(group, settings), paper.STEPS // paper.UNROLL
@@ -82,7 +82,7 @@ def transfer(phi: MetaOptimizer, theta: Tensor, batches) -> Tensor:
     return theta
 
 
-def main(data_dir: str = "data", episodes: int | str = 70) -> dict[int, list[float]]:
+def main(data_dir: str = "data", episodes: int | str = 140) -> dict[int, list[float]]:
     """Prints both tables; returns the losses under PGD-7 by order."""
     torch.set_num_threads(1)
     mnist, result = data.load("mnist", data_dir), {}
@@ -93,7 +93,8 @@ def main(data_dir: str = "data", episodes: int | str = 70) -> dict[int, list[flo
         for x, y in half.batches(paper.BATCH, torch.Generator().manual_seed(seed)):
             yield x.flatten(1), y
 
-    print(f"{mnist.source}, FGSM at {paper.EPS}, {episodes} episodes of {paper.STEPS} steps")
+    words = f"p = {P:g}, {episodes} episodes of {paper.STEPS} steps"
+    print(f"{mnist.source}, FGSM at {paper.EPS}, {words}")
     for order in (1, 2):
         losses, all_compared, begin = [], [], time.perf_counter()
         for seed in range(SEEDS):
