@@ -8,6 +8,7 @@ import shlex
 import statistics
 import timeit
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,9 @@ ROUNDS = (3, 15)  # at least, at most
 
 def count(text: str) -> int:
     """A whole number of at least 1, also as 1e6."""
-    try:
-        value = float(text)
-        if value >= 1 and value == int(value):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
+    with suppress(ValueError, OverflowError):
+        if (value := int(float(text))) == float(text) and value >= 1:
+            return value
     raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
 
 
@@ -96,13 +94,6 @@ def said_by_linux(file: str, key: str) -> int:
     """Bytes behind `key` in a file of /proc."""
     lines = Path("/proc", file).read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-
-def give_back(device: torch.device) -> None:
-    """Free what nothing refers to, on a GPU for the other programs too."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def interleave(

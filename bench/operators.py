@@ -9,6 +9,7 @@ as many) take in one large float32 matrix product. The other floors are those of
 their time over ours is the share of the machine that ours reaches.
 """
 
+import gc
 from typing import Any
 
 import torch
@@ -152,7 +153,9 @@ def main(arguments: list[str]) -> None:
     ]
     for case in cases:
         row = measured(*case, options, report["rates"])
-        measure.give_back(options.device)
+        gc.collect()
+        if options.device.type == "cuda":  # its memory is for other programs, too
+            torch.cuda.empty_cache()
         print(lines(row), flush=True)
         report["rows"].append(row)
         write_json(options.out / "operators.json", report)  # in case it is stopped

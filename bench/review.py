@@ -6,7 +6,6 @@ Trains the first model of each method once more, and one with Adam from another 
 are tried on it. Writes review-METHOD.json and .png into the run's folder.
 """
 
-import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.figure import finish
 from l2l_ref.experiment.protocol import train_method
+from l2l_ref.experiment.queue import named
 from l2l_ref.experiment.setting import Trial
 from l2l_ref.files import write_json
 from l2l_ref.review import Review, review
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
         )
-        name = "review-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+        name = named("review", label).lower()
         draw(options.folder / f"{name}.png", found, f"{report.title(setting)} · {label}",
              about["command"])  # fmt: skip
         write_json(options.folder / f"{name}.json", {**about, "method": label, **asdict(found)})

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from typing import Any
 
 from l2l_ref.errors import InputError, shortened
 from l2l_ref.experiment.config import GROUPS, OPTIONS, Config, complete, flag, names_of, tuples
@@ -55,18 +54,11 @@ def parse(arguments: list[str]) -> Config:
 def run_as_script(
     name: str, main: Callable[[list[str]], object], interrupted: str = "stopped"
 ) -> None:
-    """Run `main` on the command line; a mistake is one sentence and exit code 2, and a signal one
-    and 128 plus its number. `interrupted` says what there is to do about a program that stopped."""
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
-
+    """Run `main` on the command line; a mistake is one sentence and exit code 2, and control-C one
+    and 130. `interrupted` says what there is to do about a program that stopped."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # there is none where it was closed
             stream.reconfigure(errors="replace", line_buffering=True)  # φ, ε; logs that grow
-    for number in signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
-            signal.signal(number, stop)
     try:
         main(sys.argv[1:])
         return
@@ -75,7 +67,7 @@ def run_as_script(
     except OSError as error:  # no room, no permission, a disk that fails, a reader that left
         where = f"{shortened(error.filename)}: " if error.filename else ""
         code, words = 2, f"{name}: {where}{error.strerror or error} ({interrupted})"
-    except KeyboardInterrupt as stopped:  # control-C brings no number
-        code, words = 128 + (stopped.args or (signal.SIGINT,))[0], f"\n{interrupted}"
+    except KeyboardInterrupt:
+        code, words = 128 + signal.SIGINT, f"\n{interrupted}"
     print(words, file=sys.stderr)
     sys.exit(code)

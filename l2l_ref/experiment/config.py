@@ -171,7 +171,7 @@ class Config:
     batch_size: int = option(TRANSFER, "samples", 128, {"cifar10 quick": 64})
     seeds: int = option(TRANSFER, "transfer runs of each method", 5,
         {"cifar10": 3, "quick": 2, "cifar10 quick": 1})
-    folds: int = option(TRANSFER, "2: the halves change places too", 1)
+    folds: int = option(TRANSFER, "2: the halves change places too", 1, choices=(1, 2))
     attacked_alpha: float = option(  # that of Adam on attacked batches
         default=0.5, exceptions={"pgd": 0.2, "none": 1.0})
     compare: tuple[str, ...] = option(TRANSFER, "more baselines: MODULE:FUNCTION, model[, lr] -> "
@@ -211,7 +211,6 @@ class Config:
         rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
         rules |= {
             "jobs": (self.jobs is None or self.jobs >= 1, "at least 1"),
-            "folds": (self.folds in (1, 2), "1 or 2"),
             "images": (
                 self.images is None or self.images >= self.batch_size,
                 f"at least --batch-size, {self.batch_size}",

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from importlib.metadata import distributions
@@ -15,7 +16,6 @@ import torch
 from l2l_ref.backend import build_info
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # instructions, as Linux names them
 CGROUP = Path("/sys/fs/cgroup")
 LARGEST_BLOCK = 32 << 20  # bytes; glibc takes no higher threshold
 
@@ -63,20 +63,18 @@ def environment(device: torch.device, backend: str, data: dict[str, Any]) -> dic
 
 
 def processor() -> str:
-    """The CPU: its name, on x86 also family, model and vector instructions, for a name such as
-    "AMD EPYC" says little."""
+    """The CPU: its name, on x86 also family, model and the vector instructions that torch uses, for
+    a name such as "AMD EPYC" says little."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []  # not Linux
-    found = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
+        text = ""  # not Linux
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     name = found.get("model name") or platform.processor() or platform.machine()
     if "cpu family" not in found:
         return name
-    sets = [each for each in VECTORS if each in found.get("flags", "").split()]
-    return f"{name} (family {found['cpu family']}, model {found['model']}; {' '.join(sets)})"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{name} (family {found['cpu family']}, model {found['model']}; {vectors})"
 
 
 def git_commit() -> str | None:

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,6 @@ from l2l_ref.files import locked
 
 POLL = 0.5  # seconds that a process sleeps when no piece is free
 EVERY = 0.05  # of a run, between two lines that say how far it is
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,16 @@ def helpers(work: Callable[..., None], arguments: tuple, count: int) -> Iterator
     """Meanwhile run work(*arguments, number), of a module, in so many processes more, numbered from
     1. They end with this one, however it ends; what they leave undone, it does."""
     running = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in them: control-C meets the first, too
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # there too, until it has handlers
         for number in range(1, count + 1):
             given = work, (*arguments, number)
             process = get_context("spawn").Process(target=lend_a_hand, args=given, daemon=True)
             process.start()
             running.append(process)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
         yield
     finally:
         for process in running:
@@ -119,9 +119,5 @@ def lend_a_hand(work: Callable[..., None], arguments: tuple) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_the_first, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C meets all: the first ends the others
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     with suppress(InputError, OSError):
         work(*arguments)

@@ -286,7 +286,7 @@ class TestResumeAndLoad:
         (["--average", "0", "--load", "x.pt"], "leave out --average, --episode-steps, --episodes"),
         (["--out", "other", "--resume"], "--out other is taken, but not by a run"),
         (["--meta-lr", "inf"], "--meta-lr is inf"),
-        (["--folds", "3"], "--folds is 3: it must be 1 or 2"),
+        (["--folds", "3"], "--folds: invalid choice: 3"),
         (["--dataset", "quadratic", "--attack", "fgsm"], "--attack is fgsm: it must be none"),
         (["--dataset", "cifar10", "--optimizee", "mlp"], "'mlp' does not go with cifar10"),
         (["--dataset", "cifar10", "--optimizee", "examples.networks:tanh"],
