@@ -173,7 +173,9 @@ def test_a_run_waits_for_its_phi_or_for_what_tunes_it(setting, tmp_path):
     assert tuned == weights and needs["L2L + L1"] == phi | tuned.keys()
     found = {m.l1: (m.alpha, m.half) for m in row.methods.values()}
     assert found == dict.fromkeys((3e-4, 3e-3), (0.5, "meta"))
-    assert runs["L2L + L1"].cost == 4 * setting.config.steps  # clean, FGSM, attacked, the LSTM
+    c = setting.config  # clean, FGSM, attacked, the LSTM; then PGD on two losses
+    evaluation = 2 * c.restarts * c.eval_steps * c.eval_samples / c.batch_size
+    assert runs["L2L + L1"].cost == 4 * c.steps + evaluation
     (rows,) = protocol.Experiment(prepared("--recipe", "robust"), tmp_path).tables
     assert not any(r.label.startswith("L2L") and "L1" in r.label for r in rows)  # φ sees θ
 
