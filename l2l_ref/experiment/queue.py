@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
@@ -92,23 +92,16 @@ def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: tor
 def helpers(work: Callable[..., None], arguments: tuple, count: int) -> Iterator[None]:
     """Meanwhile run work(*arguments, number), of a module, in so many processes more, numbered from
     1. They end with this one, however it ends; what they leave undone, it does."""
-    running = []
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in them: control-C meets the first, too
-    try:
+    with ExitStack() as ends:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in them: control-C meets the first
         for number in range(1, count + 1):
             given = work, (*arguments, number)
             process = get_context("spawn").Process(target=lend_a_hand, args=given, daemon=True)
             process.start()
-            running.append(process)
-    finally:
+            ends.callback(process.join)
+            ends.callback(process.terminate)  # the last callback is the first to be called
         signal.signal(signal.SIGINT, before)
-    try:
         yield
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join()
 
 
 def lend_a_hand(work: Callable[..., None], arguments: tuple) -> None:
