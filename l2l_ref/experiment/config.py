@@ -27,13 +27,6 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number or a fraction") from None
 
 
-def path(text: str) -> str:
-    """A path, its ~ expanded, which a shell leaves alone after a =."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty")
-    return os.path.expanduser(text)
-
-
 def flag(name: str) -> str:
     """The option of a field, as it is typed."""
     return "--" + name.replace("_", "-")
@@ -84,7 +77,7 @@ class Option:
             action = argparse.BooleanOptionalAction if self.default else "store_true"
             return {"action": action, "help": text}
         inner = [one for one in get_args(type_) if one not in (NoneType, Ellipsis)] or [type_]
-        kind = path if self.metavar in ("DIR", "FILE") else inner[0]
+        kind = os.path.expanduser if self.metavar in ("DIR", "FILE") else inner[0]  # --out=~/x
         return {
             "type": number if kind is float else kind,
             "nargs": ("+", 2)[len(inner) - 1] if get_origin(type_) is tuple else None,
@@ -206,11 +199,11 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        lengths, radii = self.episode_steps, self.eps
-        counts = [one.name for one in fields(self) if one.type is int]
-        rules = {name: (getattr(self, name) >= 1, "at least 1") for name in counts}
+        lengths, radii, own = self.episode_steps, self.eps, vars(self)
+        rules = {name: (one != "", "given a name, or left out") for name, one in own.items()}
+        counts = [one.name for one in fields(self) if one.type in (int, int | None)]
+        rules |= {name: (own[name] is None or own[name] >= 1, "at least 1") for name in counts}
         rules |= {
-            "jobs": (self.jobs is None or self.jobs >= 1, "at least 1"),
             "images": (
                 self.images is None or self.images >= self.batch_size,
                 f"at least --batch-size, {self.batch_size}",
@@ -228,8 +221,8 @@ class Config:
             "penalty": (not (self.penalty and self.input_alpha == 0), "left out with --alpha 0"),
         }
         for name, known in (("attack", ATTACKS), ("eval_attack", ("pgd",))):
-            value = getattr(self, name)
-            rules[name] = value in known or ":" in value, f"{', '.join(known)}, or MODULE:FUNCTION"
+            right = own[name] in known or ":" in own[name]
+            rules[name] = right, f"{', '.join(known)}, or MODULE:FUNCTION"
         if self.dataset == "quadratic":
             rules |= {
                 "attack": (self.attack == "none", "none: quadratics have no pixels to attack"),
@@ -238,7 +231,7 @@ class Config:
             }
         for name, (right, allowed) in rules.items():
             if not right:
-                value = show(getattr(self, name))
+                value = show(own[name]) or "empty"
                 raise InputError(f"{flag(name)} is {value}: it must be {allowed}")
         try:
             self.meta_settings()
