@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
     about = origin("review", arguments, setting.device, setting.config.backend, setting.data)
     train = fold.transfer.first(setting.config.images)
-    adam = Method("surrogate", partial(tuning.adam, 1e-3))
+    adam = Method("surrogate", partial(tuning.adam, lr=1e-3))
     surrogate, *_ = Trial(setting, ("surrogate",)).train(adam, train, fold.test, eps)
     images = fold.test.first(options.samples)
     # A label stands there once for each φ: the last one read is the first.

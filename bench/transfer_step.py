@@ -69,8 +69,8 @@ def measured(dataset: str, options: Any) -> dict[str, Any]:
     pixels = torch.randint(256, (samples, *sources.KINDS[dataset].shape), dtype=torch.uint8)
     images = data.ImageSet(pixels, torch.arange(samples) % problem.classes)
     methods = [learned(problem, recipe, options.backend, eps) for recipe in RECIPES]
-    methods.append(Method("Adam (clean)", partial(adam, 1e-3)))
-    methods.append(Method(BASELINE, partial(adam, 1e-3), alpha=0.0))
+    methods.append(Method("Adam (clean)", partial(adam, lr=1e-3)))
+    methods.append(Method(BASELINE, partial(adam, lr=1e-3), alpha=0.0))
     runs = {m.label: runner(problem, m, images, eps, options.steps) for m in methods}
     for run in runs.values():
         run()

@@ -67,7 +67,7 @@ def close(actual, expected):
      {"alpha": 0.5, "penalty": 0.7}],
 )  # fmt: skip
 def test_sgd_by_hand_and_what_is_recorded(options):
-    _, curve, batches = run(Method("", partial(sgd, 0.01), **options), shift=0.5)
+    _, curve, batches = run(Method("", partial(sgd, lr=0.01), **options), shift=0.5)
     trace = by_hand(0.01, shift=0.5, **options)
     assert curve.steps == [0, 1, 2, 3]
     close(curve.clean, trace)
@@ -79,7 +79,9 @@ def test_sgd_by_hand_and_what_is_recorded(options):
 def test_the_time_is_of_an_update(monkeypatch):
     now = itertools.count()  # each look at the clock is a second later
     monkeypatch.setattr("l2l_ref.transfer.time.perf_counter", lambda: float(next(now)))
-    assert run(Method("SGD", partial(sgd, 0.0)), every=3)[1].ms_per_step == pytest.approx(1e3 / 3)
+    assert run(Method("SGD", partial(sgd, lr=0.0)), every=3)[1].ms_per_step == pytest.approx(
+        1e3 / 3
+    )
 
 
 def test_l1_reaches_parameters_that_the_loss_does_not():
@@ -98,12 +100,12 @@ def test_l1_reaches_parameters_that_the_loss_does_not():
 
 def test_records_first_every_kth_and_last():
     for every, steps in ((2, [0, 2, 3]), (3, [0, 3])):
-        _, curve, _ = run(Method("", partial(sgd, 0.01)), every=every)
+        _, curve, _ = run(Method("", partial(sgd, lr=0.01)), every=every)
         assert curve.steps == steps
 
 
 def test_a_loss_that_is_not_finite_is_marked():
-    _, curve, _ = run(Method("", partial(sgd, 1e30)))
+    _, curve, _ = run(Method("", partial(sgd, lr=1e30)))
     assert curve.diverged
     assert Curve([0], [1.0], [math.nan], 1.0).diverged
     assert not Curve([0], [1.0], [1.0], 1.0).diverged
@@ -111,7 +113,7 @@ def test_a_loss_that_is_not_finite_is_marked():
 
 def test_its_running_average_is_recorded_and_normalises_anew():
     """w as ever; recorded is w̄ of weights 1, 1/2 and 0.4 = 1 - d."""
-    model, curve, _ = run(Method("", partial(sgd, 0.01)), decay=0.6)
+    model, curve, _ = run(Method("", partial(sgd, lr=0.01)), decay=0.6)
     w = by_hand(0.01)
     averages = [w[0], w[1], (w[1] + w[2]) / 2]
     averages.append(0.6 * averages[2] + 0.4 * w[3])
@@ -122,7 +124,7 @@ def test_its_running_average_is_recorded_and_normalises_anew():
     average = running_average(model, 0.5)
     x, calibration = torch.rand(8, 2), torch.rand(40, 2)
     train(
-        model, Method("", partial(sgd, 0.1)), iter([(x, torch.zeros(8, 3))] * 5), loss=square,
+        model, Method("", partial(sgd, lr=0.1)), iter([(x, torch.zeros(8, 3))] * 5), loss=square,
         attack=attacks.none, steps=5, record=nothing, average=average,
         calibration=calibration.split(20),
     )  # fmt: skip

@@ -35,7 +35,7 @@ QUADRATIC_SGD_LRS = (0.002, 0.005, 0.01, 0.02, 0.03)
 STAY = 3  # one candidate in so many, the best of the first seed, runs on the others
 
 
-def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
+def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Adam on all parameters (Kingma & Ba 2015), PyTorch's defaults but for the learning rate."""
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -43,7 +43,7 @@ def adam(lr: float, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=rate, capturable=on_gpu)
 
 
-def sgd(lr: float, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
     """Plain gradient descent, Eq. 2, but for the options."""
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
 
@@ -61,10 +61,8 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
         points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
         for point in points[:: config.tune_every]:
             words = ", ".join(f"{name} {value:g}" for name, value in point.items())
-            lr, l1, penalty = (point.get(name) for name in ("lr", "L1", "penalty"))
-            grids[label][words] = Method(
-                label, partial(optimizer, lr), l1=l1 or 0.0, penalty=(penalty or 0.0) * eps, **fixed
-            )
+            own = {"l1": point.pop("L1", 0.0), "penalty": point.pop("penalty", 0.0) * eps, **fixed}
+            grids[label][words] = Method(label, partial(optimizer, **point), **own)
 
     if config.dataset == "quadratic":
         add("Adam", {"lr": QUADRATIC_ADAM_LRS})
@@ -90,13 +88,9 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
         make, label = imported(name), name.partition(":")[2]
         label = name if label in grids else label
         tuned = {"lr": ADAM_LRS} if takes(make, "lr") else {}
-
-        def optimizer(lr: float | None, model: nn.Module, make=make) -> torch.optim.Optimizer:
-            return make(model) if lr is None else make(model, lr=lr)
-
-        add(label, tuned, optimizer, capture=False)
+        add(label, tuned, make, capture=False)
         if config.attack != "none":
-            add(f"{label} (attacked)", tuned, optimizer, alpha=alpha, capture=False)
+            add(f"{label} (attacked)", tuned, make, alpha=alpha, capture=False)
     return grids
 
 

@@ -159,8 +159,8 @@ def transfer_run(dataset, kind, captured, device=CPU, **options):
     problem = problems.make(dataset)
     phi = new_phi(problem, device, theta_input=True, nominal=True)
     optimizer = {
-        "sgd": partial(tuning.sgd, 0.1),
-        "adam": partial(tuning.adam, 1e-3),
+        "sgd": partial(tuning.sgd, lr=0.1),
+        "adam": partial(tuning.adam, lr=1e-3),
         "learned": partial(LearnedOptimizer.for_model, phi=phi),
     }.get(kind, kind)
     model = problem.draw(generator(0), device)

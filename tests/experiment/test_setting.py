@@ -69,7 +69,7 @@ def test_methods_of_a_seed_share_theta0_and_batches(small_data, monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr("l2l_ref.experiment.setting.train", spy)
-    a, b = Method("a", partial(sgd, 0.1)), Method("b", partial(sgd, 0.2), alpha=0.0)
+    a, b = Method("a", partial(sgd, lr=0.1)), Method("b", partial(sgd, lr=0.2), alpha=0.0)
     for base, method, seed in ((0, a, 0), (0, b, 0), (0, a, 1), (1, a, 0)):
         with pytest.raises(StopIteration):
             protocol.run_method(settings[base], method, fold, 0.1, seed)
@@ -83,7 +83,7 @@ def test_what_a_network_draws_in_training_depends_on_its_trial_alone(setting):
     """Dropout: whatever was computed before."""
     build = lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))  # noqa: E731
     own = replace(setting, problem=replace(setting.problem, build=build))
-    (fold,), method = folds(own), Method("", partial(sgd, 0.1))
+    (fold,), method = folds(own), Method("", partial(sgd, lr=0.1))
     first, other, again = (protocol.run_method(own, method, fold, 0.1, seed) for seed in (0, 1, 0))
     assert first["attacked"] == again["attacked"] != other["attacked"]
 
@@ -129,11 +129,11 @@ def test_bad_ends_are_marked(setting):
     """A rate of 0 leaves θ₀ alone, one of infinity makes it nan; weights of 0 predict nothing."""
     (fold,) = folds(setting)
 
-    ends = {"ok": partial(sgd, 0.0), "diverged": partial(sgd, math.inf), "collapsed": zeroing}
+    ends = {"ok": partial(sgd, lr=0.0), "diverged": partial(sgd, lr=math.inf), "collapsed": zeroing}
     for end, optimizer in ends.items():
         assert protocol.run_method(setting, Method("", optimizer), fold, 0.1, 0)["end"] == end
     found = protocol.run_method(
-        prepared("--steps", "30"), Method("", partial(sgd, 0.1)), fold, 0.1, 0
+        prepared("--steps", "30"), Method("", partial(sgd, lr=0.1)), fold, 0.1, 0
     )
     assert found["last"]["pgd_loss"] != found["pgd_loss"]  # which is that of the average
 
@@ -143,7 +143,7 @@ def test_each_method_trains_on_so_many_images_of_its_half(small_data, seen_pictu
     """And while it is tuned, of its part of the meta-training half."""
     setting = prepared("--images", "40")
     (fold,) = folds(setting)
-    method = Method("a", partial(sgd, 0.1), half=half)
+    method = Method("a", partial(sgd, lr=0.1), half=half)
     if half == "fit":
         tuning.validate(setting, method, fold, 0.1, 0)
     else:

@@ -42,7 +42,7 @@ def choose(monkeypatch):
         monkeypatch.setattr(tuning, "validate", validate)
         (tune_seeds,) = {len(by_seed) for by_seed in outcomes.values()}
         own = replace(setting, config=replace(setting.config, tune_seeds=tune_seeds))
-        methods = {name: Method(name, partial(sgd, 0.1)) for name in outcomes}
+        methods = {name: Method(name, partial(sgd, lr=0.1)) for name in outcomes}
         row = Row(own, Fold(0, *[None] * 5), 0.2, "a baseline", methods)
         parts = {}
         for piece in row.pieces():
@@ -146,7 +146,7 @@ class TestCandidates:
         method = found["Adam + penalty + L1"]["lr 0.003, L1 0.001, penalty 1.5"]
         assert (method.l1, method.penalty) == (1e-3, pytest.approx(0.15))
         method = found["Adam (attacked) + L1"]["lr 0.01, L1 0.001"]
-        assert (method.optimizer.args, method.l1, method.alpha) == ((0.01,), 1e-3, 0.5)
+        assert (method.optimizer.keywords, method.l1, method.alpha) == ({"lr": 0.01}, 1e-3, 0.5)
         method = next(iter(found["SGD + penalty + L1, cosine"].values()))
         (group,) = method.optimizer(nn.Linear(1, 1)).param_groups
         assert (group["lr"], group["momentum"], group["nesterov"]) == (0.03, 0.9, True)
@@ -210,13 +210,13 @@ def test_the_end_of_a_candidate_by_hand(small_data):
     def ends(optimizer, seed=0):
         return tuning.validate(setting, Method("", optimizer), fold, 0.1, seed)
 
-    idle = partial(sgd, 0.0)
+    idle = partial(sgd, lr=0.0)
     trial = Trial(setting, ("tune", 0, 0))
     model, *_ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
     found = trial.evaluate(model, fold.validation, 0.1)
     assert ends(idle) == outcome(found["pgd_loss"])
     assert found["pgd_loss"] >= found["fgsm_loss"] - 0.01
     assert ends(idle, seed=1)["loss"] != found["pgd_loss"]  # another θ₀
-    broken = ends(partial(sgd, math.inf))
+    broken = ends(partial(sgd, lr=math.inf))
     assert math.isnan(broken["loss"]) and not broken["collapsed"]
     assert ends(zeroing) == outcome(pytest.approx(math.log(10)), collapsed=True)
