@@ -159,53 +159,45 @@ class Row:
         return result
 
     def run(self, settings: str, seed: int, _: Parts) -> dict[str, Any]:
-        outcome = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
-        return {"settings": settings, **outcome}
+        loss = validate(self.setting, self.methods[settings], self.fold, self.eps, seed)
+        return {"settings": settings, "loss": loss}
 
     def run_place(self, place: int, seed: int, parts: Parts) -> dict[str, Any]:
         first = [parts[piece.name] for piece in self.pieces()[: len(self.methods)]]
-        return self.run(sorted(first, key=score)[place]["settings"], seed, parts)
+        ranked = sorted(first, key=lambda one: one["loss"])
+        return self.run(ranked[place]["settings"], seed, parts)
 
     def chosen(self, parts: Parts) -> str:
         """The best settings, in words."""
         if len(self.methods) == 1:
             return next(iter(self.methods))
-        outcomes: dict[str, list[dict[str, Any]]] = {}
-        for piece in self.pieces():
-            outcomes.setdefault(parts[piece.name]["settings"], []).append(parts[piece.name])
-        most = max(map(len, outcomes.values()))
+        losses: dict[str, list[float]] = {}
+        for found in [parts[piece.name] for piece in self.pieces()]:
+            losses.setdefault(found["settings"], []).append(found["loss"])
 
-        def order(settings: str) -> tuple[int, bool, float]:
-            bad, losses = zip(*map(score, outcomes[settings]), strict=True)
-            return max(bad), len(losses) < most, statistics.fmean(losses)
+        def order(settings: str) -> tuple[bool, int, float]:
+            mean = statistics.fmean(losses[settings])
+            return math.isinf(mean), -len(losses[settings]), mean
 
-        return min(outcomes, key=order)
+        return min(losses, key=order)
 
     def method(self, parts: Parts) -> Method:
         return self.methods[self.chosen(parts)]
 
 
-def score(outcome: Mapping[str, Any]) -> tuple[int, float]:
-    """(0, or 1 for a loss that is not finite, or 2 for a collapse, the loss): the lower the better.
-
-    A constant predictor is nobody's best, however low its loss.
-    """
-    finite = math.isfinite(outcome["loss"])
-    return 2 if outcome["collapsed"] else int(not finite), outcome["loss"] if finite else math.inf
-
-
-def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> dict[str, Any]:
+def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> float:
     """Train a method on one part of the meta-training half and evaluate it on the other: its loss
-    under PGD, and whether it collapsed."""
+    under PGD, infinite if it diverged or collapsed. A constant predictor is nobody's best."""
     c = replace(setting.config, record_every=setting.config.steps)
     trial = Trial(replace(setting, config=c), ("tune", fold.number, seed))
     model, curve, _ = trial.train(method, fold.fit.first(c.images), fold.validation, eps)
-    if not isinstance(fold.validation, data.ImageSet):
-        return {"collapsed": False, "loss": curve.attacked[-1]}
-    found = trial.evaluate(model, fold.validation, eps)
-    loss = found["pgd_loss"] if not curve.diverged else math.nan
-    collapsed = evaluate.is_collapsed(loss, found["accuracy"], setting.problem.classes)
-    return {"collapsed": collapsed, "loss": loss}
+    loss = curve.attacked[-1]
+    if isinstance(fold.validation, data.ImageSet):
+        found = trial.evaluate(model, fold.validation, eps)
+        loss, accuracy = found["pgd_loss"], found["accuracy"]
+        if evaluate.is_collapsed(loss, accuracy, setting.problem.classes):
+            return math.inf
+    return loss if math.isfinite(loss) and not curve.diverged else math.inf
 
 
 def loss_of_phi(setting: Setting, fold: Fold, kind: str, eps: float, phi: nn.ModuleDict) -> float:
@@ -216,6 +208,4 @@ def loss_of_phi(setting: Setting, fold: Fold, kind: str, eps: float, phi: nn.Mod
     by_phi = partial(LearnedOptimizer.for_model, phi=phi, backend=c.backend)
     methods = phi_methods(c, kind, eps, by_phi)
     method = next((one for one in methods if one.label == OWN[c.recipe]), methods[0])
-    outcomes = [validate(short, method, fold, eps, seed) for seed in range(c.tune_seeds)]
-    bad, losses = zip(*map(score, outcomes), strict=True)
-    return math.inf if max(bad) else statistics.fmean(losses)
+    return statistics.fmean(validate(short, method, fold, eps, n) for n in range(c.tune_seeds))
