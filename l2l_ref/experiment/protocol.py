@@ -15,7 +15,7 @@ from l2l_ref.episode import Episode
 from l2l_ref.experiment import phis, tuning
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.folder import Parts
-from l2l_ref.experiment.queue import Piece, named
+from l2l_ref.experiment.queue import Piece
 from l2l_ref.experiment.setting import Fold, Setting, Trial, capturable, folds, stream
 from l2l_ref.experiment.tuning import Row
 from l2l_ref.files import read_checkpoint, write_checkpoint
@@ -123,17 +123,12 @@ class Experiment:
     def runs(self) -> list[tuple[dict[str, Any], Piece]]:
         """What is compared: each run's key in a table, and the piece that computes it."""
         c, result = self.setting.config, []
-        attacked = c.eval_steps * c.restarts * len(attacks.LOSSES) * c.eval_samples / c.batch_size
         for rows in self.tables:
             for seed, row in product(range(c.seeds), rows):
                 values = row.eps, row.label, row.fold.number, row.meta_seed, seed
-                key: dict[str, Any] = dict(zip(KEY, values, strict=True))
-                words = [f"{k}{v}" for k, v in key.items() if k != "method" and v is not None]
-                cost = row.cost(next(iter(row.methods.values())))
-                cost += attacked * (c.dataset != "quadratic")
                 needs = row.needs + tuple(piece.name for piece in row.pieces())
-                name, compute = named("run", row.label, *words), partial(self.run, row, seed)
-                result.append((key, Piece(name, compute, cost, needs)))
+                piece = row.piece("run", f"seed{seed}", partial(self.run, row, seed), needs)
+                result.append((dict(zip(KEY, values, strict=True)), piece))
         return result
 
     def run(self, row: Row, seed: int, parts: Parts) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2l_ref import data, evaluate
+from l2l_ref import attacks, data, evaluate
 from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.folder import Parts
 from l2l_ref.experiment.phis import OWN, phi_methods
@@ -134,28 +134,28 @@ class Row:
         """The label, and which φ."""
         return self.label + f", phi{self.meta_seed}" * (self.meta_seed is not None)
 
-    def cost(self, method: Method) -> float:
-        """Of training with it, as `cost`; the LSTM of a φ is about another gradient."""
-        c = self.setting.config
-        own = cost(c, method.alpha, method.penalty, method.attack)
-        return own + c.steps * (self.meta_seed is not None)
-
-    def name(self, what: str) -> str:
-        return named("tune", self.title, what, f"fold{self.fold.number}", f"eps{self.eps}")
+    def piece(self, what: str, run: str, compute: Callable, needs: tuple[str, ...]) -> Piece:
+        """A training: all methods of a row cost the same, and an LSTM about another gradient."""
+        c, one = self.setting.config, next(iter(self.methods.values()))
+        own = cost(c, one.alpha, one.penalty, one.attack) + c.steps * (self.meta_seed is not None)
+        if what == "run" and c.dataset != "quadratic":  # PGD on the test images comes after it
+            own += len(attacks.LOSSES) * c.restarts * c.eval_steps * c.eval_samples / c.batch_size
+        name = named(what, self.title, run, f"fold{self.fold.number}", f"eps{self.eps}")
+        return Piece(name, compute, own, needs)
 
     def pieces(self) -> list[Piece]:
         """All that `chosen` needs."""
         if len(self.methods) == 1:
             return []
         result = []
-        for settings, method in self.methods.items():
-            name, run = self.name(f"{settings}-seed0"), partial(self.run, settings, 0)
-            result.append(Piece(name, run, self.cost(method), self.needs))
-        first, most = tuple(piece.name for piece in result), max(piece.cost for piece in result)
+        for settings in self.methods:
+            run = partial(self.run, settings, 0)
+            result.append(self.piece("tune", f"{settings}-seed0", run, self.needs))
+        first = tuple(piece.name for piece in result)
         places = range(math.ceil(len(first) / STAY))
         for place, seed in product(places, range(1, self.setting.config.tune_seeds)):
-            name, run = self.name(f"place-{place}-seed{seed}"), partial(self.run_place, place, seed)
-            result.append(Piece(name, run, most, first))
+            run = partial(self.run_place, place, seed)
+            result.append(self.piece("tune", f"place-{place}-seed{seed}", run, first))
         return result
 
     def run(self, settings: str, seed: int, _: Parts) -> dict[str, Any]:

@@ -82,10 +82,10 @@ class TestRow:
     def test_names_and_costs(self):
         setting = prepare(cli.parse([*TINY, "--dataset", "quadratic"]))
         setting = replace(setting, config=replace(setting.config, tune_seeds=2))
-        methods = {"x": Method("", None), "y": Method("", None, penalty=1.0)}
+        methods = {name: Method("", None, penalty=1.0) for name in "xy"}
         pieces = Row(setting, Fold(1, *[None] * 5), 0.2, "Adam", methods).pieces()
         assert [(piece.name, piece.cost, len(piece.needs)) for piece in pieces] == [
-            ("tune-Adam-x-seed0-fold1-eps0.2", 4, 0),
+            ("tune-Adam-x-seed0-fold1-eps0.2", 12, 0),
             ("tune-Adam-y-seed0-fold1-eps0.2", 12, 0),
             ("tune-Adam-place-0-seed1-fold1-eps0.2", 12, 2),
         ]
