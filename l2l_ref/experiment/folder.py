@@ -53,11 +53,8 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         recipe = "loaded" if config.load else config.recipe  # φ's own, which is not read yet
         name = "-".join([config.dataset, attack, recipe] + ["quick"] * config.quick)
         numbered = (root / (name + f"-{number}" * (number > 1)) for number in itertools.count(1))
-        newest = None
-        while (folder := next(numbered)).exists():
-            newest = folder
-        if config.resume and newest:
-            folder = newest
+        pairs = itertools.pairwise(numbered)  # the newest has none after it
+        folder = next(one for one, then in pairs if not (then if config.resume else one).exists())
     begun = (LOCK, ".partial")  # all that is there while another process writes the config.json
     if folder.is_file() or not all(path.name.endswith(begun) for path in folder.glob("*")):
         if not (folder / "config.json").exists():
