@@ -56,7 +56,7 @@ def experiment_of(options: Any, **changes: Any) -> Experiment:
     for label in options.methods:
         if label not in labels:
             raise InputError(f"that run has no {label!r}: choose one of {', '.join(labels)}")
-    if any(piece.name not in experiment.parts for piece in experiment.pieces()):
+    if {piece.name for piece in experiment.pieces()} - set(experiment.parts):
         raise InputError(f"{options.folder} is not finished: --resume that run first")
     return experiment
 

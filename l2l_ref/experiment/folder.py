@@ -24,9 +24,6 @@ class Parts:
     def path(self, name: str, kind: str = "json") -> Path:
         return self.folder / f"{name}.{kind}"
 
-    def __contains__(self, name: str) -> bool:
-        return self.path(name).exists()
-
     def __getitem__(self, name: str) -> Any:
         """InputError where the file is not as it was written."""
         return read_json(self.path(name), "delete it and resume again")
