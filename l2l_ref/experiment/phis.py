@@ -19,6 +19,7 @@ from l2l_ref.meta_optimizer import new_phi, with_phi
 from l2l_ref.pretrained import build, list_pretrained, read
 from l2l_ref.transfer import Method
 
+Key = tuple[int, str, int, float]  # of a φ: fold, kind, meta-seed, ε
 # The kinds: meta-trained under attack; on clean batches; a nominal term without an LSTM.
 UNDER_ATTACK, CLEAN, ABLATION = "attacked", "clean", "ablation"
 LEARNED_RATE = "Adam, learned rate"  # the label of the ablation
@@ -28,18 +29,15 @@ WITH_L1 = ("L2L", "L2L-Transfer (clean)")
 OWN = {"paper": "L2L", "robust": "L2L-Transfer (clean)", "penalty": LEARNED_RATE}
 
 
-def phi_name(kind: str, fold: int, meta_seed: int, eps: float) -> str:
-    """The key of a φ. Transfer-NOT's has no eps: it never meets an attack."""
+def phi_name(fold: int, kind: str, meta_seed: int, eps: float) -> str:
+    """That of a `Key`. Transfer-NOT's has no eps: it never meets an attack."""
     return f"{kind}-fold{fold}-phi{meta_seed}" + (f"-eps{eps}" if kind != CLEAN else "")
 
 
-def phis_of(config: Config) -> dict[str, tuple[str, int, int, float]]:
-    """Every φ of a run: {name: (kind, fold, meta-seed, ε)}; Transfer-NOT's once, whatever ε."""
-    folds, seeds = range(config.folds), range(config.meta_seeds)
-    keys = product(folds, kinds_of_phi(config), seeds, config.eps)
-    return {
-        phi_name(kind, fold, seed, eps): (kind, fold, seed, eps) for fold, kind, seed, eps in keys
-    }
+def phis_of(c: Config) -> dict[str, Key]:
+    """Every φ of a run by its name; Transfer-NOT's once, whatever ε."""
+    keys = product(range(c.folds), kinds_of_phi(c), range(c.meta_seeds), c.eps)
+    return {phi_name(*key): key for key in keys}
 
 
 def kinds_of_phi(config: Config) -> tuple[str, ...]:
@@ -121,7 +119,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
             print(f"φ of {path} may have met some of these images: {source}", file=sys.stderr)
     config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
     phis, model = {}, setting.problem.build()
-    for name, (kind, fold, meta_seed, _) in phis_of(config).items():
+    for name, (fold, kind, meta_seed, _) in phis_of(config).items():
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
         if name not in saved and len(alike) != 1:
             raise InputError(

@@ -43,19 +43,17 @@ class Experiment:
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
         c, result = self.setting.config, []
-        for name, (kind, number, meta_seed, eps) in phis.phis_of(c).items():
+        for name, key in phis.phis_of(c).items():
             if name not in self.given:
-                train = partial(self.train_phi, kind, self.folds[number], meta_seed, eps)
-                result.append(Piece(name, train, cost_of_phi(c, kind)))
+                result.append(Piece(name, partial(self.train_phi, key), cost_of_phi(c, key[1])))
         result += [piece for rows in self.tables for row in rows for piece in row.pieces()]
         return result + [piece for _, piece in self.runs()]
 
-    def train_phi(
-        self, kind: str, fold: Fold, meta_seed: int, eps: float, _: Any
-    ) -> dict[str, Any]:
+    def train_phi(self, key: phis.Key, _: Any) -> dict[str, Any]:
         """Meta-train a φ, whose weights are in the checkpoint; returns its `History` as a dict."""
-        setting, c, number = self.setting, self.setting.config, fold.number
-        name = phis.phi_name(kind, number, meta_seed, eps)
+        setting, c, name = self.setting, self.setting.config, phis.phi_name(*key)
+        number, kind, meta_seed, eps = key
+        fold = self.folds[number]
         settings = c.meta_settings(eps, clean=kind == phis.CLEAN)
         phi = phis.untrained(setting, kind, number, meta_seed)
         lengths = phis.episode_lengths(c, stream(c.seed, "lengths", number, meta_seed))
@@ -107,7 +105,7 @@ class Experiment:
         c, of = self.setting.config, partial(Row, self.setting, fold, eps)
         result = [of(label, methods) for label, methods in tuning.candidates(c, eps).items()]
         for meta_seed, kind in product(range(c.meta_seeds), phis.kinds_of_phi(c)):
-            name = phis.phi_name(kind, fold.number, meta_seed, eps)
+            name = phis.phi_name(fold.number, kind, meta_seed, eps)
 
             def optimizer(model: nn.Module, name=name) -> LearnedOptimizer:
                 return LearnedOptimizer.for_model(model, self.phi(name), backend=c.backend)

@@ -156,8 +156,8 @@ def test_each_method_trains_on_so_many_images_of_its_half(small_data, seen_pictu
 def train_phi(setting, out, kind, eps=0.1, meta_seed=0):
     """The φ that a run meta-trains."""
     experiment = protocol.Experiment(setting, out)
-    experiment.train_phi(kind, experiment.folds[0], meta_seed, eps, {})
-    return experiment.phi(phis.phi_name(kind, 0, meta_seed, eps))
+    experiment.train_phi((0, kind, meta_seed, eps), {})
+    return experiment.phi(phis.phi_name(0, kind, meta_seed, eps))
 
 
 def test_a_run_waits_for_its_phi_or_for_what_tunes_it(setting, tmp_path):
