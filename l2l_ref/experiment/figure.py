@@ -28,6 +28,7 @@ STYLES = {
     "Adam + penalty + L1": ("#8B4513", "-."),
     LEARNED_RATE: ("#56B4E9", "-."),
 }
+TOP = 1.5  # of a panel, in losses at the start, or a curve that runs away would flatten the others
 
 
 def marks(row: dict[str, Any]) -> str:
@@ -41,17 +42,17 @@ def draw_curves(
 ) -> None:
     """Draw the mean of each method in `STYLES`, ± one deviation, into the PNG at `path`.
 
-    Above a panel are the counts of runs that collapsed or diverged, and what curves were cut at 1.5
-    times their start, so that no mean hides them. `summary` is that of `report.summarise`.
+    Above a panel are the counts of runs that collapsed or diverged, and where curves go that leave
+    it, so that no mean hides them. `summary` is that of `report.summarise`.
     """
     from matplotlib.figure import Figure
 
     columns = min(2, len(config.eps))
     rows = math.ceil(len(config.eps) / columns)
     figure, most = Figure(layout="constrained"), 0  # notes above a panel
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
-    for panel, eps in zip(panels, config.eps, strict=False):
+    for number, eps in enumerate(config.eps, start=1):
+        panel = figure.add_subplot(rows, columns, number)
         notes = [f"ε = {eps:.3g}"] * (config.attack != "none")
         notes += [f"{row['method']}: {marks(row)}" for row in summary
                   if row["eps"] == eps and row["method"] in STYLES and marks(row)]  # fmt: skip
@@ -62,27 +63,22 @@ def draw_curves(
                 continue
             losses, steps = torch.tensor([run["attacked"] for run in own]), own[0]["steps"]
             mean, spread = losses.mean(0), losses.std(0, correction=int(len(own) > 1))
-            away = mean > 1.5 * mean[0]
-            if away.any() and config.dataset != "quadratic":
-                notes.append(f"{method}: up to {mean[away].max():.3g}")
-                mean[away] = math.nan  # or it would flatten all the others
-            means.append(mean)
+            means.append(mean[mean.isfinite()])
+            if means[-1].max() > TOP * mean[0] and config.dataset != "quadratic":
+                notes.append(f"{method}: up to {means[-1].max():.3g}")
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-        under = {"none": "", "fgsm": " under FGSM", "pgd": f" under PGD-{config.attack_steps}"}
-        panel.set(xlabel="step", ylabel="loss" + under.get(config.attack, " under attack"))
+        panel.set(xlabel="step", ylabel="loss" + " under attack" * (config.attack != "none"))
         if config.dataset == "quadratic":
             panel.set_yscale("log")
-        else:  # a deviation may lie outside
+        else:  # all begin at one loss; a deviation may lie outside
             shown = torch.cat(means)
-            shown = shown[shown.isfinite()]
-            panel.set_ylim(0.95 * shown.min().item(), 1.05 * shown.max().item())
+            highest = min(1.05 * shown.max(), TOP * shown[0])
+            panel.set_ylim(0.95 * shown.min().item(), highest.item())
         most = max(most, len(notes))
         panel.set_title("\n".join(notes), fontsize=9)
         panel.grid(alpha=0.3)
     figure.set_size_inches(7.5 * columns, (4.2 + 0.15 * most) * rows + 1.6)
-    for panel in panels[len(config.eps) :]:
-        panel.remove()
     title = textwrap.fill(title, 75 * columns)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns,
                   frameon=False, title=title, title_fontsize=11)  # fmt: skip
