@@ -1,11 +1,11 @@
 """What a run says and leaves: means, paired differences, verdicts, the table; its files."""
 
 import csv
-import io
 import math
 import statistics
 import sys
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 from l2l_ref.experiment.config import Config
@@ -99,20 +99,18 @@ def verdicts(rows: Rows, recipe: str) -> str:
     """The loss of φ minus that of `CONTROLS`, of `differences`; a line for each ε and row of φ."""
     lines = []
     for eps, own in product(dict.fromkeys(row["eps"] for row in rows), CONTROLS[recipe]):
-        texts = []
-        for row in rows:
-            if (row["eps"], row["method"]) == (eps, own) and row["less"] in CONTROLS[recipe][own]:
-                loss = row.get("pgd_loss", row.get("attacked_loss"))
-                texts.append(f"{row['less']} {signed(loss)}")
+        texts = [f"{row['less']} {signed(row.get('pgd_loss') or row['attacked_loss'])}"
+                 for row in rows if (row["eps"], row["method"]) == (eps, own)
+                 and row["less"] in CONTROLS[recipe][own]]  # fmt: skip
         if texts:
             line = f"ε {eps:g}: loss of {own} minus that of " + ", ".join(texts)
             lines.append(line + " (95 % over seeds, after the mean over φ)" * ("±" in line))
     return "\n".join(lines)
 
 
-def signed(value: dict[str, float | None] | None) -> str:
+def signed(value: dict[str, float | None]) -> str:
     """`+0.123 ± 0.045`."""
-    if value is None or value["mean"] is None:
+    if value["mean"] is None:
         return "not finite"
     half = value["half_width"]
     return f"{value['mean']:+.3f}" + ("" if half is None else f" ± {half:.3f}")
@@ -203,16 +201,15 @@ def footnotes(config: Config, environment: dict[str, Any], command: str) -> tupl
     )
 
 
-def curves_csv(runs: Rows, data: str) -> str:
+def write_curves(path: Path, runs: Rows, data: str) -> None:
     """One row for each ε, method, fold, φ, seed and step; the last column says what data it was."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*KEY, "step", "clean_loss", "attacked_loss", "data"])
-    for run in runs:
-        key = [run[column] for column in KEY]
-        for row in zip(run["steps"], run["clean"], run["attacked"], strict=True):
-            writer.writerow([*key, *row, data])
-    return buffer.getvalue()
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*KEY, "step", "clean_loss", "attacked_loss", "data"])
+        for run in runs:
+            key = [run[column] for column in KEY]
+            for row in zip(run["steps"], run["clean"], run["attacked"], strict=True):
+                writer.writerow([*key, *row, data])
 
 
 def write(experiment: Experiment, environment: dict[str, Any], command: str) -> str:
@@ -221,11 +218,11 @@ def write(experiment: Experiment, environment: dict[str, Any], command: str) -> 
     runs, chosen, histories = experiment.results()
     out, setting, config = experiment.out, experiment.setting, experiment.setting.config
     heading, (of_table, foot) = title(setting), footnotes(config, environment, command)
-    summary, text = summarise(runs), curves_csv(runs, setting.data["data"])
-    replace_with(out / "metrics.csv", lambda partial: partial.write_text(text, encoding="utf-8"))
+    summary, source = summarise(runs), setting.data["data"]
+    replace_with(out / "metrics.csv", lambda partial: write_curves(partial, runs, source))
     value: dict[str, Any] = {
         "title": heading,
-        "data": setting.data["data"],
+        "data": source,
         "command": command,
         "environment": environment,
         "table": summary,
