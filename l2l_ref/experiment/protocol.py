@@ -28,13 +28,12 @@ KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, 
 
 
 class Experiment:
-    """The pieces of the experiment of `setting.config`, kept in parts/ of `out`; φ that are not
-    given by name (`load_phis`) are meta-trained."""
+    """The pieces of the experiment of `setting.config`, kept in parts/ of `out`; φ are meta-trained
+    unless it has --load, and these are what that loads, by name (`load_phis`)."""
 
     def __init__(self, setting: Setting, out: Path, phis: dict[str, nn.ModuleDict] | None = None):
         self.setting, self.out, self.parts = setting, out, Parts(out / "parts")
         self.phis = dict(phis or {})
-        self.given = frozenset(self.phis)
         self.folds, self.warned = folds(setting), False
         self.tables = [
             self.rows(fold, eps) for fold, eps in product(self.folds, setting.config.eps)
@@ -43,9 +42,8 @@ class Experiment:
     def pieces(self) -> list[Piece]:
         """All of them; φ first, then what chooses, then what is compared."""
         c, result = self.setting.config, []
-        for name, key in phis.phis_of(c).items():
-            if name not in self.given:
-                result.append(Piece(name, partial(self.train_phi, key), cost_of_phi(c, key[1])))
+        for name, key in ({} if c.load else phis.phis_of(c)).items():
+            result.append(Piece(name, partial(self.train_phi, key), cost_of_phi(c, key[1])))
         result += [piece for rows in self.tables for row in rows for piece in row.pieces()]
         return result + [piece for _, piece in self.runs()]
 
@@ -110,7 +108,7 @@ class Experiment:
             def optimizer(model: nn.Module, name=name) -> LearnedOptimizer:
                 return LearnedOptimizer.for_model(model, self.phi(name), backend=c.backend)
 
-            needs = () if name in self.given else (name,)
+            needs = () if c.load else (name,)
             for one in phis.phi_methods(c, kind, eps, optimizer):
                 result.append(of(one.label, {"": one}, meta_seed, needs))
                 if one.label in phis.WITH_L1 and c.attack != "none" and not c.theta_input:
@@ -149,8 +147,8 @@ class Experiment:
             settings = {row.title: row.chosen(parts) for row in rows if "" not in row.methods}
             chosen.setdefault(str(rows[0].eps), {})[str(rows[0].fold.number)] = settings
         made = {name: self.phi(name) for name in phis.phis_of(c)}
-        histories = {name: parts[name] for name in made if name not in self.given}
-        if c.load and not histories:  # what they come from goes along unchanged
+        histories = {} if c.load else {name: parts[name] for name in made}
+        if c.load:  # what they come from goes along unchanged
             write_checkpoint(self.out / "meta_optimizer.pt", read(c.load))
         else:
             save(self.out / "meta_optimizer.pt", made, {"config": asdict(c), **self.setting.data})
