@@ -16,7 +16,7 @@ from bench.measure import count, origin
 from l2l_ref.errors import InputError
 from l2l_ref.experiment import folder, report
 from l2l_ref.experiment.cli import Parser, run_as_script
-from l2l_ref.experiment.config import Config, tuples
+from l2l_ref.experiment.config import Config
 from l2l_ref.experiment.protocol import Experiment
 from l2l_ref.files import read_json, write_json
 from run import ready
@@ -35,8 +35,7 @@ def parser(prog: str, doc: str) -> Parser:
 def settings_of(options: Any, **changes: Any) -> Config:
     """Those of the run's config.json, but for the attack that evaluates."""
     try:
-        saved = read_json(options.folder / "config.json", folder.AFRESH)["settings"]
-        config = Config(**tuples(saved))
+        config = Config(**read_json(options.folder / "config.json", folder.AFRESH)["settings"])
     except (OSError, KeyError, TypeError):
         raise InputError(
             f"{options.folder} holds no run of this version: name the folder of one"

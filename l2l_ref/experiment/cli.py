@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import partial
 
 from l2l_ref.errors import InputError, shortened
-from l2l_ref.experiment.config import GROUPS, OPTIONS, Config, complete, flag, names_of, tuples
+from l2l_ref.experiment.config import GROUPS, OPTIONS, Config, complete, flag, names_of
 from l2l_ref.pretrained import card, list_pretrained
 
 
@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> Config:
     if "load" in given and (clash := given.keys() & names_of("φ")):
         names = ", ".join(map(flag, sorted(clash)))
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
-    return complete(tuples(given))
+    return complete(given)
 
 
 def run_as_script(

@@ -95,7 +95,7 @@ def option(*positional: Any, **more: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a run, an InputError if out of range; `complete` fills in the defaults."""
+    """Every setting of a run, lists as tuples; InputError if out of range; defaults: `complete`."""
 
     dataset: str = option(WHAT, "of images, or Andrychowicz et al.'s quadratics", "mnist",
         choices=DATASETS)
@@ -200,6 +200,7 @@ class Config:
 
     def __post_init__(self):
         lengths, radii, own = self.episode_steps, self.eps, vars(self)
+        own |= {name: tuple(one) for name, one in own.items() if isinstance(one, list)}
         rules = {name: (one != "", "given a name, or left out") for name, one in own.items()}
         counts = [one.name for one in fields(self) if one.type in (int, int | None)]
         rules |= {name: (own[name] is None or own[name] >= 1, "at least 1") for name in counts}
@@ -270,8 +271,3 @@ def complete(given: dict[str, Any]) -> Config:
     if given.keys() & (names_of("φ") | {"meta_seeds", "folds", "eval_on"}):
         settings["load"] = None  # what comes with the package is not that φ
     return Config(**settings | given)
-
-
-def tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with tuples, as `Config` has them, for the lists of argparse and JSON."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}

@@ -12,7 +12,7 @@ from torch import nn
 
 from l2l_ref.data import sources
 from l2l_ref.errors import InputError
-from l2l_ref.experiment.config import Config, names_of, tuples
+from l2l_ref.experiment.config import Config, names_of
 from l2l_ref.experiment.folder import describe
 from l2l_ref.experiment.setting import Setting, stream
 from l2l_ref.meta_optimizer import new_phi, with_phi
@@ -117,7 +117,7 @@ def load_phis(path: str, setting: Setting) -> tuple[Setting, dict[str, nn.Module
                     "same, or this run would use images that they have seen"
                 )
             print(f"φ of {path} may have met some of these images: {source}", file=sys.stderr)
-    config = replace(c, **tuples({name: before[name] for name in names_of("φ")}))
+    config = replace(c, **{name: before[name] for name in names_of("φ")})
     phis, model = {}, setting.problem.build()
     for name, (fold, kind, meta_seed, _) in phis_of(config).items():
         alike = [key for key in saved if f"{key}-".startswith(f"{kind}-fold{fold}-phi{meta_seed}-")]
