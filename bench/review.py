@@ -15,7 +15,6 @@ from bench.measure import origin
 from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.figure import finish
-from l2l_ref.experiment.protocol import train_method
 from l2l_ref.experiment.queue import named
 from l2l_ref.experiment.setting import Trial
 from l2l_ref.files import write_json
@@ -29,15 +28,15 @@ def main(arguments: list[str]) -> None:
     experiment = reevaluate.experiment_of(options)
     setting, fold, eps = experiment.setting, experiment.folds[0], experiment.setting.config.eps[0]
     about = origin("review", arguments, setting.device, setting.config.backend, setting.data)
-    train = fold.transfer.first(setting.config.images)
     adam = Method("surrogate", partial(tuning.adam, lr=1e-3))
-    surrogate, *_ = Trial(setting, ("surrogate",)).train(adam, train, fold.test, eps)
+    surrogate, *_ = Trial(setting, ("surrogate",)).train(adam, fold, eps)
     images = fold.test.first(options.samples)
     # A label stands there once for each φ: the last one read is the first.
     first = {row.label: row for row in reversed(experiment.tables[0])}
     for label in dict.fromkeys(options.methods):
         method = first[label].method(experiment.parts)
-        trial, model, *_ = train_method(setting, method, fold, eps, seed=0)
+        trial = Trial(setting, ("transfer", fold.number, 0))
+        model, *_ = trial.train(method, fold, eps)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
         )

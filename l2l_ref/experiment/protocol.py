@@ -22,7 +22,7 @@ from l2l_ref.files import read_checkpoint, write_checkpoint
 from l2l_ref.meta_training import CHECKS, meta_train
 from l2l_ref.optimizer import LearnedOptimizer
 from l2l_ref.pretrained import read, save
-from l2l_ref.transfer import Curve, Method
+from l2l_ref.transfer import Method
 
 KEY = ("eps", "method", "fold", "phi", "seed")  # of a run; phi is a meta-seed, None for a baseline
 
@@ -163,23 +163,14 @@ def cost_of_phi(c: Config, kind: str) -> float:
     return 1.5 * updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
 
 
-def train_method(
-    setting: Setting, method: Method, fold: Fold, eps: float, seed: int
-) -> tuple[Trial, nn.Module, Curve, nn.Module]:
-    """The trial of an optimizee that a method has trained on its half, and `Trial.train`'s."""
-    trial = Trial(setting, ("transfer", fold.number, seed))
-    half = (fold.meta if method.half == "meta" else fold.transfer).first(setting.config.images)
-    return trial, *trial.train(method, half, fold.test, eps)
-
-
 def run_method(
     setting: Setting, method: Method, fold: Fold, eps: float, seed: int
 ) -> dict[str, Any]:
     """Train one optimizee and evaluate its average: the fields of its `Curve`, and unless it is a
     quadratic what `Trial.evaluate` returns (for the last θ too), robust accuracies, and its `end`:
     "ok", "collapsed" or "diverged"."""
-    c = setting.config
-    trial, model, curve, last = train_method(setting, method, fold, eps, seed)
+    c, trial = setting.config, Trial(setting, ("transfer", fold.number, seed))
+    model, curve, last = trial.train(method, fold, eps)
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}
     result["seconds"] = curve.ms_per_step * c.steps / 1e3

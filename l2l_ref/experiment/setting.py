@@ -7,7 +7,7 @@ was computed before it.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,12 +58,15 @@ class Fold:
     transfer: Samples  # trains what is compared
     test: Samples  # evaluates it
 
+    def inner(self) -> "Fold":
+        """The same within its meta-training half."""
+        return replace(self, meta=self.fit, transfer=self.fit, test=self.validation)
+
 
 def folds(setting: Setting) -> list[Fold]:
     """Cut the training set into halves by the seed, once, or twice with the halves swapped.
 
-    With `--eval-on validation` all is of the meta-training half: what the parts of it that train
-    and choose have in a run that touches the test set, they have here in place of halves and test.
+    With `--eval-on validation` all is of the meta-training half, as what chooses always is.
     """
     config, result = setting.config, []
     halves = setting.train.halves(config.seed)
@@ -72,10 +75,8 @@ def folds(setting: Setting) -> list[Fold]:
     for number in range(config.folds):
         meta, transfer = halves if number == 0 else halves[::-1]
         count = len(meta) // VALIDATION
-        fit, validation = meta.rest(count), meta.first(count)
-        if config.eval_on == "validation":
-            meta, transfer, test = fit, fit, validation
-        result.append(Fold(number, meta, fit, validation, transfer, test))
+        fold = Fold(number, meta, meta.rest(count), meta.first(count), transfer, test)
+        result.append(fold.inner() if config.eval_on == "validation" else fold)
     return result
 
 
@@ -142,15 +143,14 @@ class Trial:
         c, generator = self.setting.config, self.stream("attack", self.setting.device)
         return attacks.make(name or c.attack, eps=eps, steps=c.attack_steps, generator=generator)
 
-    def train(
-        self, method: Method, samples: Samples, probe: Samples, eps: float
-    ) -> tuple[nn.Module, Curve, nn.Module]:
-        """A fresh optimizee that `method` has trained on `samples`, at its running average, its
-        curve, always on the same of `probe`, and itself."""
+    def train(self, method: Method, fold: Fold, eps: float) -> tuple[nn.Module, Curve, nn.Module]:
+        """A fresh optimizee that `method` has trained on its half, at its running average, its
+        curve, always on the same of `fold.test`, and itself."""
         c, model = self.setting.config, self.model()
+        samples = (fold.meta if method.half == "meta" else fold.transfer).first(c.images)
         average = running_average(model, 1 - 1 / max(1.0, AVERAGE_OVER * c.steps))
         calibration, _ = samples.probe(CALIBRATION, self.stream("calibration"))
-        x, y = probe.probe(c.curve_samples, self.stream("batches"))
+        x, y = fold.test.probe(c.curve_samples, self.stream("batches"))
         attack = Trial(self.setting, ("record", *self.labels)).attack(eps)
         loss = self.setting.problem.loss
         curve = train(

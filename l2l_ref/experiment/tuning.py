@@ -190,7 +190,7 @@ def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int
     under PGD, infinite if it diverged or collapsed. A constant predictor is nobody's best."""
     c = replace(setting.config, record_every=setting.config.steps)
     trial = Trial(replace(setting, config=c), ("tune", fold.number, seed))
-    model, curve, _ = trial.train(method, fold.fit.first(c.images), fold.validation, eps)
+    model, curve, _ = trial.train(method, fold.inner(), eps)
     loss = curve.attacked[-1]
     if isinstance(fold.validation, data.ImageSet):
         found = trial.evaluate(model, fold.validation, eps)

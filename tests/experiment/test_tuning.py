@@ -199,7 +199,7 @@ def test_the_end_of_a_candidate_by_hand(small_data):
 
     idle = partial(sgd, lr=0.0)
     trial = Trial(setting, ("tune", 0, 0))
-    model, *_ = trial.train(Method("", idle), fold.fit, fold.validation, 0.1)
+    model, *_ = trial.train(Method("", idle), fold.inner(), 0.1)
     found = trial.evaluate(model, fold.validation, 0.1)
     assert ends(idle) == found["pgd_loss"]
     assert found["pgd_loss"] >= found["fgsm_loss"] - 0.01
