@@ -55,11 +55,8 @@ class Option:
 
     def value(self, words: set[str]) -> Any:
         """The default of a run that these words describe."""
-        value = self.default
-        for needed, other in self.exceptions.items():
-            if words.issuperset(needed.split()):
-                value = other
-        return value
+        cases = {"": self.default} | self.exceptions
+        return [value for needed, value in cases.items() if words.issuperset(needed.split())][-1]
 
     def sentence(self) -> str:
         """The help, with the defaults behind it."""
