@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     # A label stands there once for each φ: the last one read is the first.
     first = {row.label: row for row in reversed(experiment.tables[0])}
     for label in dict.fromkeys(options.methods):
-        method = first[label].method(experiment.parts)
+        method = first[label].methods[first[label].chosen(experiment.parts)]
         trial = Trial(setting, ("transfer", fold.number, 0))
         model, *_ = trial.train(method, fold, eps)
         found = review(

@@ -130,7 +130,8 @@ class Experiment:
     def run(self, row: Row, seed: int, parts: Parts) -> dict[str, Any]:
         """Train and evaluate one; of all warnings, of samples without a gradient, one is told."""
         with warnings.catch_warnings(record=True) as caught:
-            result = run_method(self.setting, row.method(parts), row.fold, row.eps, seed)
+            method = row.methods[row.chosen(parts)]
+            result = run_method(self.setting, method, row.fold, row.eps, seed)
         if caught and not self.warned:
             self.warned = True
             print(f"{row.label}: {caught[0].message}", flush=True)

@@ -48,9 +48,6 @@ def sgd(model: nn.Module, lr: float, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
 
 
-momentum = partial(sgd, momentum=0.9, nesterov=True)
-
-
 def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
     """The grids of the baselines: {label: {settings in words: the method}}."""
     grids: dict[str, dict[str, Method]] = {}
@@ -81,7 +78,8 @@ def candidates(config: Config, eps: float) -> dict[str, dict[str, Method]]:
         add("Adam (N-FGSM) + L1", attacked, alpha=alpha, attack="n-fgsm")
         if mnist:  # on CIFAR-10 under PGD they would double the time of all that is compared
             of_sgd = {"lr": SGD_LRS[1:4], **penalised}
-            add("SGD + penalty + L1, cosine", of_sgd, momentum, cosine=True, capture=False)
+            nesterov = partial(sgd, momentum=0.9, nesterov=True)
+            add("SGD + penalty + L1, cosine", of_sgd, nesterov, cosine=True, capture=False)
             add("Adam (attacked) + L1, cosine", attacked, alpha=alpha, cosine=True)
             add("Adam (attacked) + penalty + L1", {"lr": LRS, **penalised}, alpha=alpha)
     for name in config.compare:
@@ -180,9 +178,6 @@ class Row:
             return math.isinf(mean), -len(losses[settings]), mean
 
         return min(losses, key=order)
-
-    def method(self, parts: Parts) -> Method:
-        return self.methods[self.chosen(parts)]
 
 
 def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> float:

@@ -201,7 +201,8 @@ def test_what_a_graph_would_not_see_is_not_captured(emulated):
     methods = [next(iter(row.values())) for row in rows.values()]
     apart = {one.label for one in methods if not one.capture}
     assert apart == {"SGD + penalty + L1, cosine", "RAdam", "RAdam (attacked)"}
-    transfer_run("mnist", partial(tuning.momentum, 0.1), True, cosine=True, capture=False)
+    nesterov = partial(tuning.sgd, lr=0.1, momentum=0.9, nesterov=True)
+    transfer_run("mnist", nesterov, True, cosine=True, capture=False)
     assert sum(each.captures for each in emulated) == 1  # the recording
 
 
