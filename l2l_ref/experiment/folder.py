@@ -57,9 +57,7 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:
-            raise InputError(
-                f"--out {folder} is not empty: add --resume to continue that run, or name another"
-            )
+            raise InputError(f"--out {folder} is not empty: add --resume, or name another folder")
     return folder
 
 

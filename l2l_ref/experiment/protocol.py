@@ -84,9 +84,8 @@ class Experiment:
         )
         self.phis[name] = phi
         if history.skipped or history.diverged:
-            skipped = f"{history.skipped} meta-gradients were not finite and skipped"
-            cut = f"{history.diverged} episodes diverged and were cut short"
-            print(f"{name}: {skipped}, {cut}", flush=True)
+            words = f"{history.skipped} meta-gradients not finite, {history.diverged} episodes cut"
+            print(f"{name}: {words}", flush=True)
         return asdict(history)
 
     def phi(self, name: str) -> nn.ModuleDict:
