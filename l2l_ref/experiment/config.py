@@ -196,25 +196,18 @@ class Config:
     # fmt: on
 
     def __post_init__(self):
-        lengths, radii, own = self.episode_steps, self.eps, vars(self)
+        lengths, radii, n, own = self.episode_steps, self.eps, self.batch_size, vars(self)
         own |= {name: tuple(one) for name, one in own.items() if isinstance(one, list)}
         rules = {name: (one != "", "given a name, or left out") for name, one in own.items()}
         counts = [one.name for one in fields(self) if one.type in (int, int | None)]
         rules |= {name: (own[name] is None or own[name] >= 1, "at least 1") for name in counts}
+        ascending = len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1]
+        distinct = all(0 <= eps <= 1 for eps in radii) and len(set(radii)) == len(radii)
         rules |= {
-            "images": (
-                self.images is None or self.images >= self.batch_size,
-                f"at least --batch-size, {self.batch_size}",
-            ),
-            "episode_steps": (
-                len(lengths) in (1, 2) and 1 <= lengths[0] <= lengths[-1],
-                "a length, or smallest and largest",
-            ),
+            "images": (self.images is None or self.images >= n, f"at least --batch-size, {n}"),
+            "episode_steps": (ascending, "a length, or smallest and largest"),
             "p": (0 < self.p <= MAX_P, f"above 0 and at most {MAX_P}"),
-            "eps": (
-                all(0 <= eps <= 1 for eps in radii) and len(set(radii)) == len(radii),
-                "between 0 and 1 (pixel values are in [0, 1]) and free of repeats",
-            ),
+            "eps": (distinct, "between 0 and 1 (pixel values are in [0, 1]) and free of repeats"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
             "penalty": (not (self.penalty and self.input_alpha == 0), "left out with --alpha 0"),
         }
