@@ -85,9 +85,8 @@ def join(config: Config, environment: dict[str, Any], command: str) -> tuple[Pat
                 first["continued_in"] = others
             write_json(path, sealed(value))
     except OSError as error:
-        raise InputError(
-            f"--out {folder} cannot be written ({error.strerror}): name another folder"
-        ) from None
+        why = f"--out {folder} cannot be written ({error.strerror}): name another folder"
+        raise InputError(why) from None
     return folder, value["environment"]
 
 

@@ -72,8 +72,7 @@ def folds(setting: Setting) -> list[Fold]:
     halves = setting.train.halves(config.seed)
     # MNIST's own order will not do: its first thousands are by other writers than its last.
     test = setting.test.shuffled(stream(config.seed, "test"))
-    for number in range(config.folds):
-        meta, transfer = halves if number == 0 else halves[::-1]
+    for number, (meta, transfer) in enumerate([halves, halves[::-1]][: config.folds]):
         count = len(meta) // VALIDATION
         fold = Fold(number, meta, meta.rest(count), meta.first(count), transfer, test)
         result.append(fold.inner() if config.eval_on == "validation" else fold)
