@@ -68,7 +68,8 @@ def draw_curves(
                 notes.append(f"{method}: up to {means[-1].max():.3g}")
             panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
             (handles[method],) = panel.plot(steps, mean, style, color=colour, lw=1.8, label=method)
-        panel.set(xlabel="step", ylabel="loss" + " under attack" * (config.attack != "none"))
+        under = {"none": "", "fgsm": " under FGSM", "pgd": f" under PGD-{config.attack_steps}"}
+        panel.set(xlabel="step", ylabel="loss" + under.get(config.attack, " under attack"))
         if config.dataset == "quadratic":
             panel.set_yscale("log")
         else:  # all begin at one loss; a deviation may lie outside

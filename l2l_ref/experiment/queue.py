@@ -83,8 +83,7 @@ def number(asked: int | None, pieces: Sequence[Piece], parts: Parts, device: tor
     if asked or not costs:
         return asked or 1
     here = machine.cores() if device.type == "cpu" else torch.cuda.device_count()
-    if device.index is not None:  # that GPU, and no other
-        here = 1
+    here = here if device.index is None else 1  # that GPU, and no other
     return max(1, min(here, math.ceil(sum(costs) / max(costs))))
 
 
