@@ -138,7 +138,7 @@ def test_the_figure_names_what_ended_badly(tmp_path, monkeypatch):
     assert drawn[0].get_supxlabel().startswith("not drawn: SGD\n")
     assert axes.get_title() == "ε = 0.1\nL2L: 1/2 collapsed\nAdam + L1: up to 99"
     low, high = axes.get_ylim()  # of means: a deviation may be cut
-    assert 0 < low and high < 4
+    assert 0 < low and high < 4 and axes.get_ylabel() == "loss under FGSM"
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
