@@ -182,7 +182,7 @@ class Row:
 
 def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> float:
     """Train a method on one part of the meta-training half and evaluate it on the other: its loss
-    under PGD, infinite if it diverged or collapsed. A constant predictor is nobody's best."""
+    under PGD, infinite if it is not finite or collapsed. A constant predictor is nobody's best."""
     c = replace(setting.config, record_every=setting.config.steps)
     trial = Trial(replace(setting, config=c), ("tune", fold.number, seed))
     model, curve, _ = trial.train(method, fold.inner(), eps)
@@ -192,7 +192,7 @@ def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int
         loss, accuracy = found["pgd_loss"], found["accuracy"]
         if evaluate.is_collapsed(loss, accuracy, setting.problem.classes):
             return math.inf
-    return loss if math.isfinite(loss) and not curve.diverged else math.inf
+    return loss if math.isfinite(loss) else math.inf
 
 
 def loss_of_phi(setting: Setting, fold: Fold, kind: str, eps: float, phi: nn.ModuleDict) -> float:
