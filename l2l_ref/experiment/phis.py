@@ -58,13 +58,16 @@ def phi_methods(c: Config, kind: str, eps: float, phi: Callable) -> list[Method]
         return [Method("Transfer-NOT", phi, alpha=0.0), Method("Transfer-NOT (clean)", phi)]
     if c.dataset == "quadratic":  # has no halves
         return [Method("L2L-Transfer", phi)]
+    methods = [Method("L2L", phi, half="meta", **learned_on)]
     if c.attack == "none":
-        return [Method("L2L", phi, half="meta", **learned_on), Method("L2L-Transfer", phi, **clean)]
-    return [
-        Method("L2L", phi, half="meta", **learned_on),
-        Method("L2L-Transfer (clean)", phi, **clean),
-        Method("L2L-Transfer (mixed)", phi, alpha=0.5, **clean),
-    ]
+        methods.append(Method("L2L-Transfer", phi, **clean))
+    else:
+        methods.append(Method("L2L-Transfer (clean)", phi, **clean))
+        methods.append(Method("L2L-Transfer (mixed)", phi, alpha=0.5, **clean))
+    if c.eval_on == "validation":  # halves are one: of two rows alike the recipe's own stays
+        methods.sort(key=lambda one: one.label == OWN[c.recipe])
+        methods = list({(one.alpha, one.penalty): one for one in methods}.values())
+    return methods
 
 
 def untrained(setting: Setting, kind: str, fold: int, meta_seed: int) -> nn.ModuleDict:
