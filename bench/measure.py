@@ -28,9 +28,10 @@ ROUNDS = (3, 15)  # at least, at most
 
 def count(text: str) -> int:
     """A whole number of at least 1, also as 1e6."""
-    with suppress(ValueError, OverflowError):
-        if (value := int(float(text))) == float(text) and value >= 1:
-            return value
+    with suppress(ValueError):
+        value = float(text)
+        if value >= 1 and value % 1 == 0:  # of infinity that is nan
+            return int(value)
     raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
 
 

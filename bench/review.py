@@ -15,6 +15,7 @@ from bench.measure import origin
 from l2l_ref.experiment import report, tuning
 from l2l_ref.experiment.cli import run_as_script
 from l2l_ref.experiment.figure import finish
+from l2l_ref.experiment.protocol import transfer_trial
 from l2l_ref.experiment.queue import named
 from l2l_ref.experiment.setting import Trial
 from l2l_ref.files import write_json
@@ -34,9 +35,8 @@ def main(arguments: list[str]) -> None:
     # A label stands there once for each φ: the last one read is the first.
     first = {row.label: row for row in reversed(experiment.tables[0])}
     for label in dict.fromkeys(options.methods):
-        method = first[label].methods[first[label].chosen(experiment.parts)]
-        trial = Trial(setting, ("transfer", fold.number, 0))
-        model, *_ = trial.train(method, fold, eps)
+        trial = transfer_trial(setting, fold, seed=0)
+        model, *_ = trial.train(first[label].method(experiment.parts), fold, eps)
         found = review(
             model, images, eps=eps, surrogate=surrogate, generator=trial.stream("review")
         )

@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> Config:
     if given.get("load") in list_pretrained():
         its_own = card(given["load"])["config"]
         given = {key: its_own[key] for key in ("dataset", "attack", "eps")} | given
-    if "load" in given and (clash := given.keys() & names_of("φ")):
+    if given.get("load") and (clash := given.keys() & names_of("φ")):
         names = ", ".join(map(flag, sorted(clash)))
         raise InputError(f"--load takes φ as it was meta-trained: leave out {names}")
     return complete(given)

@@ -24,6 +24,9 @@ class Parts:
     def path(self, name: str, kind: str = "json") -> Path:
         return self.folder / f"{name}.{kind}"
 
+    def __contains__(self, name: str) -> bool:
+        return self.path(name).exists()
+
     def __getitem__(self, name: str) -> Any:
         """InputError where the file is not as it was written."""
         return read_json(self.path(name), "delete it and resume again")
@@ -50,14 +53,19 @@ def choose(config: Config, root: Path = Path("runs")) -> Path:
         recipe = "loaded" if config.load else config.recipe  # φ's own, which is not read yet
         name = "-".join([config.dataset, attack, recipe] + ["quick"] * config.quick)
         numbered = (root / (name + f"-{number}" * (number > 1)) for number in itertools.count(1))
-        pairs = itertools.pairwise(numbered)  # the newest has none after it
-        folder = next(one for one, then in pairs if not (then if config.resume else one).exists())
+        newest = None
+        while (folder := next(numbered)).exists():
+            newest = folder
+        if config.resume and newest:
+            folder = newest
     begun = (LOCK, ".partial")  # all that is there while another process writes the config.json
     if folder.is_file() or not all(path.name.endswith(begun) for path in folder.glob("*")):
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder} is taken, but not by a run: name another folder")
         if not config.resume:
-            raise InputError(f"--out {folder} is not empty: add --resume, or name another folder")
+            raise InputError(
+                f"--out {folder} is not empty: add --resume to continue that run, or name another"
+            )
     return folder
 
 

@@ -82,9 +82,10 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     where = [f"--git-dir={root}/.git", f"--work-tree={root}"]  # not that of a folder around it
     words = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]  # without tags
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         return subprocess.check_output(
-            ["git", *where, *words], stderr=subprocess.DEVNULL, text=True, timeout=10
+            ["git", *where, *words], env=own, stderr=subprocess.DEVNULL, text=True, timeout=10
         ).strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -129,8 +129,7 @@ class Experiment:
     def run(self, row: Row, seed: int, parts: Parts) -> dict[str, Any]:
         """Train and evaluate one; of all warnings, of samples without a gradient, one is told."""
         with warnings.catch_warnings(record=True) as caught:
-            method = row.methods[row.chosen(parts)]
-            result = run_method(self.setting, method, row.fold, row.eps, seed)
+            result = run_method(self.setting, row.method(parts), row.fold, row.eps, seed)
         if caught and not self.warned:
             self.warned = True
             print(f"{row.label}: {caught[0].message}", flush=True)
@@ -163,13 +162,18 @@ def cost_of_phi(c: Config, kind: str) -> float:
     return 1.5 * updates / c.steps * sum(tuning.cost(c, alpha, c.penalty) for alpha in alphas)
 
 
+def transfer_trial(setting: Setting, fold: Fold, seed: int) -> Trial:
+    """That of all methods of a seed."""
+    return Trial(setting, ("transfer", fold.number, seed))
+
+
 def run_method(
     setting: Setting, method: Method, fold: Fold, eps: float, seed: int
 ) -> dict[str, Any]:
     """Train one optimizee and evaluate its average: the fields of its `Curve`, and unless it is a
     quadratic what `Trial.evaluate` returns (for the last θ too), robust accuracies, and its `end`:
     "ok", "collapsed" or "diverged"."""
-    c, trial = setting.config, Trial(setting, ("transfer", fold.number, seed))
+    c, trial = setting.config, transfer_trial(setting, fold, seed)
     model, curve, last = trial.train(method, fold, eps)
     ends = {"clean_loss": curve.clean[-1], "attacked_loss": curve.attacked[-1]}
     result = {**asdict(curve), **ends, "end": "diverged" if curve.diverged else "ok"}

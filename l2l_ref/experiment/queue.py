@@ -93,6 +93,7 @@ def helpers(work: Callable[..., None], arguments: tuple, count: int) -> Iterator
     1. They end with this one, however it ends; what they leave undone, it does."""
     with ExitStack() as ends:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in them: control-C meets the first
+        ends.callback(signal.signal, signal.SIGINT, before)  # if one cannot be started, too
         for number in range(1, count + 1):
             given = work, (*arguments, number)
             process = get_context("spawn").Process(target=lend_a_hand, args=given, daemon=True)

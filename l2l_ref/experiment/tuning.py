@@ -179,6 +179,9 @@ class Row:
 
         return min(losses, key=order)
 
+    def method(self, parts: Parts) -> Method:
+        return self.methods[self.chosen(parts)]
+
 
 def validate(setting: Setting, method: Method, fold: Fold, eps: float, seed: int) -> float:
     """Train a method on one part of the meta-training half and evaluate it on the other: its loss

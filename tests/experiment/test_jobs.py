@@ -107,6 +107,14 @@ def test_helpers_end_with_the_block():
     assert active_children() == [] and time.monotonic() - begin < PATIENCE
 
 
+def test_one_that_cannot_start_leaves_control_c_as_it_was(monkeypatch):
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", lambda _: 1 / 0)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), queue.helpers(fail, ("sleeps",), 1):
+        pass
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_with_the_first_process_all_end():
     code = """if True:
         import time, test_jobs as t

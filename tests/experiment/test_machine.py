@@ -68,7 +68,7 @@ def test_the_cpu_by_name_and_model(monkeypatch, text, name):
 def test_the_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
     if (own := machine.git_commit()) is None:
         pytest.skip("no checkout")
-    for name in ("GIT_DIR", "GIT_WORK_TREE"):  # as a hook of another repository sets them
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # as a hook sets them
         monkeypatch.setenv(name, str(tmp_path))
         assert machine.git_commit() == own
 

@@ -300,6 +300,7 @@ class TestResumeAndLoad:
         (["--dataset", "quadratic", "--images", "500"], "--images is 500: it must be left out"),
         (["--dataset", "quadratic", "--compare", "torch.optim:RAdam"], "RAdam: it must be left"),
         (["--jobs", "0"], "--jobs is 0: it must be at least 1"),
+        (["--load", ""], "--load is empty: it must be given a name, or left out"),
         (["--data-dir", ""], "--data-dir is empty: it must be given a name, or left out"),
         (["--out", "file"], "--out file is taken, but not by a run"),
         (["--out", "full"], "--out full is not empty: add --resume"),

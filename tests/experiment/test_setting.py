@@ -111,8 +111,7 @@ PENALISED = {"Adam, learned rate": ("ablation", 1.0, pytest.approx(0.3), "transf
               "L2L-Transfer (clean)": ("attacked", 1.0, pytest.approx(0.3), "transfer"),
               "L2L-Transfer (mixed)": ("attacked", 0.5, pytest.approx(0.3), "transfer")}),
         ("--recipe penalty", PENALISED),
-        # no row is there twice where both halves are one
-        ("--eval-on validation", {
+        ("--eval-on validation", {  # no row is there twice, where both halves are one
               **NOT, "L2L": ("attacked", 0.5, 0.0, "meta"),
               "L2L-Transfer (clean)": ("attacked", 1.0, 0.0, "transfer"),
               "Adam, learned rate": ("ablation", 0.5, 0.0, "transfer")}),

@@ -40,6 +40,7 @@ def choose(monkeypatch):
         for piece in row.pieces():
             assert set(piece.needs) <= parts.keys()
             parts[piece.name] = json.loads(json.dumps(piece.compute(parts)))
+        assert row.method(parts) is methods[row.chosen(parts)]
         assert ran[: len(outcomes)] == [(name, 0) for name in outcomes]
         return row.chosen(parts), sorted(ran[len(outcomes) :])
 
